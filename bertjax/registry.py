@@ -29,16 +29,16 @@ def lookup(table: Mapping[str, T], name: str, field: str) -> T:
   close = difflib.get_close_matches(str(name), table, n=1)
   hint = f" Did you mean {close[0]!r}?" if close else ""
   raise ValueError(
-      f"{field}={name!r} is unknown; choose from {', '.join(sorted(table))}."
-      + hint
+    f"{field}={name!r} is unknown; choose from {', '.join(sorted(table))}."
+    + hint
   )
 
 
 def build(
-    table: Mapping[str, Callable[..., T]],
-    spec: Mapping[str, Any],
-    field: str,
-    **context: Any,
+  table: Mapping[str, Callable[..., T]],
+  spec: Mapping[str, Any],
+  field: str,
+  **context: Any,
 ) -> T:
   """Calls the builder that `spec["name"]` names with the rest of `spec`.
 
@@ -54,17 +54,17 @@ def build(
   spec = dict(spec)
   if "name" not in spec:
     raise ValueError(
-        f"{field}.name is missing; choose from {', '.join(sorted(table))}."
+      f"{field}.name is missing; choose from {', '.join(sorted(table))}."
     )
   builder = lookup(table, spec.pop("name"), f"{field}.name")
   signature = inspect.signature(builder)
   accepts = {
-      p.name
-      for p in signature.parameters.values()
-      if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+    p.name
+    for p in signature.parameters.values()
+    if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
   }
   open_ended = any(
-      p.kind is p.VAR_KEYWORD for p in signature.parameters.values()
+    p.kind is p.VAR_KEYWORD for p in signature.parameters.values()
   )
   for key in spec:
     if key in context:
@@ -74,16 +74,16 @@ def build(
       close = difflib.get_close_matches(key, accepts - set(context), n=1)
       hint = f" Did you mean {close[0]!r}?" if close else ""
       raise ValueError(
-          f"{field}.{key} is not an option of {field}.name; it takes"
-          f" {allowed}.{hint}"
+        f"{field}.{key} is not an option of {field}.name; it takes"
+        f" {allowed}.{hint}"
       )
   missing = [
-      p.name
-      for p in signature.parameters.values()
-      if p.default is p.empty
-      and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
-      and p.name not in spec
-      and p.name not in context
+    p.name
+    for p in signature.parameters.values()
+    if p.default is p.empty
+    and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+    and p.name not in spec
+    and p.name not in context
   ]
   if missing:
     raise ValueError(f"{field}.{missing[0]} is required.")

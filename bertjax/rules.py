@@ -17,9 +17,7 @@ def names(tree: Any) -> Any:
   return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), tree)
 
 
-def match(
-    rules: Iterable[tuple[str, Any]], tree: Any, field: str
-) -> Any:
+def match(rules: Iterable[tuple[str, Any]], tree: Any, field: str) -> Any:
   """For each leaf of `tree`, the value of the first rule that matches.
 
   A pattern matches when `re.search` finds it in the leaf's path name.
@@ -44,16 +42,18 @@ def match(
         used.add(i)
         return value
     raise ValueError(
-        f"{field}: no rule matches parameter {name!r}; add one, or a final"
-        " ('.*', value)."
+      f"{field}: no rule matches parameter {name!r}; add one, or a final"
+      " ('.*', value)."
     )
 
   matched = jax.tree_util.tree_map_with_path(first, tree)
   for i, (pattern, _) in enumerate(rules):
     if i not in used and pattern.pattern not in (".*", ""):
-      some = [path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)]
+      some = [
+        path_name(p) for p, _ in jax.tree_util.tree_leaves_with_path(tree)
+      ]
       raise ValueError(
-          f"{field}: pattern {pattern.pattern!r} matches no parameter that an"
-          f" earlier rule left; parameters look like {some[0]!r}."
+        f"{field}: pattern {pattern.pattern!r} matches no parameter that an"
+        f" earlier rule left; parameters look like {some[0]!r}."
       )
   return matched

@@ -1,0 +1,193 @@
+"""Bidirectional attention of BERT (Devlin et al. 2018, arXiv:1810.04805)."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype
+from jaxtyping import Array, Bool, Float, Int
+
+from bertjax.layers.dropout import dropout
+from bertjax.layers.linear import Linear
+from bertjax.layers.matmul import einsum
+
+
+class Attend(Protocol):
+  """Scores to outputs: what an attention implementation must accept.
+
+  Shapes: q [b, t, h, d]; k, v [b, s, h, d]; the result is [b, t, h, d] in the
+  dtype of v. A query with no visible key returns 0. An implementation refuses
+  with a ValueError what it cannot do; it never ignores an argument.
+  """
+
+  def __call__(
+    self,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    window: int | None = None,
+    block_mask: jax.Array | None = None,
+    causal: bool = False,
+    dropout_rate: float = 0.0,
+    dropout_seed: jax.Array | None = None,
+  ) -> jax.Array: ...
+
+
+def visible(
+  t: int,
+  s: int,
+  *,
+  segment_ids: Int[Array, "b t"] | None = None,
+  window: int | None = None,
+  block_mask: Bool[Array, "tb sb"] | None = None,
+  causal: bool = False,
+) -> Bool[Array, "b_or_1 1 t s"] | None:
+  """Which key each query sees; None when all see all.
+
+  Args:
+    t: number of queries.
+    s: number of keys.
+    segment_ids: 0 is padding, which nobody sees; equal ids see each other.
+    window: a query sees keys at a distance of at most this many positions.
+    block_mask: visible tiles; it must divide t and s evenly.
+    causal: a query sees no later key.
+  """
+  masks = []
+  rows, columns = jnp.arange(t)[:, None], jnp.arange(s)[None, :]
+  if segment_ids is not None:
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    masks.append((same & (segment_ids[:, None, :] > 0))[:, None])
+  if window is not None:
+    masks.append((jnp.abs(rows - columns) <= window)[None, None])
+  if causal:
+    masks.append((columns <= rows)[None, None])
+  if block_mask is not None:
+    tiles_t, tiles_s = block_mask.shape
+    if t % tiles_t or s % tiles_s:
+      raise ValueError(
+        f"block_mask of shape {block_mask.shape} does not tile attention of"
+        f" shape {(t, s)}; both lengths must be multiples."
+      )
+    tiles = jnp.repeat(block_mask, t // tiles_t, axis=0)
+    masks.append(jnp.repeat(tiles, s // tiles_s, axis=1)[None, None])
+  mask = None
+  for m in masks:
+    mask = m if mask is None else mask & m
+  return mask
+
+
+def reference_attend(
+  q: Float[Array, "b t h d"],
+  k: Float[Array, "b s h d"],
+  v: Float[Array, "b s h dv"],
+  *,
+  segment_ids: Int[Array, "b t"] | None = None,
+  bias: Float[Array, "#b #h #t #s"] | None = None,
+  alibi_slopes: Float[Array, "h"] | None = None,
+  window: int | None = None,
+  block_mask: Bool[Array, "tb sb"] | None = None,
+  causal: bool = False,
+  dropout_rate: float = 0.0,
+  dropout_seed: jax.Array | None = None,
+) -> Float[Array, "b t h dv"]:
+  """Softmax attention written out: the oracle every kernel is tested against.
+
+  Args:
+    q: queries.
+    k: keys.
+    v: values.
+    segment_ids: see `visible`; needs t == s.
+    bias: added to the scaled logits, broadcast over batch, heads or positions.
+    alibi_slopes: per head, times the negative distance (Press et al. 2021, in
+      its symmetric form for encoders).
+    window: see `visible`.
+    block_mask: see `visible`.
+    causal: see `visible`.
+    dropout_rate: probability of dropping an attention weight.
+    dropout_seed: PRNG key, required if `dropout_rate` is positive.
+  """
+  t, s = q.shape[1], k.shape[1]
+  logits = einsum("bthd,bshd->bhts", q, k, q.dtype) * q.shape[-1] ** -0.5
+  if bias is not None:
+    logits += bias
+  if alibi_slopes is not None:
+    distance = jnp.abs(jnp.arange(t)[:, None] - jnp.arange(s)[None, :])
+    logits -= (alibi_slopes[:, None, None] * distance[None])[None]
+  mask = visible(
+    t,
+    s,
+    segment_ids=segment_ids,
+    window=window,
+    block_mask=block_mask,
+    causal=causal,
+  )
+  # `where` gives exact zeros on a fully masked row, not NaN or a uniform row.
+  probs = jax.nn.softmax(logits, axis=-1, where=mask).astype(v.dtype)
+  if dropout_rate:
+    if dropout_seed is None:
+      raise ValueError(
+        f"dropout_rate={dropout_rate} needs dropout_seed, a PRNG key."
+      )
+    probs = dropout(probs, dropout_seed, dropout_rate)
+  return einsum("bhts,bshd->bthd", probs, v, v.dtype).astype(v.dtype)
+
+
+ATTENTION: Mapping[str, Callable[..., Any]] = {"reference": reference_attend}
+
+
+class SelfAttention(nn.Module):
+  """Multi-head self-attention over rows that may hold several segments.
+
+  Attributes:
+    num_heads: heads h.
+    head_dim: width d of a head.
+    attend: how scores become outputs; pass a kernel here, not a flag.
+    dropout_rate: dropout of the attention weights.
+    dtype: compute dtype.
+  """
+
+  num_heads: int
+  head_dim: int
+  attend: Attend = reference_attend
+  dropout_rate: float = 0.0
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "b t e"],
+    segment_ids: Int[Array, "b t"] | None,
+    *,
+    train: bool,
+  ) -> Float[Array, "b t e"]:
+    def project(name):
+      return Linear(
+        "bte,ehd->bthd",
+        (self.num_heads, self.head_dim),
+        ("embed", "heads", "head_dim"),
+        dtype=self.dtype,
+        name=name,
+      )(x)
+
+    rate = self.dropout_rate if train else 0.0
+    mixed = self.attend(
+      project("query"),
+      project("key"),
+      project("value"),
+      segment_ids=segment_ids,
+      dropout_rate=rate,
+      dropout_seed=self.make_rng("dropout") if rate else None,
+    )
+    return Linear(
+      "bthd,hde->bte",
+      (x.shape[-1],),
+      ("heads", "head_dim", "embed"),
+      dtype=self.dtype,
+      name="output",
+    )(mixed)

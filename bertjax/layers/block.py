@@ -1,0 +1,77 @@
+"""An encoder block: a mixer, a feed-forward, norms and a residual rule."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+from jaxtyping import Array, Float, Int
+
+from bertjax.layers.dropout import Dropout
+from bertjax.parallel.sharding import constrain
+
+Layer = Callable[[Array], Array]
+Residual = Callable[[Array, Layer, Layer], Array]
+
+
+def post_norm(x: Array, layer: Layer, norm: Layer) -> Array:
+  """`norm(x + layer(x))`, the original Transformer and BERT."""
+  return norm(x + layer(x))
+
+
+def pre_norm(x: Array, layer: Layer, norm: Layer) -> Array:
+  """`x + layer(norm(x))` (Xiong et al. 2020); the encoder norms its output."""
+  return x + layer(norm(x))
+
+
+def no_norm(x: Array, layer: Layer, norm: Layer) -> Array:
+  """`x + layer(x)`; the norm is never built."""
+  del norm
+  return x + layer(x)
+
+
+RESIDUALS: dict[str, Residual] = {
+  "post": post_norm,
+  "pre": pre_norm,
+  "none": no_norm,
+}
+
+
+class Block(nn.Module):
+  """One layer of an encoder.
+
+  Attributes:
+    mixer: makes the layer that mixes positions; called as `mixer()(x,
+      segment_ids, train=...)`. It names itself ("attention" in BERT).
+    feed_forward: makes the position-wise layer, named "mlp" in BERT.
+    norm: makes a norm; called with `name`.
+    residual: how layer, norm and skip connection combine.
+    dropout_rate: dropout of each sublayer's output.
+  """
+
+  mixer: Callable[[], nn.Module]
+  feed_forward: Callable[[], nn.Module]
+  norm: Callable[..., nn.Module]
+  residual: Residual = post_norm
+  dropout_rate: float = 0.0
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "b t e"],
+    segment_ids: Int[Array, "b t"] | None,
+    *,
+    train: bool,
+  ) -> Float[Array, "b t e"]:
+    drop = Dropout(self.dropout_rate)
+
+    def mix(h):
+      return drop(self.mixer()(h, segment_ids, train=train), train=train)
+
+    def feed(h):
+      return drop(self.feed_forward()(h), train=train)
+
+    def norm_named(name):
+      return lambda h: self.norm(name=name)(h)
+
+    x = self.residual(x, mix, norm_named("attention_norm"))
+    x = self.residual(x, feed, norm_named("mlp_norm"))
+    return constrain(x, ("batch", "length", None))

@@ -1,0 +1,103 @@
+"""Input embeddings: token + position + type, norm, dropout (BERT's order)."""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype
+from jaxtyping import Array, Float
+
+from bertjax.layers.dropout import Dropout
+from bertjax.layers.linear import bert_init
+from bertjax.layers.matmul import einsum
+from bertjax.layers.norm import LayerNorm
+
+
+class Embed(nn.Module):
+  """A lookup table [num_embeddings, emb_dim], float32.
+
+  Attributes:
+    num_embeddings: rows.
+    emb_dim: width.
+    axis: logical name of the row axis.
+  """
+
+  num_embeddings: int
+  emb_dim: int
+  axis: str
+
+  def setup(self):
+    self.embedding = self.param(
+      "embedding",
+      nn.with_logical_partitioning(bert_init, (self.axis, "embed")),
+      (self.num_embeddings, self.emb_dim),
+      jnp.float32,
+    )
+
+  def __call__(self, ids: jax.Array) -> jax.Array:
+    """Rows of `ids`; an id outside of the table gives NaN, never a wrong row."""
+    return jnp.take(self.embedding, ids, axis=0, mode="fill")
+
+  def logits(self, hidden: jax.Array, dtype: Dtype) -> Float[Array, "b m v"]:
+    """Scores of every row against `hidden` [b, m, e], float32."""
+    return einsum("bme,ve->bmv", hidden, self.embedding, dtype)
+
+
+class Embeddings(nn.Module):
+  """BERT's input layer: `dropout(norm(token + position + type))`.
+
+  Attributes:
+    vocab_size: rows of the token table.
+    emb_dim: model width e.
+    max_positions: longest sequence.
+    num_types: rows of the type table; 0 leaves it out.
+    position_offset: added to every position; RoBERTa's published tables keep
+      two unused rows in front.
+    dropout_rate: after the norm.
+    epsilon: of the norm.
+    dtype: compute dtype of the result.
+  """
+
+  vocab_size: int
+  emb_dim: int
+  max_positions: int
+  num_types: int = 2
+  position_offset: int = 0
+  dropout_rate: float = 0.0
+  epsilon: float = 1e-12
+  dtype: Dtype = jnp.float32
+
+  def setup(self):
+    self.token = Embed(self.vocab_size, self.emb_dim, "vocab")
+    self.position = Embed(
+      self.max_positions + self.position_offset, self.emb_dim, "positions"
+    )
+    if self.num_types:
+      self.type = Embed(self.num_types, self.emb_dim, "types")
+    self.norm = LayerNorm(self.epsilon, self.dtype)
+    self.drop = Dropout(self.dropout_rate)
+
+  def __call__(
+    self, batch: Mapping[str, jax.Array], *, train: bool
+  ) -> Float[Array, "b t e"]:
+    """Embeds `tokens`, `positions` and `type_ids` (where absent: 0, 1, ...).
+
+    Raises:
+      ValueError: the rows are longer than the position table.
+    """
+    tokens = batch["tokens"]
+    if tokens.shape[1] > self.max_positions:
+      raise ValueError(
+        f"sequence length {tokens.shape[1]} exceeds"
+        f" model.max_positions={self.max_positions}; shorten data.seq_len or"
+        " raise model.max_positions."
+      )
+    positions = batch.get("positions")
+    if positions is None:
+      positions = jnp.arange(tokens.shape[1])[None]
+    x = self.token(tokens) + self.position(positions + self.position_offset)
+    if self.num_types:
+      type_ids = batch.get("type_ids")
+      x += self.type(jnp.zeros_like(tokens) if type_ids is None else type_ids)
+    return self.drop(self.norm(x), train=train)

@@ -1,0 +1,153 @@
+"""BERT (Devlin et al. 2018) and RoBERTa (Liu et al. 2019) encoders.
+
+A post-norm Transformer encoder with learned absolute positions. The values
+that libraries default differently are written out: norm epsilon 1e-12 (RoBERTa
+1e-5), matrices from a normal of 0.02 truncated at two deviations, GELU in its
+tanh form as trained (published PyTorch exports use the erf form, "gelu").
+"""
+
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.typing import Dtype
+
+from bertjax.layers.attention import Attend, SelfAttention, reference_attend
+from bertjax.layers.block import RESIDUALS, Block
+from bertjax.layers.embeddings import Embeddings
+from bertjax.layers.feed_forward import ACTIVATIONS, FeedForward
+from bertjax.layers.norm import LayerNorm
+from bertjax.models.encoder import REMAT, Encoder, HeadStyle
+from bertjax.registry import lookup
+
+# Layers, width and heads of the published sizes; f = 4 e and d = 64.
+SIZES: dict[str, dict[str, int]] = {
+  "tiny": dict(num_layers=2, emb_dim=128, num_heads=2),
+  "mini": dict(num_layers=4, emb_dim=256, num_heads=4),
+  "small": dict(num_layers=4, emb_dim=512, num_heads=8),
+  "medium": dict(num_layers=8, emb_dim=512, num_heads=8),
+  "base": dict(num_layers=12, emb_dim=768, num_heads=12),
+  "large": dict(num_layers=24, emb_dim=1024, num_heads=16),
+}
+
+
+def bert(
+  *,
+  vocab_size: int,
+  size: str = "base",
+  num_layers: int | None = None,
+  emb_dim: int | None = None,
+  num_heads: int | None = None,
+  mlp_dim: int | None = None,
+  max_positions: int = 512,
+  num_types: int = 2,
+  position_offset: int = 0,
+  activation: str = "gelu_tanh",
+  norm: str = "post",
+  epsilon: float = 1e-12,
+  dropout_rate: float = 0.1,
+  attention_dropout_rate: float | None = None,
+  scan: bool = True,
+  unroll: int = 1,
+  remat: str = "none",
+  keep_layers: bool = False,
+  dtype: Dtype = jnp.float32,
+  attend: Attend = reference_attend,
+) -> Encoder:
+  """A BERT encoder of a published size, any dimension of which may be replaced.
+
+  Args:
+    vocab_size: rows of the token embedding.
+    size: key of `SIZES`, the source of the dimensions left at None.
+    num_layers: depth l.
+    emb_dim: model width e.
+    num_heads: heads h, which must divide e.
+    mlp_dim: feed-forward width f, 4 e by default.
+    max_positions: longest sequence.
+    num_types: sentence types; 0 leaves out the table.
+    position_offset: see `Embeddings`.
+    activation: key of `ACTIVATIONS`.
+    norm: key of `RESIDUALS`: "post" (original), "pre", "none".
+    epsilon: of every norm.
+    dropout_rate: of embeddings and sublayer outputs.
+    attention_dropout_rate: of attention weights; None: `dropout_rate`.
+    scan: see `Encoder`.
+    unroll: see `Encoder`.
+    remat: see `Encoder`.
+    keep_layers: see `Encoder`.
+    dtype: compute dtype; parameters are float32.
+    attend: attention implementation.
+
+  Raises:
+    ValueError: an unknown name, or heads that do not divide the width.
+  """
+  dims = dict(lookup(SIZES, size, "model.size"))
+  given = dict(num_layers=num_layers, emb_dim=emb_dim, num_heads=num_heads)
+  dims |= {k: v for k, v in given.items() if v is not None}
+  if dims["emb_dim"] % dims["num_heads"]:
+    raise ValueError(
+      f"model.num_heads={dims['num_heads']} does not divide"
+      f" model.emb_dim={dims['emb_dim']}."
+    )
+  if attention_dropout_rate is None:
+    attention_dropout_rate = dropout_rate
+  for name, rate in (
+    ("dropout_rate", dropout_rate),
+    ("attention_dropout_rate", attention_dropout_rate),
+  ):
+    if not 0.0 <= rate < 1.0:
+      raise ValueError(f"model.{name}={rate} must lie in [0, 1).")
+  lookup(REMAT, remat, "model.remat")
+  act = lookup(ACTIVATIONS, activation, "model.activation")
+  make_norm = functools.partial(LayerNorm, epsilon=epsilon, dtype=dtype)
+
+  def make_mixer() -> nn.Module:
+    return SelfAttention(
+      num_heads=dims["num_heads"],
+      head_dim=dims["emb_dim"] // dims["num_heads"],
+      attend=attend,
+      dropout_rate=attention_dropout_rate,
+      dtype=dtype,
+      name="attention",
+    )
+
+  return Encoder(
+    make_embeddings=functools.partial(
+      Embeddings,
+      vocab_size=vocab_size,
+      emb_dim=dims["emb_dim"],
+      max_positions=max_positions,
+      num_types=num_types,
+      position_offset=position_offset,
+      dropout_rate=dropout_rate,
+      epsilon=epsilon,
+      dtype=dtype,
+    ),
+    make_block=functools.partial(
+      Block,
+      mixer=make_mixer,
+      feed_forward=functools.partial(
+        FeedForward,
+        mlp_dim=mlp_dim or 4 * dims["emb_dim"],
+        activation=act,
+        dtype=dtype,
+        name="mlp",
+      ),
+      norm=make_norm,
+      residual=lookup(RESIDUALS, norm, "model.norm"),
+      dropout_rate=dropout_rate,
+    ),
+    num_layers=dims["num_layers"],
+    style=HeadStyle(vocab_size, dims["emb_dim"], act, epsilon, dtype),
+    make_final_norm=make_norm if norm == "pre" else None,
+    scan=scan,
+    unroll=unroll,
+    remat=remat,
+    keep_layers=keep_layers,
+  )
+
+
+# RoBERTa differs from BERT in data and objective; in the network only by these.
+roberta = functools.partial(
+  bert, num_types=1, position_offset=2, activation="gelu", epsilon=1e-5
+)

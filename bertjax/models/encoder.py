@@ -1,0 +1,170 @@
+"""A Transformer encoder: embeddings, then a stack of blocks."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype
+from jaxtyping import Array, Float
+
+from bertjax.parallel.sharding import constrain
+from bertjax.registry import lookup
+
+# What a remat policy keeps of the forward pass; all else is computed again.
+REMAT: dict[str, Callable | None] = {
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_saveable,
+  "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@flax.struct.dataclass
+class Encoded:
+  """What an encoder returns.
+
+  Attributes:
+    hidden: final hidden states [b, t, e], compute dtype.
+    layers: hidden states before the first and after every block,
+      [l + 1, b, t, e], if they were asked for.
+  """
+
+  hidden: jax.Array
+  layers: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadStyle:
+  """What the heads on top of an encoder share with it.
+
+  Attributes:
+    vocab_size: rows of the token embedding v.
+    emb_dim: model width e.
+    activation: of the encoder's feed-forward layers.
+    epsilon: of its norms.
+    dtype: compute dtype.
+  """
+
+  vocab_size: int
+  emb_dim: int
+  activation: Callable[[jax.Array], jax.Array]
+  epsilon: float
+  dtype: Dtype = jnp.float32
+
+
+class Encoder(nn.Module):
+  """Embeddings and `num_layers` equal blocks.
+
+  Attributes:
+    make_embeddings: makes the input layer; it offers `token.logits`.
+    make_block: makes a block, called as `block(x, segment_ids, train=...)`.
+    num_layers: depth l.
+    style: what heads need to know.
+    make_final_norm: makes a norm of the output (pre-norm stacks), or None.
+    scan: parameters of all layers stacked on a leading axis, so that compile
+      time is constant in depth. The unscanned twin keeps `layers_0`, ...
+    remat: key of `REMAT`.
+    unroll: layers per scan iteration.
+    keep_layers: also return every block's output.
+  """
+
+  make_embeddings: Callable[[], nn.Module]
+  make_block: Callable[[], nn.Module]
+  num_layers: int
+  style: HeadStyle
+  make_final_norm: Callable[[], nn.Module] | None = None
+  scan: bool = True
+  remat: str = "none"
+  unroll: int = 1
+  keep_layers: bool = False
+
+  def setup(self):
+    self.embeddings = self.make_embeddings()
+    if self.scan:
+      self.layers = self.make_block()
+    else:
+      self.layers = [self.make_block() for _ in range(self.num_layers)]
+    if self.make_final_norm is not None:
+      self.final_norm = self.make_final_norm()
+
+  def __call__(
+    self, batch: Mapping[str, jax.Array], *, train: bool = False
+  ) -> Encoded:
+    """Encodes `tokens` [b, t] with `segment_ids` (absent: one full segment)."""
+    x = self.embeddings(batch, train=train)
+    x = constrain(x, ("batch", "length", None))
+    segment_ids = batch.get("segment_ids")
+
+    def body(block, x):
+      return block(x, segment_ids, train=train)
+
+    policy = lookup(REMAT, self.remat, "model.remat")
+    if policy is not None:
+      # Under scan the barrier against merging is superfluous, and slow.
+      body = nn.remat(body, policy=policy, prevent_cse=not self.scan)
+
+    if self.scan:
+
+      def scanned(block, x, _):
+        y = body(block, x)
+        return y, y if self.keep_layers else None
+
+      last, outputs = nn.scan(
+        scanned,
+        variable_axes={"params": 0},
+        split_rngs={"params": True, "dropout": True},
+        length=self.num_layers,
+        unroll=self.unroll,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+      )(self.layers, x, None)
+    else:
+      last, outputs = x, []
+      for layer in self.layers:
+        last = body(layer, last)
+        outputs.append(last)
+
+    layers = None
+    if self.keep_layers:
+      layers = jnp.concatenate([x[None], jnp.stack(list(outputs))])
+    if self.make_final_norm is not None:
+      last = self.final_norm(last)
+    return Encoded(last, layers)
+
+  def token_logits(
+    self, hidden: Float[Array, "b m e"]
+  ) -> Float[Array, "b m v"]:
+    """Vocabulary scores by the token embedding (tied weights), float32."""
+    return self.embeddings.token.logits(hidden, hidden.dtype)
+
+
+def stack_layers(params: dict, num_layers: int) -> dict:
+  """`layers_0`, `layers_1`, ... of an unscanned encoder -> stacked `layers`.
+
+  Args:
+    params: an encoder's parameter dict (numpy or jax leaves), or one that
+      holds the encoder's under "encoder".
+    num_layers: depth l.
+  """
+  if "encoder" in params:
+    return params | {"encoder": stack_layers(params["encoder"], num_layers)}
+  names = [f"layers_{i}" for i in range(num_layers)]
+  rest = {k: v for k, v in params.items() if k not in names}
+  stacked = jax.tree.map(
+    lambda *leaves: jnp.stack(leaves), *(params[n] for n in names)
+  )
+  return rest | {"layers": stacked}
+
+
+def unstack_layers(params: dict, num_layers: int) -> dict:
+  """The inverse of `stack_layers`."""
+  if "encoder" in params:
+    return params | {"encoder": unstack_layers(params["encoder"], num_layers)}
+  rest = {k: v for k, v in params.items() if k != "layers"}
+  for i in range(num_layers):
+    rest[f"layers_{i}"] = jax.tree.map(
+      lambda leaf, i=i: leaf[i], params["layers"]
+    )
+  return rest

@@ -1,0 +1,44 @@
+"""The contract of an objective, and the one way its terms become a loss."""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+Terms = dict[str, jax.Array]
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+
+
+class Objective(Protocol):
+  """A linen module that owns an encoder and its heads.
+
+  The loss of a batch is the sum over terms of coefficient * sum / weight. The
+  weights come from the batch alone, so that microbatches and hosts divide by
+  the weight of the whole global batch and their gradients add up to its own.
+
+  Attributes:
+    coefficients: factor of every term.
+  """
+
+  coefficients: Mapping[str, float]
+
+  def weights(self, batch: Mapping[str, jax.Array]) -> Terms:
+    """Total weight of every term in the batch; scalars."""
+    ...
+
+  def __call__(
+    self, batch: Mapping[str, jax.Array], *, train: bool
+  ) -> tuple[Terms, Metrics]:
+    """Weighted sums of every term, and metrics as (sum, weight) pairs."""
+    ...
+
+
+def total_loss(
+  sums: Terms, weights: Terms, coefficients: Mapping[str, float]
+) -> jax.Array:
+  """Sum of coefficient * sum / weight; a term without weight counts nothing."""
+  return sum(
+    coefficients[name] * sums[name] / jnp.maximum(weights[name], 1.0)
+    for name in sums
+  )

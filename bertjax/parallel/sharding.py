@@ -1,0 +1,131 @@
+"""Logical axis names of arrays, and the table that maps them to the mesh."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bertjax.rules import path_name
+
+Rules = Sequence[tuple[str, str | tuple[str, ...] | None]]
+
+RULES: Rules = (
+  ("batch", ("data", "fsdp")),
+  ("length", "seq"),
+  ("vocab", "model"),
+  ("mlp", "model"),
+  ("heads", "model"),
+  ("embed", "fsdp"),
+  ("layers", None),
+  ("head_dim", None),
+  ("positions", None),
+  ("types", None),
+  ("classes", None),
+  ("norm", None),
+)
+
+
+def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+  """Pins an activation's sharding by logical names; a no-op off the mesh."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(names, RULES))
+
+
+def spec(names: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
+  """The mesh axes of an array whose dimensions have these logical names.
+
+  Raises:
+    ValueError: a name that the rules do not list.
+  """
+  table = dict(rules)
+  for name in names:
+    if name is not None and name not in table:
+      raise ValueError(
+        f"logical axis {name!r} is in no sharding rule; known:"
+        f" {', '.join(table)}."
+      )
+  return PartitionSpec(*(table[n] if n is not None else None for n in names))
+
+
+def logical_axes(variables: Any) -> Any:
+  """Per leaf, the tuple of logical names that its initializer declared.
+
+  Args:
+    variables: what `module.init` or its `jax.eval_shape` returned, boxed.
+  """
+  return jax.tree.map(
+    lambda leaf: (
+      tuple(leaf.names)
+      if isinstance(leaf, nn.LogicallyPartitioned)
+      else (None,) * leaf.ndim
+    ),
+    variables,
+    is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
+  )
+
+
+def _axis_size(mesh: Mesh, axes: str | tuple[str, ...] | None) -> int:
+  if axes is None:
+    return 1
+  axes = (axes,) if isinstance(axes, str) else axes
+  return math.prod(mesh.shape[a] for a in axes)
+
+
+def parameter_shardings(
+  abstract: Any, axes: Any, mesh: Mesh, rules: Rules = RULES
+) -> Any:
+  """A NamedSharding for every parameter.
+
+  Args:
+    abstract: tree of arrays or ShapeDtypeStructs, unboxed.
+    axes: tree of `logical_axes`, same structure.
+    mesh: the device mesh.
+    rules: logical name to mesh axes.
+
+  Raises:
+    ValueError: a dimension that its mesh axis does not divide.
+  """
+
+  def one(path, leaf, names):
+    partition = spec(names, rules)
+    for size, name, axis in zip(leaf.shape, names, partition):
+      if size % _axis_size(mesh, axis):
+        hint = (
+          "; pad the vocabulary with data.tokenizer.pad_to_multiple"
+          if name == "vocab"
+          else ""
+        )
+        raise ValueError(
+          f"mesh.{axis}={_axis_size(mesh, axis)} does not divide axis"
+          f" {name!r} of size {size} of parameter {path_name(path)!r}{hint}."
+        )
+    return NamedSharding(mesh, partition)
+
+  return jax.tree_util.tree_map_with_path(
+    one, abstract, axes, is_leaf=lambda x: hasattr(x, "shape")
+  )
+
+
+def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+  """Batch axis over data and fsdp; the other axes are left whole."""
+  return NamedSharding(
+    mesh, PartitionSpec(("data", "fsdp"), *(None,) * (ndim - 1))
+  )
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """Over how many shards the batch axis is split."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
+  """This process's slice of the global batch becomes global arrays."""
+  return {
+    k: jax.make_array_from_process_local_data(batch_sharding(mesh, v.ndim), v)
+    for k, v in batch.items()
+  }
