@@ -1,0 +1,506 @@
+"""Saving and restoring the state of a run; the only user of Orbax."""
+
+import dataclasses
+import errno
+import json
+import math
+import shutil
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from bertjax import rules
+from bertjax.checkpoint import disk
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+  """What `Checkpointer.restore` found.
+
+  Attributes:
+    step: optimizer step the state belongs to.
+    state: the tree, placed as the abstract state asked.
+    iterator_state: position of the data iterator, as given to `save`.
+    config: the resolved config of the run that saved.
+    skipped: newer checkpoints that were passed over, as (step, reason).
+  """
+
+  step: int
+  state: Any
+  iterator_state: dict[str, Any]
+  config: dict[str, Any]
+  skipped: tuple[tuple[int, str], ...] = ()
+
+
+class Checkpointer:
+  """Saves and restores the state of one run under `workdir/checkpoints`.
+
+  One process group writes into a workdir at a time; any number may read.
+
+  Attributes:
+    folder: where the checkpoints are.
+  """
+
+  def __init__(
+    self,
+    workdir: epath.PathLike,
+    *,
+    keep: int = 2,
+    keep_every: int | None = None,
+    best_metric: str | None = None,
+    best_mode: str = "max",
+    save_async: bool = True,
+  ):
+    """Prepares, without touching the disk.
+
+    Args:
+      workdir: the run's folder, a path or an object store URL.
+      keep: how many of the newest checkpoints stay; at least 1. With 1 there
+        is nothing to fall back to when the newest is damaged.
+      keep_every: checkpoints at multiples of this many steps stay for good.
+      best_metric: the checkpoint whose `metrics[best_metric]` is best stays.
+      best_mode: "max" or "min".
+      save_async: whether `save` returns once the state is in host memory.
+
+    Raises:
+      ValueError: an argument out of range.
+    """
+    if keep < 1:
+      raise ValueError(f"keep={keep} must be at least 1.")
+    if keep_every is not None and keep_every < 1:
+      raise ValueError(f"keep_every={keep_every} must be at least 1, or None.")
+    if best_mode not in ("max", "min"):
+      raise ValueError(f"best_mode={best_mode!r} must be 'max' or 'min'.")
+    self.folder = epath.Path(workdir) / "checkpoints"
+    self._keep = keep
+    self._keep_every = keep_every
+    self._best_metric = best_metric
+    self._best_sign = 1.0 if best_mode == "max" else -1.0
+    self._save_async = save_async
+    self._damaged: set[int] = set()
+    self._thread: threading.Thread | None = None
+    self._error: BaseException | None = None
+    self._last_saved: int | None = None
+    self._orbax = ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+
+  # -- writing ---------------------------------------------------------------
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    *,
+    iterator_state: Mapping[str, Any],
+    config: Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
+  ) -> bool:
+    """Saves `state`; returns False when this step is saved and intact already.
+
+    The state is copied to the host inside the call, so its buffers may be
+    donated right after; files are written in the background. A damaged
+    directory of the same step is renamed to `<step>.damaged`, never deleted.
+
+    Args:
+      step: optimizer step of `state`.
+      state: pytree of arrays.
+      iterator_state: what the data iterator needs to continue; JSON values.
+      config: resolved config of the run; JSON values.
+      metrics: evaluation values at this step, for `best_metric`.
+
+    Raises:
+      CheckpointError: this save, or the previous one in the background,
+        failed (most often: the disk is full). Earlier checkpoints are intact
+        and the object stays usable.
+      ValueError: `iterator_state` or `config` is not JSON.
+    """
+    self.wait()
+    step = int(step)
+    meta = json.dumps(
+      {
+        "format": disk.FORMAT,
+        "step": step,
+        "arrays": _describe(state),
+        "metrics": _jsonable(metrics or {}, "metrics"),
+        "iterator_state": _jsonable(iterator_state, "iterator_state"),
+        "config": _jsonable(config, "config"),
+      }
+    )
+    target = self.folder / str(step)
+    if step not in self._damaged and self._intact(step):
+      return False
+    # Every process must have looked before the first one changes anything.
+    _barrier(f"bertjax_save_{step}")
+    needed = sum(_nbytes(x) for x in jax.tree.leaves(state))
+    if jax.process_index() == 0:
+      try:
+        self._make_room(step, needed)
+        target.mkdir(parents=True, exist_ok=True)
+        (target / disk.MARKER).write_text("being written\n")
+      except OSError as err:
+        raise self._failure(step, needed, err) from err
+    try:
+      self._orbax.save(target / disk.STATE, args=ocp.args.StandardSave(state))
+    except Exception as err:
+      self._discard(target)
+      raise self._failure(step, needed, err) from err
+    self._thread = threading.Thread(
+      target=self._finish,
+      args=(step, meta, needed),
+      name=f"checkpoint_{step}",
+    )
+    self._thread.start()
+    if not self._save_async:
+      self.wait()
+    return True
+
+  def check(self) -> None:
+    """Raises the error of a failed background save, without waiting."""
+    if self._thread is not None and not self._thread.is_alive():
+      self.wait()
+
+  def wait(self) -> None:
+    """Blocks until the save under way is committed.
+
+    Raises:
+      CheckpointError: it failed.
+    """
+    if self._thread is not None:
+      self._thread.join()
+      self._thread = None
+    if self._error is not None:
+      error, self._error = self._error, None
+      raise error
+
+  def close(self) -> None:
+    """Waits for the save under way and releases Orbax."""
+    try:
+      self.wait()
+    finally:
+      self._orbax.close()
+
+  def __enter__(self) -> "Checkpointer":
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    self.close()
+
+  def _finish(self, step: int, meta: str, needed: int) -> None:
+    """Background half of `save`: commit, then remove what is not kept."""
+    target = self.folder / str(step)
+    try:
+      self._orbax.wait_until_finished()
+      if jax.process_index() == 0:
+        (target / disk.META).write_text(meta)
+        (target / disk.MANIFEST).write_text(
+          json.dumps(disk.manifest_of(target))
+        )
+        (target / disk.MARKER).unlink(missing_ok=True)
+    # Whatever went wrong in this thread is raised by `wait` in the main one.
+    except BaseException as err:
+      self._discard(target)
+      self._error = self._failure(step, needed, err)
+      self._error.__cause__ = err
+      return
+    self._damaged.discard(step)
+    self._last_saved = step
+    logging.info("Saved the checkpoint of step %d in %s", step, target)
+    try:
+      if jax.process_index() == 0:
+        self._prune(step)
+    except OSError as err:
+      logging.warning("Could not remove an old checkpoint: %s", err)
+
+  def _make_room(self, step: int, needed: int) -> None:
+    """Clears a spoilt directory of `step`; refuses what cannot fit."""
+    target = self.folder / str(step)
+    if target.exists():
+      if not disk.is_unfinished(target):
+        aside = self.folder / f"{step}.damaged"
+        count = 1
+        while aside.exists():
+          count += 1
+          aside = self.folder / f"{step}.damaged{count}"
+        target.rename(aside)
+        logging.warning("Moved the damaged %s to %s", target, aside)
+      else:
+        disk.remove(target)
+    free = self._free()
+    if free is not None and free < needed:
+      raise OSError(errno.ENOSPC, "No space left on device")
+
+  def _prune(self, newest: int) -> None:
+    for path in disk.step_folders(self.folder):
+      if int(path.name) != newest and disk.is_unfinished(path):
+        disk.remove(path)
+    steps = [s for s in self.steps() if s not in self._damaged]
+    kept = set(steps[-self._keep :]) | {newest}
+    if self._keep_every:
+      kept |= {s for s in steps if s % self._keep_every == 0}
+    best = self.best_step()
+    if best is not None:
+      kept.add(best)
+    for step in steps:
+      if step not in kept:
+        disk.remove(self.folder / str(step))
+
+  def _discard(self, target: epath.Path) -> None:
+    """Frees the space of a failed save; its error matters more than ours."""
+    if jax.process_index() == 0 and target.exists():
+      try:
+        disk.remove(target)
+      except OSError as err:
+        logging.warning("Could not remove the unfinished %s: %s", target, err)
+
+  def _failure(
+    self, step: int, needed: int, err: BaseException
+  ) -> disk.CheckpointError:
+    free = self._free()
+    space = "" if free is None else f", {free:,} bytes are free there"
+    steps = [s for s in self.steps() if s not in self._damaged]
+    previous = (
+      f"the checkpoint of step {steps[-1]} is intact"
+      if steps
+      else "there is no earlier checkpoint"
+    )
+    first_line = (str(err) or type(err).__name__).splitlines()[0][:200]
+    return disk.CheckpointError(
+      f"The checkpoint of step {step} could not be written to {self.folder}:"
+      f" it needs up to {needed:,} bytes{space}; {previous}. Free some space"
+      f" or use another workdir, then run the same command again."
+      f" ({first_line})"
+    )
+
+  def _free(self) -> int | None:
+    """Free bytes of the disk under the workdir; None for object stores."""
+    if "://" in str(self.folder):
+      return None
+    path = self.folder
+    while not path.exists():
+      path = path.parent
+    return shutil.disk_usage(path).free
+
+  # -- reading ---------------------------------------------------------------
+
+  def steps(self) -> tuple[int, ...]:
+    """Steps with a checkpoint that was not left unfinished, ascending.
+
+    A damaged checkpoint is in the list: it must not look like a fresh start.
+    """
+    return disk.committed_steps(self.folder)
+
+  def latest_step(self) -> int | None:
+    """The newest of `steps()`, leaving out what `restore` found damaged."""
+    steps = self.steps()
+    intact = [s for s in steps if s not in self._damaged]
+    return (intact or list(steps) or [None])[-1]
+
+  def best_step(self) -> int | None:
+    """The step whose saved `best_metric` is best; the later one of equals."""
+    if self._best_metric is None:
+      return None
+    scores = {}
+    for step in self.steps():
+      try:
+        metrics = disk.read_json(self.folder / str(step) / disk.META)["metrics"]
+      except disk.DamagedError:
+        continue
+      value = metrics.get(self._best_metric, math.nan)
+      if not math.isnan(value):
+        scores[step] = self._best_sign * value
+    return max(scores, key=lambda s: (scores[s], s)) if scores else None
+
+  def restore(self, abstract_state: Any, step: int | None = None) -> Restored:
+    """Reads the newest intact checkpoint, onto any number of devices.
+
+    Args:
+      abstract_state: tree of `jax.ShapeDtypeStruct` with shardings, of the
+        structure that was saved. A leaf without sharding goes to the default
+        device.
+      step: read this checkpoint and no other.
+
+    Raises:
+      FileNotFoundError: there is no checkpoint (of this step).
+      CheckpointError: there are checkpoints and all are damaged.
+      ValueError: the checkpoint belongs to another model; the message names
+        the first parameter that differs.
+    """
+    self.wait()
+    candidates = self.steps()[::-1] if step is None else (int(step),)
+    if not candidates or not (self.folder / str(candidates[0])).exists():
+      which = "" if step is None else f" of step {step}"
+      raise FileNotFoundError(
+        f"There is no checkpoint{which} in {self.folder}; there are steps"
+        f" {list(self.steps())}."
+      )
+    chosen, skipped = self._choose(candidates)
+    self._damaged.update(bad for bad, _ in skipped)
+    disk.report(self.folder, chosen, skipped)
+    path = self.folder / str(chosen)
+    meta = disk.read_json(path / disk.META)
+    _refuse_foreign(meta["arrays"], _describe(abstract_state), path)
+    state = self._orbax.restore(
+      path / disk.STATE,
+      args=ocp.args.StandardRestore(jax.tree.map(_placed, abstract_state)),
+    )
+    return Restored(
+      chosen, state, meta["iterator_state"], meta["config"], tuple(skipped)
+    )
+
+  def _choose(
+    self, candidates: tuple[int, ...]
+  ) -> tuple[int | None, list[tuple[int, str]]]:
+    """The first intact candidate; process 0 looks and tells the others."""
+    chosen, skipped = None, []
+    if jax.process_index() == 0:
+      chosen, skipped = disk.first_intact(self.folder, candidates)
+    if jax.process_count() > 1:
+      told = multihost_utils.broadcast_one_to_all(
+        np.int64(-1 if chosen is None else chosen)
+      )
+      chosen = None if told < 0 else int(told)
+      if jax.process_index() > 0:
+        passed = [c for c in candidates if chosen is None or c > chosen]
+        skipped = [(c, "process 0 found it damaged") for c in passed]
+    return chosen, skipped
+
+  def _intact(self, step: int) -> bool:
+    if step == self._last_saved and (self.folder / str(step)).exists():
+      return True  # written by this object: no need to read it all again
+    try:
+      disk.verify(self.folder / str(step))
+    except disk.DamagedError:
+      return False
+    return True
+
+
+def load_params(
+  path: epath.PathLike, step: int | None = None
+) -> tuple[Any, dict[str, Any]]:
+  """Parameters as nested dicts of numpy arrays, and the config they had.
+
+  Needs neither a mesh nor a model, and reads no optimizer state.
+
+  Args:
+    path: a workdir, its `checkpoints` folder, or one checkpoint in it.
+    step: which checkpoint; by default the newest intact one.
+
+  Raises:
+    FileNotFoundError: there is no checkpoint.
+    CheckpointError: all of them are damaged.
+  """
+  path = epath.Path(path)
+  if (path / disk.MANIFEST).exists() and path.name.isdecimal():
+    path, step = path.parent, int(path.name)
+  workdir = path.parent if path.name == "checkpoints" else path
+  folder = workdir / "checkpoints"
+  steps = disk.committed_steps(folder)[::-1]
+  if step is not None:
+    steps = tuple(s for s in steps if s == step)
+  if not steps:
+    which = "" if step is None else f" of step {step}"
+    raise FileNotFoundError(f"There is no checkpoint{which} in {folder}.")
+  chosen, skipped = disk.first_intact(folder, steps)
+  disk.report(folder, chosen, skipped)
+  meta = disk.read_json(folder / str(chosen) / disk.META)
+  item: dict[str, Any] = {}
+  for name, shape, dtype in meta["arrays"]:
+    if name.startswith("params/"):
+      *parents, leaf = name.split("/")
+      node = item
+      for parent in parents:
+        node = node.setdefault(parent, {})
+      node[leaf] = jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype))
+  as_numpy = jax.tree.map(
+    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item
+  )
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+    tree = orbax.restore(
+      folder / str(chosen) / disk.STATE,
+      args=ocp.args.PyTreeRestore(
+        item=item, restore_args=as_numpy, partial_restore=True
+      ),
+    )
+  return tree["params"], meta["config"]
+
+
+def _describe(tree: Any) -> list[list[Any]]:
+  """`[name, shape, dtype]` of every leaf; also works on abstract trees."""
+  described = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    name = rules.path_name(path)
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+      raise ValueError(
+        f"state: {name!r} is a {type(leaf).__name__}; a checkpoint holds"
+        " arrays, so wrap it in jnp.asarray."
+      )
+    described.append([name, list(leaf.shape), str(leaf.dtype)])
+  return described
+
+
+def _refuse_foreign(
+  saved: list[list[Any]], wanted: list[list[Any]], path: epath.Path
+) -> None:
+  """Raises ValueError naming the first array that differs, parameters first."""
+  have = {name: (tuple(shape), dtype) for name, shape, dtype in saved}
+  want = {name: (tuple(shape), dtype) for name, shape, dtype in wanted}
+  ordered = [name for name, *_ in wanted] + [
+    name for name, *_ in saved if name not in want
+  ]
+  ordered.sort(key=lambda name: not name.startswith("params/"))  # stable
+  for name in ordered:
+    if have.get(name) == want.get(name):
+      continue
+    if name not in have:
+      shape, dtype = want[name]
+      detail = f"this model has it as {dtype}{list(shape)}, the checkpoint not"
+    elif name not in want:
+      shape, dtype = have[name]
+      detail = f"the checkpoint has it as {dtype}{list(shape)}, this model not"
+    else:
+      detail = (
+        f"{have[name][1]}{list(have[name][0])} in the checkpoint,"
+        f" {want[name][1]}{list(want[name][0])} in this model"
+      )
+    raise ValueError(
+      f"{path} belongs to another model: {name!r} differs ({detail})."
+      " Use the config of that run, or another workdir. Nothing was changed."
+    )
+
+
+def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
+  sharding = getattr(leaf, "sharding", None)
+  if sharding is None:
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _nbytes(x: Any) -> int:
+  """Bytes of an array; a key array does not tell its own on every version."""
+  if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    x = jax.random.key_data(x)
+  return math.prod(x.shape) * np.dtype(x.dtype).itemsize
+
+
+def _jsonable(values: Mapping[str, Any], field: str) -> dict[str, Any]:
+  """`values` as JSON would give them back (tuples become lists)."""
+  if hasattr(values, "to_dict"):  # ml_collections.ConfigDict
+    values = values.to_dict()
+  try:
+    return json.loads(json.dumps(dict(values)))
+  except TypeError as err:
+    raise ValueError(
+      f"{field} holds something that JSON cannot ({err}); use numbers,"
+      " strings, lists and dicts."
+    ) from err
+
+
+def _barrier(name: str) -> None:
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
