@@ -1,0 +1,1 @@
+"""From sources to batches: read, tokenise once, pack, mask."""
