@@ -36,7 +36,7 @@ class Embed(nn.Module):
     )
 
   def __call__(self, ids: jax.Array) -> jax.Array:
-    """Rows of `ids`; an id outside of the table gives NaN, never a wrong row."""
+    """Rows of `ids`; an id beyond the table gives NaN, never a wrong row."""
     return jnp.take(self.embedding, ids, axis=0, mode="fill")
 
   def logits(self, hidden: jax.Array, dtype: Dtype) -> Float[Array, "b m v"]:

@@ -29,11 +29,22 @@ RULES: Rules = (
 
 
 def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-  """Pins an activation's sharding by logical names; a no-op off the mesh."""
+  """Pins an activation's sharding by logical names.
+
+  Without a mesh it does nothing; inside `shard_map` the axes that are already
+  split by hand are left out.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return x
-  return jax.lax.with_sharding_constraint(x, spec(names, RULES))
+  auto = set(mesh.axis_names) - set(mesh.manual_axes)
+
+  def keep(axes):
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return tuple(a for a in axes if a in auto) or None
+
+  partition = PartitionSpec(*map(keep, spec(names, RULES)))
+  return jax.lax.with_sharding_constraint(x, partition)
 
 
 def spec(names: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:

@@ -1,0 +1,124 @@
+"""What a training step carries, and how it is laid out on the mesh."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bertjax.parallel.sharding import logical_axes, parameter_shardings
+from bertjax.rules import path_name
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that a checkpoint must hold to continue bitwise.
+
+  Attributes:
+    step: optimizer steps taken, int32 scalar.
+    params: parameter tree, float32.
+    opt_state: state of the gradient transformation.
+    key: PRNG key; step k uses `fold_in(key, k)`.
+    extra: the objective's other collections (statistics, queues, teachers).
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  key: jax.Array
+  extra: Any
+
+
+def dummy_batch(spec: Mapping[str, jax.ShapeDtypeStruct]) -> dict:
+  """Zeros of a batch's shapes, for tracing an initialisation."""
+  return {k: jnp.zeros(v.shape, v.dtype) for k, v in spec.items()}
+
+
+def abstract_variables(
+  objective: nn.Module, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+) -> Any:
+  """Shapes of an objective's variables, boxed with their logical axes."""
+  return jax.eval_shape(
+    lambda key: objective.init(
+      {"params": key, "dropout": key}, dummy_batch(batch_spec), train=False
+    ),
+    jax.random.key(0),
+  )
+
+
+def abstract_params(
+  objective: nn.Module, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+) -> tuple[Any, Any]:
+  """Shapes of the parameters, and their logical axes as an equal tree."""
+  params = abstract_variables(objective, batch_spec)["params"]
+  return nn.meta.unbox(params), logical_axes(params)
+
+
+def init_state(
+  objective: nn.Module,
+  transform: optax.GradientTransformation,
+  batch_spec: Mapping[str, jax.ShapeDtypeStruct],
+  key: jax.Array,
+) -> TrainState:
+  """A fresh state; jit it with `state_shardings` to create it sharded."""
+  init_key, train_key = jax.random.split(key)
+  variables = nn.meta.unbox(
+    objective.init(
+      {"params": init_key, "dropout": init_key},
+      dummy_batch(batch_spec),
+      train=False,
+    )
+  )
+  params = variables.pop("params")
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=transform.init(params),
+    key=train_key,
+    extra=variables,
+  )
+
+
+def state_shardings(
+  objective: nn.Module,
+  transform: optax.GradientTransformation,
+  batch_spec: Mapping[str, jax.ShapeDtypeStruct],
+  mesh: Mesh,
+  key: jax.Array,
+) -> tuple[TrainState, TrainState]:
+  """The state's abstract form and a NamedSharding for each of its leaves.
+
+  Optimizer state follows its parameter: a leaf whose path ends in a
+  parameter's path and that has its shape is sharded like it. All else is
+  replicated.
+  """
+  abstract = jax.eval_shape(
+    lambda k: init_state(objective, transform, batch_spec, k), key
+  )
+  _, axes = abstract_params(objective, batch_spec)
+  params = parameter_shardings(abstract.params, axes, mesh)
+  whole = NamedSharding(mesh, PartitionSpec())
+  by_name = {
+    path_name(path): (leaf.shape, sharding)
+    for (path, leaf), sharding in zip(
+      jax.tree_util.tree_leaves_with_path(abstract.params),
+      jax.tree.leaves(params),
+    )
+  }
+
+  def follow(path, leaf):
+    for start in range(len(path)):
+      shape, sharding = by_name.get(path_name(path[start:]), (None, whole))
+      if shape == leaf.shape:
+        return sharding
+    return whole
+
+  shardings = jax.tree.map(lambda _: whole, abstract).replace(
+    params=params,
+    opt_state=jax.tree_util.tree_map_with_path(follow, abstract.opt_state),
+  )
+  return abstract, shardings

@@ -1,0 +1,210 @@
+"""The one training step: loss, accumulation, gradient reduction, update."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, PartitionSpec
+
+from bertjax.objectives.base import Metrics, Objective, total_loss
+from bertjax.optim import Optimizer
+from bertjax.parallel.sharding import batch_shards, batch_sharding
+from bertjax.train_state import TrainState
+
+Batch = Mapping[str, jax.Array]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
+  """Refuses a batch that does not divide.
+
+  Raises:
+    ValueError: microbatches or batch shards do not divide the batch size.
+  """
+  shards = batch_shards(mesh)
+  if microbatches < 1 or batch_size % microbatches:
+    raise ValueError(
+      f"microbatches={microbatches} does not divide"
+      f" data.batch_size={batch_size}; use a positive divisor of it."
+    )
+  if (batch_size // microbatches) % shards:
+    raise ValueError(
+      f"data.batch_size={batch_size} in microbatches={microbatches} gives"
+      f" {batch_size // microbatches} rows, which do not divide over"
+      f" {shards} batch shards (mesh.data x mesh.fsdp); use a batch size that"
+      f" is a multiple of {microbatches * shards}."
+    )
+
+
+def split_batch(batch: Batch, microbatches: int) -> Batch:
+  """[b, ...] -> [microbatches, b / microbatches, ...], strided.
+
+  Microbatch i holds rows i, i + n, i + 2n...: every device keeps the rows that
+  it has, so that splitting a sharded batch moves nothing.
+  """
+
+  def split(x):
+    x = x.reshape(-1, microbatches, *x.shape[1:])
+    return jnp.swapaxes(x, 0, 1)
+
+  return jax.tree.map(split, dict(batch))
+
+
+def accumulate(
+  loss_fn: Callable[..., tuple[jax.Array, tuple[Metrics, Any]]],
+  params: Any,
+  extra: Any,
+  batch: Batch,
+  key: jax.Array,
+  microbatches: int,
+) -> tuple[jax.Array, Any, Metrics, Any]:
+  """Loss, gradient (float32) and metrics of a batch, summed over microbatches.
+
+  Args:
+    loss_fn: `(params, extra, batch, key) -> loss, (metrics, extra)`, where the
+      losses of the microbatches add up to that of the batch.
+    params: parameters to differentiate by.
+    extra: other collections, handed from one microbatch to the next.
+    batch: arrays with a leading batch axis.
+    key: PRNG key.
+    microbatches: number of parts.
+  """
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  if microbatches == 1:
+    (loss, (metrics, extra)), grads = grad_fn(params, extra, batch, key)
+    return loss, grads, metrics, extra
+
+  parts = split_batch(batch, microbatches)
+
+  def one(carry, part):
+    extra, sums = carry
+    index, part = part
+    (loss, (metrics, extra)), grads = grad_fn(
+      params, extra, part, jax.random.fold_in(key, index)
+    )
+    return (extra, jax.tree.map(jnp.add, sums, (loss, grads, metrics))), None
+
+  first = jax.tree.map(lambda x: x[0], parts)
+  (loss, (metrics, _)), grads = jax.eval_shape(
+    grad_fn, params, extra, first, key
+  )
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype), (loss, grads, metrics)
+  )
+  (extra, (loss, grads, metrics)), _ = jax.lax.scan(
+    one, (extra, zeros), (jnp.arange(microbatches), parts)
+  )
+  return loss, grads, metrics, extra
+
+
+def train_step(
+  objective: Objective, optimizer: Optimizer, microbatches: int = 1
+) -> Step:
+  """The pure step function `(state, batch) -> (state, metrics)`.
+
+  Metrics are (sum, weight) pairs. With an optimizer that wants local gradients
+  it must run inside `shard_map` over "data"; `compile_step` does that.
+  """
+  local = optimizer.local_gradients
+
+  def over_shards(tree):
+    return jax.tree.map(lambda x: jax.lax.psum(x, "data"), tree)
+
+  def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    key = jax.random.fold_in(state.key, state.step)
+    # Global, before splitting: every part divides by the same weight.
+    weights = objective.weights(batch)
+    if local:
+      weights = over_shards(weights)
+      key = jax.random.fold_in(key, jax.lax.axis_index("data"))
+
+    def loss_fn(params, extra, batch, key):
+      (sums, metrics), extra = objective.apply(
+        {"params": params, **extra},
+        batch,
+        train=True,
+        rngs={"dropout": key},
+        mutable=list(extra),
+      )
+      loss = total_loss(sums, weights, objective.coefficients)
+      return loss, (metrics, extra)
+
+    loss, grads, metrics, extra = accumulate(
+      loss_fn, state.params, state.extra, batch, key, microbatches
+    )
+    norm = optax.global_norm(grads)
+    if local:
+      loss, metrics = over_shards((loss, metrics))
+      norm = jax.lax.pmean(norm, "data")
+    updates, opt_state = optimizer.transform.update(
+      grads, state.opt_state, state.params
+    )
+    one = jnp.ones((), jnp.float32)
+    metrics |= {
+      "loss": (loss, one),
+      "grad_norm": (norm, one),
+      "label_weight": (sum(weights.values()), one),
+      "learning_rate": (optimizer.schedule(state.step), one),
+    }
+    state = state.replace(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      opt_state=opt_state,
+      extra=extra,
+    )
+    return state, metrics
+
+  return step
+
+
+def compile_step(
+  objective: Objective,
+  optimizer: Optimizer,
+  mesh: Mesh,
+  shardings: TrainState,
+  batch_spec: Mapping[str, jax.ShapeDtypeStruct],
+  microbatches: int = 1,
+) -> Step:
+  """`train_step` jitted for the mesh; the state's buffers are donated.
+
+  Args:
+    objective: what is minimised.
+    optimizer: how.
+    mesh: the device mesh.
+    shardings: of the state, from `state_shardings`.
+    batch_spec: shapes of the global batch.
+    microbatches: parts that the batch is split into.
+
+  Raises:
+    ValueError: the batch does not divide (`check_batch`), or an optimizer that
+      wants local gradients meets parameters sharded over "data".
+  """
+  batch_size = next(iter(batch_spec.values())).shape[0]
+  check_batch(batch_size, microbatches, mesh)
+  step = train_step(objective, optimizer, microbatches)
+  if optimizer.local_gradients:
+    step = jax.shard_map(
+      step,
+      mesh=mesh,
+      in_specs=(PartitionSpec(), PartitionSpec("data")),
+      out_specs=PartitionSpec(),
+      axis_names={"data"},
+      # The update is the same on every shard, which types can't show.
+      check_vma=False,
+    )
+  batches = {k: batch_sharding(mesh, v.ndim) for k, v in batch_spec.items()}
+  jitted = jax.jit(
+    step,
+    donate_argnums=0,
+    in_shardings=(shardings, batches),
+    out_shardings=(shardings, None),
+  )
+
+  def run(state, batch):
+    with jax.set_mesh(mesh):
+      return jitted(state, batch)
+
+  run.jitted = jitted
+  return run
