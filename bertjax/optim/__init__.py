@@ -1,0 +1,276 @@
+"""Optimizers: one table, one builder, everything an optax transformation.
+
+A new optimizer is a file with a function `(learning_rate, *, ...)` that returns
+a `GradientTransformationExtraArgs`, and a row in `OPTIMIZERS`; the battery of
+tests then covers it. Of the context below a row takes what its signature names:
+
+  stacked_axes: (name, leaf) -> axes that replicate layers.
+  norm_axes: (name, leaf) -> mesh axes of per-layer norms, inside shard_map.
+  global_norm_axes: the same for norms of the whole gradient.
+
+An optimizer that needs *local* gradients (compressed all-reduce) returns a
+`LocalGradientTransformation`; the step builder then runs it inside
+`jax.shard_map` on gradients that nobody has averaged.
+"""
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from bertjax import registry
+from bertjax.optim import clip, rates, selection, trust_ratio
+from bertjax.optim.adamw import adam, adamw, scale_by_adam
+from bertjax.optim.clip import clip_by_global_norm, clip_tree, global_norm
+from bertjax.optim.lamb import lamb
+from bertjax.optim.lars import lars
+from bertjax.optim.schedules import (
+  SCHEDULES,
+  Schedule,
+  build_schedule,
+  square_root_scaling,
+)
+from bertjax.optim.state import hand_over, state_shardings
+from bertjax.optim.trust_ratio import layer_statistics, scale_by_trust_ratio
+
+__all__ = [
+  "OPTIMIZERS",
+  "SCHEDULES",
+  "LocalGradientTransformation",
+  "Optimizer",
+  "Schedule",
+  "adam",
+  "adamw",
+  "build_optimizer",
+  "build_schedule",
+  "clip_by_global_norm",
+  "clip_tree",
+  "global_norm",
+  "gradient_norm",
+  "hand_over",
+  "lamb",
+  "lars",
+  "layer_statistics",
+  "scale_by_adam",
+  "scale_by_trust_ratio",
+  "square_root_scaling",
+  "state_shardings",
+]
+
+
+class LocalGradientTransformation(optax.GradientTransformationExtraArgs):
+  """A transformation whose `update` takes this worker's own gradients.
+
+  It must run inside `jax.shard_map` and does its own reduction.
+  """
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+  """What the step builder needs.
+
+  Attributes:
+    transform: `init(params)`, `update(grads, state, params, **extra)`.
+    schedule: step -> learning rate, for logs. The transformation counts its own
+      steps; both start at 0.
+    local_gradients: gradients must reach `update` un-reduced, inside shard_map.
+  """
+
+  transform: optax.GradientTransformationExtraArgs
+  schedule: Schedule
+  local_gradients: bool = False
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+  "adam": adam,
+  "adamw": adamw,
+  "lamb": lamb,
+  "lars": lars,
+  "sgd": optax.sgd,
+}
+
+
+def build_optimizer(
+  spec: Mapping[str, Any],
+  *,
+  total_steps: int,
+  params: Any,
+  logical_axes: Any = None,
+  param_specs: Any = None,
+) -> Optimizer:
+  """The optimizer that a config's `optim` describes.
+
+      gradient -> clip -> optimizer of the table -> factors -> update
+
+  Args:
+    spec: `name`, that row's options, and the options of `_surround`:
+      `learning_rate` (the peak, required), `schedule` (a row of `SCHEDULES`),
+      `clip_norm`, `lr_multipliers`, `layerwise_decay`, `freeze`,
+      `freeze_lowest`.
+    total_steps: steps of the run, for the schedule.
+    params: parameters, possibly abstract (`jax.ShapeDtypeStruct`); only paths,
+      shapes and dtypes are read.
+    logical_axes: tree like `params` of tuples of logical axis names; an axis
+      named "layers" is a scanned stack, whose layers have norms of their own.
+      None says that no parameter is stacked.
+    param_specs: tree like `params` of PartitionSpecs, when `update` runs inside
+      `jax.shard_map`; None under jit, where norms are global by themselves.
+
+  Raises:
+    ValueError: names the field of an unknown option or a bad value; or a
+      parameter that is not float32.
+  """
+  spec = dict(spec)
+  selection.check_float32(params)
+  builder = registry.lookup(OPTIMIZERS, spec.get("name", ""), "optim.name")
+  common = {
+    name: parameter.default
+    for name, parameter in inspect.signature(_surround).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY
+  }
+  takes = inspect.signature(builder).parameters
+  _check_options(spec, {*common, *takes, "name", "schedule"})
+
+  stacked = (
+    selection.no_axes
+    if logical_axes is None
+    else selection.stacked_from_logical(logical_axes)
+  )
+  context: dict[str, Any] = {"stacked_axes": stacked}
+  if param_specs is not None:
+    context |= {
+      "norm_axes": trust_ratio.norm_axes_from_specs(param_specs, stacked),
+      "global_norm_axes": trust_ratio.norm_axes_from_specs(param_specs),
+    }
+  if "learning_rate" not in spec:
+    raise ValueError("optim.learning_rate is required: the peak rate.")
+  schedule = build_schedule(
+    spec.pop("schedule", {"name": "constant"}),
+    learning_rate=spec.pop("learning_rate"),
+    total_steps=total_steps,
+  )
+  for field in ("no_decay", "no_adaptation"):
+    if field in spec:
+      # Checked against all parameters: freezing may hide some of them.
+      spec[field] = selection.resolve(spec[field], params, f"optim.{field}")
+  options = {key: spec.pop(key) for key in common if key in spec}
+  transform = registry.build(
+    OPTIMIZERS,
+    spec,
+    "optim",
+    learning_rate=schedule,
+    **{key: value for key, value in context.items() if key in takes},
+  )
+  return Optimizer(
+    transform=_surround(
+      transform,
+      params,
+      stacked,
+      context.get("global_norm_axes"),
+      **options,
+    ),
+    schedule=schedule,
+    local_gradients=isinstance(transform, LocalGradientTransformation),
+  )
+
+
+def gradient_norm(opt_state: Any) -> Float[Array, ""]:
+  """Global norm of the last gradient, before clipping.
+
+  Frozen parameters do not count. The state is one of `build_optimizer`'s.
+
+  Raises:
+    ValueError: the state holds no norm.
+  """
+  for node in jax.tree.leaves(
+    opt_state, is_leaf=lambda x: isinstance(x, clip.GlobalNormState)
+  ):
+    if isinstance(node, clip.GlobalNormState):
+      return node.norm
+  raise ValueError(
+    "opt_state holds no gradient norm; is it from build_optimizer?"
+  )
+
+
+def _check_options(spec: Mapping[str, Any], allowed: set[str]) -> None:
+  context = {"stacked_axes", "norm_axes", "global_norm_axes"}
+  allowed = allowed - context
+  for key in spec:
+    if key in context:
+      raise ValueError(f"optim.{key} is set by the library; remove it.")
+    if key not in allowed:
+      close = difflib.get_close_matches(key, allowed, n=1)
+      hint = f" Did you mean {close[0]!r}?" if close else ""
+      raise ValueError(
+        f"optim.{key} is not an option of optim.name={spec['name']!r}; it"
+        f" takes {', '.join(sorted(allowed - {'name'}))}.{hint}"
+      )
+
+
+def _surround(
+  transform: optax.GradientTransformation,
+  params: Any,
+  stacked: selection.AxesFn,
+  global_norm_axes: trust_ratio.MeshAxesFn | None,
+  *,
+  clip_norm: float | None = None,
+  lr_multipliers: Sequence[tuple[str, float]] = (),
+  layerwise_decay: float | None = None,
+  freeze: selection.Rule = (),
+  freeze_lowest: int | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Puts around an optimizer what is the same for all of them.
+
+  Args:
+    transform: the optimizer.
+    params: parameters, possibly abstract.
+    stacked: (name, leaf) -> stacked axes.
+    global_norm_axes: mesh axes of the gradient's norm, inside shard_map.
+    clip_norm: clips the global gradient norm; None only records it. With an
+      optimizer that takes local gradients this clips each worker's own.
+    lr_multipliers: `[(regex, factor)]`, first match wins, 1 for the rest.
+    layerwise_decay: factor per layer counted from the top.
+    freeze: parameters that stay as they are and have no state.
+    freeze_lowest: freezes the embeddings and this many layers. In a scanned
+      stack the frozen layers keep (unused) state: they share their tensors.
+  """
+  factors: rates.Factors = {}
+  if lr_multipliers:
+    factors = rates.multiplier_factors(params, lr_multipliers)
+  if layerwise_decay is not None:
+    for name, factor in rates.layerwise_factors(
+      params, layerwise_decay, stacked
+    ).items():
+      factors[name] = factors.get(name, 1.0) * factor
+  kept = (
+    {}
+    if freeze_lowest is None
+    else rates.frozen_factors(params, freeze_lowest, stacked)
+  )
+  # Zeroes the gradient too: a frozen layer must not count in the clipped norm.
+  partly = {name: factor for name, factor in kept.items() if np.any(factor)}
+  frozen_by_rule = selection.resolve(freeze, params, "optim.freeze")
+  frozen = {
+    name
+    for name, leaf in selection.by_name(params).items()
+    if frozen_by_rule(name, leaf) or not np.any(kept.get(name, 1.0))
+  }
+  if frozen and len(frozen) == len(selection.by_name(params)):
+    raise ValueError("optim.freeze leaves no parameter to train.")
+
+  wrapped = optax.chain(
+    rates.scale_by_factors(partly),
+    clip.clip_by_global_norm(clip_norm, global_norm_axes),
+    transform,
+    rates.scale_by_factors(factors),
+    rates.scale_by_factors(partly),
+  )
+  if not frozen:
+    return wrapped
+  return rates.freeze(wrapped, lambda name, leaf: name in frozen)

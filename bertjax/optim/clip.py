@@ -1,0 +1,115 @@
+"""Global-norm clipping that remembers the norm it saw.
+
+Where the clip stands is a choice of algorithm. BERT's own code clips the
+gradient of each replica before the all-reduce; everybody else clips the
+averaged gradient. Here the *caller* decides: the transformation clips what it
+is given, so inside `jax.shard_map`, before the reduction, it is the first form,
+and after it the second. `clip_tree` is the same thing without a state, for a
+step builder that clips per shard.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from bertjax.optim import trust_ratio
+
+
+class GlobalNormState(NamedTuple):
+  """The norm of the last gradient, before clipping."""
+
+  norm: Float[Array, ""]
+
+
+def global_norm(
+  tree: Any, norm_axes: trust_ratio.MeshAxesFn | None = None
+) -> Float[Array, ""]:
+  """L2 norm of all leaves together, float32.
+
+  Args:
+    tree: gradients.
+    norm_axes: inside `jax.shard_map`, (name, leaf) -> the mesh axes that shard
+      the leaf; its square is summed over them.
+  """
+  squares = trust_ratio.sum_squares(tree, norm_axes=norm_axes)
+  return jnp.sqrt(
+    sum(
+      (jnp.sum(s) for s in jax.tree.leaves(squares)),
+      start=jnp.zeros((), jnp.float32),
+    )
+  )
+
+
+def clip_tree(
+  tree: Any,
+  max_norm: float | None,
+  norm_axes: trust_ratio.MeshAxesFn | None = None,
+) -> tuple[Any, Float[Array, ""]]:
+  """`tree * max_norm / max(norm, max_norm)` and the norm before it.
+
+  Nothing changes, to the bit, while the norm is below `max_norm` or when that
+  is None. A gradient that is not finite stays so: the loop must see it.
+  """
+  norm = global_norm(tree, norm_axes)
+  if max_norm is None:
+    return tree, norm
+  factor = max_norm / jnp.maximum(norm, max_norm)
+  return _scaled(tree, factor), norm
+
+
+def normalize_tree(
+  tree: Any, norm_axes: trust_ratio.MeshAxesFn | None = None
+) -> tuple[Any, Float[Array, ""]]:
+  """`tree / norm` (NVLAMB) and the norm; a zero tree stays zero."""
+  norm = global_norm(tree, norm_axes)
+  return _scaled(tree, 1.0 / jnp.where(norm > 0, norm, 1.0)), norm
+
+
+def _scaled(tree: Any, factor: Float[Array, ""]) -> Any:
+  return jax.tree.map(lambda x: x * factor.astype(x.dtype), tree)
+
+
+def _remembering(
+  rescale: Callable[[Any], tuple[Any, Float[Array, ""]]],
+) -> optax.GradientTransformationExtraArgs:
+  def init(params):
+    del params
+    return GlobalNormState(jnp.zeros((), jnp.float32))
+
+  def update(updates, state, params=None, **extra_args):
+    del state, params, extra_args
+    updates, norm = rescale(updates)
+    return updates, GlobalNormState(norm)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def clip_by_global_norm(
+  max_norm: float | None,
+  norm_axes: trust_ratio.MeshAxesFn | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Clips the global norm and keeps the unclipped norm in its state.
+
+  Args:
+    max_norm: largest global L2 norm to let through; None only measures.
+    norm_axes: see `global_norm`.
+
+  Raises:
+    ValueError: `max_norm` is not positive.
+  """
+  if max_norm is not None and not max_norm > 0:
+    raise ValueError(
+      f"optim.clip_norm={max_norm} must be positive, or None for no clipping."
+    )
+  return _remembering(lambda tree: clip_tree(tree, max_norm, norm_axes))
+
+
+def normalize_by_global_norm(
+  norm_axes: trust_ratio.MeshAxesFn | None = None,
+) -> optax.GradientTransformationExtraArgs:
+  """Divides by the global norm and keeps it in its state."""
+  return _remembering(lambda tree: normalize_tree(tree, norm_axes))

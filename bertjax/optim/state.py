@@ -1,0 +1,107 @@
+"""Optimizer states from outside: shardings, hand-over between phases.
+
+Moments are trees like the parameters, so the path of a moment ends with the
+path of its parameter; whatever else a state holds (counters, norms, trust
+ratios) is small.
+"""
+
+from typing import Any
+
+import jax
+import optax
+
+from bertjax import rules
+from bertjax.optim import selection
+
+
+def state_shardings(
+  opt_state: Any, params: Any, shardings: Any, replicated: Any
+) -> Any:
+  """A sharding for every leaf of an optimizer state.
+
+  A leaf whose path ends with a parameter's path and whose shape is that
+  parameter's gets its sharding; all else gets `replicated`. (Under
+  `jit(transform.init)` the compiler would find most of it by itself; say it,
+  and a restored checkpoint lands where the step wants it.)
+
+  Args:
+    opt_state: state or its `jax.eval_shape`.
+    params: parameters, possibly abstract.
+    shardings: tree like `params` of NamedShardings (for jit) or PartitionSpecs
+      (for shard_map).
+    replicated: what the small leaves get, of the same kind.
+
+  Returns:
+    A tree like `opt_state`.
+  """
+
+  def is_sharding(x):
+    return isinstance(x, jax.sharding.Sharding | jax.sharding.PartitionSpec)
+
+  by_name = selection.by_name(shardings, is_leaf=is_sharding)
+  shapes = {
+    name: leaf.shape for name, leaf in selection.by_name(params).items()
+  }
+
+  def pick(path, leaf):
+    parts = rules.path_name(path).split("/")
+    # The longest suffix first: a parameter's path can end with another's.
+    for i in range(len(parts)):
+      name = "/".join(parts[i:])
+      if name in by_name and shapes[name] == leaf.shape:
+        return by_name[name]
+    return replicated
+
+  return jax.tree_util.tree_map_with_path(pick, opt_state)
+
+
+def hand_over(
+  old: Any,
+  fresh: Any,
+  *,
+  reset_schedule: bool = True,
+  reset_moments: bool = False,
+) -> Any:
+  """The optimizer state with which a new phase starts.
+
+  Phase 2 of BERT and LAMB warms the learning rate up again but keeps the
+  moments and their debiasing counter: the defaults. Overwriting the one counter
+  with the other changes the debiasing, so they are separate here.
+
+  Args:
+    old: state at the end of the previous phase.
+    fresh: `transform.init(params)` of the new phase's optimizer.
+    reset_schedule: the step that the schedule sees restarts at 0.
+    reset_moments: moments and debiasing counter restart.
+
+  Returns:
+    A state for the new phase's optimizer.
+
+  Raises:
+    ValueError: the two states have different structures or shapes.
+  """
+
+  def is_schedule(node):
+    return isinstance(node, optax.ScaleByScheduleState)
+
+  old_leaves = selection.by_name(old, is_leaf=is_schedule)
+  fresh_leaves = selection.by_name(fresh, is_leaf=is_schedule)
+  differ = sorted(
+    name
+    for name in old_leaves.keys() | fresh_leaves.keys()
+    if jax.tree.map(lambda x: x.shape, old_leaves.get(name))
+    != jax.tree.map(lambda x: x.shape, fresh_leaves.get(name))
+  )
+  if differ or jax.tree.structure(old) != jax.tree.structure(fresh):
+    where = f", first at {differ[0]!r}" if differ else ""
+    raise ValueError(
+      "optim: the previous phase's optimizer state does not fit this phase's"
+      f" optimizer{where}; use the same optim.name, freeze and clipping"
+      " options, or start with fresh moments."
+    )
+
+  def pick(before, after):
+    reset = reset_schedule if is_schedule(after) else reset_moments
+    return after if reset else before
+
+  return jax.tree.map(pick, old, fresh, is_leaf=is_schedule)
