@@ -1,0 +1,473 @@
+"""Vocabularies from text, the same bytes on every run.
+
+The `tokenizers` trainers number the pieces of single characters in the order
+of a randomised hash map, and break ties between equally frequent merges by
+those numbers, so that even the *set* of pieces differs between runs. Here the
+characters are counted and sorted first and handed over with their numbers;
+what follows is deterministic. WordPiece pieces come from these BPE merges, not
+from Google's unpublished likelihood criterion (as in `tokenizers`).
+"""
+
+import collections
+import hashlib
+import heapq
+import importlib.metadata
+import inspect
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import sentencepiece
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
+
+from bertjax import registry
+from bertjax.data.tokenizers import (
+  base,
+  byte,
+  extend,
+  library,
+  unigram,
+  words,
+)
+
+_CHUNK_BYTES = 65_536  # a document is sampled in parts of about this size
+_ALPHABET = 1_000  # distinct characters kept, as BERT's own vocabularies
+
+
+def _parts(text: str, limit: int) -> Iterator[str]:
+  """Cuts a text into parts of at most `limit` characters, at spaces."""
+  start = 0
+  while len(text) - start > limit:
+    cut = text.rfind(" ", start, start + limit)
+    cut = start + limit if cut <= start else cut + 1
+    yield text[start:cut]
+    start = cut
+  yield text[start:]
+
+
+def sample_texts(
+  texts: Iterable[str], max_bytes: int, seed: int
+) -> tuple[list[str], dict[str, int]]:
+  """A uniform sample of a stream, in its order, in bounded memory.
+
+  Every part of a document (up to 64 KiB) draws a number from a hash of (seed,
+  position). Those under a threshold are kept, and the threshold falls whenever
+  they exceed `max_bytes`: the head of the stream has no preference, and the
+  result depends on nothing but the stream and the seed.
+
+  Returns:
+    The kept parts (at most `max_bytes` of UTF-8) and what was read and kept.
+  """
+  if max_bytes < 1:
+    raise ValueError(f"max_bytes={max_bytes} must be 1 or more.")
+  limit = max(1, min(_CHUNK_BYTES, max_bytes // 16))
+  heap: list[tuple[int, int, int, str]] = []  # (-draw, position, bytes, text)
+  threshold = 1 << 64
+  kept = position = 0
+  facts = dict.fromkeys(("documents_read", "bytes_read"), 0)
+  for text in texts:
+    facts["documents_read"] += 1
+    for part in _parts(base.whole_characters(text), limit):
+      size = len(part) if part.isascii() else len(part.encode())
+      facts["bytes_read"] += size
+      position += 1
+      name = f"{seed}:{position}".encode()
+      draw = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest())
+      if not size or draw >= threshold:
+        continue
+      heapq.heappush(heap, (-draw, position, size, part))
+      kept += size
+      while kept > max_bytes:
+        negative, _, dropped, _ = heapq.heappop(heap)
+        threshold = -negative
+        kept -= dropped
+  heap.sort(key=lambda item: item[1])
+  facts |= {"bytes_used": kept, "parts_read": position, "parts_used": len(heap)}
+  return [item[-1] for item in heap], facts
+
+
+def _check_names(specials: base.Specials, user_tokens: Sequence[str]) -> None:
+  """Refuses special names that some text could spell as ordinary pieces."""
+  for name in specials.names():
+    mixed = any(c.isalnum() for c in name) and not name.isalnum()
+    if not mixed or name.startswith("##") or any(c.isspace() for c in name):
+      raise ValueError(
+        f"special token {name!r} could be a word of a text; use a name of"
+        " letters and punctuation without spaces, like [MASK]."
+      )
+  for name in user_tokens:
+    if not name or name in specials.names():
+      raise ValueError(
+        f"user token {name!r} is empty or a special token; remove it."
+      )
+
+
+def _without(texts: Iterable[str], names: Sequence[str]) -> Iterator[str]:
+  """The texts between user tokens, which training must not see."""
+  pattern = base.literal_pattern(names)
+  for text in texts:
+    yield from pattern.split(text)[::2] if pattern else [text]
+
+
+def _repeated(counts: Mapping[str, int]) -> Iterator[list[str]]:
+  """Texts that hold every word as often as counted, in sorted order."""
+  batch, size = [], 0
+  for word, count in sorted(counts.items()):
+    while count:
+      take = min(count, max(1, 1_000_000 // (len(word) + 1)))
+      batch.append(f"{word} " * take)
+      size += len(batch[-1])
+      count -= take
+      if size > 8_000_000:
+        yield batch
+        batch, size = [], 0
+  yield batch
+
+
+def _alphabet(
+  counts: Mapping[str, int], limit: int
+) -> tuple[list[str], list[str]]:
+  """The most frequent characters, and their "##" forms that occur; sorted."""
+  total = collections.Counter()
+  inside = set()
+  for word, count in counts.items():
+    inside.update(word[1:])
+    for char in word:
+      total[char] += count
+  best = sorted(total, key=lambda char: (-total[char], char))[:limit]
+  return sorted(best), [f"##{c}" for c in sorted(best) if c in inside]
+
+
+def _merge(
+  texts: Iterable[Any],
+  start: Sequence[str],
+  alphabet: Sequence[str],
+  pre_tokenizer: Any,
+  *,
+  vocab_size: int,
+  min_frequency: int,
+  prefix: str | None,
+) -> tuple[list[str], list[tuple[str, str]]]:
+  """Pieces (`start` first, in that order) and merges, best first."""
+  if vocab_size < len(start):
+    raise ValueError(
+      f"vocab_size={vocab_size} is too small: special tokens and single"
+      f" characters alone are {len(start)} pieces; raise it, or lower"
+      " max_alphabet where the kind has it."
+    )
+  inside = {"continuing_subword_prefix": prefix} if prefix else {}
+  model = tokenizers.Tokenizer(models.BPE(**inside))
+  model.pre_tokenizer = pre_tokenizer
+  trainer = trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    min_frequency=min_frequency,
+    special_tokens=list(start),
+    initial_alphabet=list(alphabet),
+    limit_alphabet=len(alphabet),
+    **inside,
+    show_progress=False,
+  )
+  model.train_from_iterator(texts, trainer)
+  spec = json.loads(model.to_str())["model"]
+  pieces = sorted(spec["vocab"], key=spec["vocab"].get)
+  if pieces[: len(start)] != list(start):
+    raise AssertionError("the trainer renumbered the pieces it was given")
+  pairs = [m.split(" ") if isinstance(m, str) else m for m in spec["merges"]]
+  return pieces, [tuple(pair) for pair in pairs]
+
+
+def _train_words(
+  texts: list[str],
+  vocab_size: int,
+  specials: base.Specials,
+  user_tokens: Sequence[str],
+  min_frequency: int,
+  lowercase: bool,
+  strip_accents: bool | None,
+  max_word_chars: int,
+  max_alphabet: int,
+) -> tuple[list[str], list[tuple[str, str]]]:
+  rules = words.WordRules(
+    lowercase, lowercase if strip_accents is None else strip_accents
+  )
+  counts = collections.Counter()
+  for text in texts:
+    counts.update(rules(text).split())
+  counts = {w: n for w, n in counts.items() if len(w) <= max_word_chars}
+  first, inside = _alphabet(counts, max_alphabet)
+  return _merge(
+    _repeated(counts),
+    [*specials.names(), *user_tokens, *first, *inside],
+    first,
+    pre_tokenizers.WhitespaceSplit(),
+    vocab_size=vocab_size,
+    min_frequency=min_frequency,
+    prefix="##",
+  )
+
+
+def wordpiece(
+  texts: list[str],
+  vocab_size: int,
+  specials: base.Specials = base.BERT_SPECIALS,
+  user_tokens: Sequence[str] = (),
+  *,
+  min_frequency: int = 2,
+  lowercase: bool = True,
+  strip_accents: bool | None = None,
+  max_word_chars: int = 200,
+  max_alphabet: int = _ALPHABET,
+) -> base.Tokenizer:
+  """Trains a WordPiece vocabulary; arguments as in `train_tokenizer`."""
+  pieces, _ = _train_words(
+      texts, vocab_size, specials, user_tokens, min_frequency, lowercase,
+      strip_accents, max_word_chars, max_alphabet,
+  )  # fmt: skip
+  return words.WordTokenizer(
+    pieces,
+    specials,
+    lowercase=lowercase,
+    strip_accents=strip_accents,
+    max_word_chars=max_word_chars,
+    user_tokens=user_tokens,
+  )
+
+
+def bpe(
+  texts: list[str],
+  vocab_size: int,
+  specials: base.Specials = base.BERT_SPECIALS,
+  user_tokens: Sequence[str] = (),
+  *,
+  min_frequency: int = 2,
+  lowercase: bool = True,
+  strip_accents: bool | None = None,
+  max_alphabet: int = _ALPHABET,
+) -> base.Tokenizer:
+  """Trains BPE inside BERT's words; arguments as in `train_tokenizer`."""
+  pieces, merges = _train_words(
+      texts, vocab_size, specials, user_tokens, min_frequency, lowercase,
+      strip_accents, 200, max_alphabet,
+  )  # fmt: skip
+  return words.WordTokenizer(
+    pieces,
+    specials,
+    merges=merges,
+    lowercase=lowercase,
+    strip_accents=strip_accents,
+    user_tokens=user_tokens,
+  )
+
+
+def byte_bpe(
+  texts: list[str],
+  vocab_size: int,
+  specials: base.Specials = base.ROBERTA_SPECIALS,
+  user_tokens: Sequence[str] = (),
+  *,
+  min_frequency: int = 2,
+  lowercase: bool = False,
+  add_prefix_space: bool = False,
+) -> base.Tokenizer:
+  """Trains byte-level BPE; arguments as in `train_tokenizer`."""
+  alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  pieces, merges = _merge(
+    (text.lower() for text in texts) if lowercase else texts,
+    [*specials.names(), *user_tokens, *alphabet],
+    alphabet,
+    pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space),
+    vocab_size=vocab_size,
+    min_frequency=min_frequency,
+    prefix=None,
+  )
+  return library.byte_bpe(
+    pieces,
+    merges,
+    specials,
+    add_prefix_space=add_prefix_space,
+    lowercase=lowercase,
+    user_tokens=user_tokens,
+  )
+
+
+def train_unigram(
+  texts: list[str],
+  vocab_size: int,
+  specials: base.Specials = base.BERT_SPECIALS,
+  user_tokens: Sequence[str] = (),
+  *,
+  lowercase: bool = False,
+  character_coverage: float = 0.9995,
+  byte_fallback: bool = False,
+) -> base.Tokenizer:
+  """Trains a SentencePiece unigram model; arguments as in `train_tokenizer`.
+
+  A small corpus may support fewer pieces than `vocab_size`.
+  """
+  order = {name: i for i, name in enumerate(specials.names())}
+  out = io.BytesIO()
+  room = vocab_size - len(user_tokens)
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=(
+        line
+        for text in texts
+        for line in text.replace("\0", " ").split("\n")
+        if line.strip()
+      ),
+      model_writer=out,
+      vocab_size=room,
+      model_type="unigram",
+      character_coverage=character_coverage,
+      byte_fallback=byte_fallback,
+      normalization_rule_name="nmt_nfkc_cf" if lowercase else "nmt_nfkc",
+      pad_piece=specials.pad,
+      pad_id=order[specials.pad],
+      unk_piece=specials.unk,
+      unk_id=order[specials.unk],
+      bos_piece=specials.cls,
+      bos_id=order[specials.cls],
+      eos_piece=specials.sep,
+      eos_id=order[specials.sep],
+      control_symbols=[specials.mask],
+      hard_vocab_limit=False,
+      max_sentence_length=4 * _CHUNK_BYTES,
+      num_threads=4,  # sums of floats: the number decides, not the machine
+      minloglevel=2,
+    )
+  except RuntimeError as err:
+    raise ValueError(
+      f"vocab_size={vocab_size} does not suit this text and"
+      f" character_coverage={character_coverage}; SentencePiece says: {err}"
+    ) from err
+  return unigram.SentencePieceTokenizer(
+    out.getvalue(), specials, tail=user_tokens, user_tokens=user_tokens
+  )
+
+
+def train_bytes(
+  texts: list[str],
+  specials: base.Specials = base.BERT_SPECIALS,
+  user_tokens: Sequence[str] = (),
+) -> base.Tokenizer:
+  """The byte tokenizer; its vocabulary is the same for every text."""
+  del texts
+  return byte.ByteTokenizer(specials, tail=user_tokens, user_tokens=user_tokens)
+
+
+TRAINERS: dict[str, Callable[..., base.Tokenizer]] = {
+  "wordpiece": wordpiece,
+  "bpe": bpe,
+  "byte_bpe": byte_bpe,
+  "unigram": train_unigram,
+  "bytes": train_bytes,
+}
+
+
+def resolve(
+  kind: str, options: Mapping[str, Any], field: str
+) -> dict[str, Any]:
+  """All options of a training, defaults included, as JSON values.
+
+  Raises:
+    ValueError: unknown kind, unknown or missing option.
+  """
+  trainer = registry.lookup(TRAINERS, kind, f"{field}.kind")
+  known = {
+    name: p.default
+    for name, p in inspect.signature(trainer).parameters.items()
+    if name != "texts"
+  } | {"max_bytes": 1 << 26, "seed": 0, "pad_to_multiple": 1}
+  for name in options:
+    if name not in known:
+      raise ValueError(
+        f"{field}.{name} is not an option of kind={kind!r}; it takes"
+        f" {', '.join(sorted(known))}."
+      )
+  resolved = known | dict(options)
+  for name, value in resolved.items():
+    if value is inspect.Parameter.empty:
+      raise ValueError(f"{field}.{name} is required for kind={kind!r}.")
+  specials = resolved["specials"]
+  if isinstance(specials, Mapping):
+    try:
+      specials = base.Specials(**specials)
+    except TypeError as err:
+      raise ValueError(
+        f"{field}.specials={dict(specials)!r} takes pad, unk, cls, sep, mask"
+        " and order."
+      ) from err
+  resolved["specials"] = specials
+  resolved["user_tokens"] = tuple(resolved["user_tokens"])
+  _check_names(specials, resolved["user_tokens"])
+  return resolved
+
+
+def train_tokenizer(
+  kind: str, texts: Iterable[str], **options: Any
+) -> base.Tokenizer:
+  """Makes a vocabulary from text; equal input gives equal bytes.
+
+  Args:
+    kind: wordpiece, bpe, byte_bpe, unigram or bytes.
+    texts: documents, read once.
+    **options: for every kind
+      specials: a `base.Specials` or its fields; BERT's by default, RoBERTa's
+        for byte_bpe. Their ids come first.
+      user_tokens: pieces kept whole wherever a text spells them.
+      max_bytes: bound on the text that the trainer sees (default 64 MiB),
+        sampled from the whole stream.
+      seed: of that sample.
+      pad_to_multiple: add [unusedN] rows up to a multiple of this.
+      For all but bytes
+      vocab_size: number of pieces, special tokens included, padding not.
+      For wordpiece, bpe, byte_bpe
+      min_frequency: least number of occurrences of a merge (2).
+      lowercase: lower all text (True; False for byte_bpe; unigram has it too).
+      For wordpiece and bpe
+      strip_accents: drop accents (None: if lowercase).
+      max_alphabet: distinct characters kept (1000), most frequent first.
+      For wordpiece: max_word_chars (200). For byte_bpe: add_prefix_space
+      (False). For unigram: character_coverage (0.9995), byte_fallback (False).
+
+  Raises:
+    ValueError: unknown kind or option; no text; a vocabulary too small for the
+      characters; a special name that an ordinary text could spell.
+  """
+  return train_resolved(kind, texts, resolve(kind, options, "tokenizer"))
+
+
+def train_resolved(
+  kind: str, texts: Iterable[str], options: Mapping[str, Any]
+) -> base.Tokenizer:
+  """`train_tokenizer` with options that come from `resolve`."""
+  options = dict(options)
+  max_bytes, seed = options.pop("max_bytes"), options.pop("seed")
+  multiple = options.pop("pad_to_multiple")
+  # Bytes learn nothing: do not read a corpus for them.
+  sample, facts = [], {}
+  if kind != "bytes":
+    sample, facts = sample_texts(texts, max_bytes, seed)
+    sample = [t for t in _without(sample, options["user_tokens"]) if t.strip()]
+    if not sample:
+      raise ValueError(
+        f"No text to train a {kind} vocabulary on: {facts['documents_read']}"
+        " documents, all empty; check the source."
+      )
+  trained = TRAINERS[kind](sample, **options)
+  trained = extend.pad_vocabulary(trained, multiple)
+  trained.training = {
+    **facts,
+    "max_bytes": max_bytes,
+    "seed": seed,
+    "options": {
+      k: v for k, v in options.items() if k not in ("specials", "texts")
+    },
+    "versions": {
+      name: importlib.metadata.version(name)
+      for name in ("tokenizers", "sentencepiece")
+    },
+  }
+  return trained
