@@ -1,0 +1,465 @@
+"""What happens around the steps: when, what, and when to stop.
+
+The loop calls every hook as `hook(step, state)` before it draws the batch of
+step `step`, so `step` is also the number of finished steps and the state is
+exactly what a checkpoint must hold. When something runs is an object of its
+own, `when(step) -> bool`, separate from what runs.
+"""
+
+import dataclasses
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from bertjax import registry
+from bertjax.checkpoint import Checkpointer
+
+When = Callable[[int], bool]
+
+
+def agreed(flag: bool) -> bool:
+  """Process 0's `flag` on every process: clocks differ, decisions may not."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
+
+
+# -- when --------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Every:
+  """At multiples of `steps`, 0 excepted."""
+
+  steps: int
+
+  def __post_init__(self):
+    if self.steps < 1:
+      raise ValueError(f"Every({self.steps}): steps must be at least 1.")
+
+  def __call__(self, step: int) -> bool:
+    return step > 0 and step % self.steps == 0
+
+
+class EverySeconds:
+  """Once `seconds` have passed since it last said yes, or was first asked."""
+
+  def __init__(
+    self, seconds: float, clock: Callable[[], float] = time.monotonic
+  ):
+    if seconds <= 0:
+      raise ValueError(f"EverySeconds({seconds}): seconds must be positive.")
+    self._seconds = seconds
+    self._clock = clock
+    self._last: float | None = None
+
+  def __call__(self, step: int) -> bool:
+    del step
+    now = self._clock()
+    if self._last is None:
+      self._last = now
+    due = agreed(now - self._last >= self._seconds)
+    if due:
+      self._last = now
+    return due
+
+
+@dataclasses.dataclass(frozen=True)
+class AtSteps:
+  """At the steps listed."""
+
+  steps: tuple[int, ...]
+
+  def __call__(self, step: int) -> bool:
+    return step in self.steps
+
+
+class Once:
+  """The first time that it is asked at `step` or later, also after a resume."""
+
+  def __init__(self, step: int = 0):
+    self._step = step
+    self._done = False
+
+  def __call__(self, step: int) -> bool:
+    due = not self._done and step >= self._step
+    self._done = self._done or due
+    return due
+
+
+class AnyOf:
+  """When at least one of several is due; each of them is asked."""
+
+  def __init__(self, *whens: When):
+    self._whens = whens
+
+  def __call__(self, step: int) -> bool:
+    return any([when(step) for when in self._whens])
+
+
+# -- what --------------------------------------------------------------------
+
+
+class Hook(Protocol):
+  """Something that the loop calls before each step and closes at the end."""
+
+  def __call__(self, step: int, state: Any) -> None: ...
+
+  def close(self) -> None: ...
+
+
+class EvaluationHook:
+  """Evaluates and writes the values under a prefix.
+
+  Attributes:
+    latest: values of the last evaluation, with their prefix.
+  """
+
+  def __init__(
+    self,
+    when: When,
+    evaluate: Callable[[int, Any], Mapping[str, float]],
+    write: Callable[[int, Mapping[str, float]], None],
+    *,
+    prefix: str = "eval/",
+  ):
+    """Waits for `when`.
+
+    Args:
+      when: when to evaluate.
+      evaluate: `(step, state) -> {name: value}`.
+      write: where values go, such as `writer.write`.
+      prefix: put before each name.
+    """
+    self._when = when
+    self._evaluate = evaluate
+    self._write = write
+    self._prefix = prefix
+    self.latest: dict[str, float] = {}
+
+  def __call__(self, step: int, state: Any) -> None:
+    if self._when(step):
+      self.run(step, state)
+
+  def run(self, step: int, state: Any) -> dict[str, float]:
+    """Evaluates now, whatever `when` says."""
+    values = self._evaluate(step, state)
+    self.latest = {self._prefix + k: float(v) for k, v in values.items()}
+    self._write(step, self.latest)
+    return self.latest
+
+  def close(self) -> None:
+    """Nothing is held open."""
+
+
+class CheckpointHook:
+  """Saves the run; place it after the evaluations whose values it stores."""
+
+  def __init__(
+    self,
+    when: When,
+    checkpointer: Checkpointer,
+    *,
+    iterator_state: Callable[[], Mapping[str, Any]],
+    config: Mapping[str, Any],
+    metrics: Callable[[], Mapping[str, float]] = dict,
+    before: Callable[[], None] = lambda: None,
+  ):
+    """Waits for `when`.
+
+    Args:
+      when: when to save.
+      checkpointer: closed with the hook.
+      iterator_state: position of the data iterator now.
+      config: resolved config.
+      metrics: latest evaluation values, for the best checkpoint.
+      before: raises if the state is not worth saving, such as
+        `TrainLogger.check` after a non-finite loss.
+    """
+    self._when = when
+    self._checkpointer = checkpointer
+    self._iterator_state = iterator_state
+    self._config = config
+    self._metrics = metrics
+    self._before = before
+
+  def __call__(self, step: int, state: Any) -> None:
+    """Saves when due; raises the error of a background save that failed."""
+    self._checkpointer.check()
+    if self._when(step):
+      self.save(step, state)
+
+  def save(self, step: int, state: Any) -> None:
+    """Saves now, whatever `when` says; for the last step and for SIGTERM."""
+    self._before()
+    self._checkpointer.save(
+      step,
+      state,
+      iterator_state=self._iterator_state(),
+      config=self._config,
+      metrics=self._metrics(),
+    )
+
+  def close(self) -> None:
+    """Waits until everything is on disk."""
+    self._checkpointer.close()
+
+
+class ProfilerHook:
+  """Traces steps [start, stop) with `jax.profiler` into `logdir`."""
+
+  def __init__(self, logdir: str | os.PathLike, start: int, stop: int):
+    if not 0 <= start < stop:
+      raise ValueError(
+        f"profile: start={start}, stop={stop}; they must satisfy"
+        " 0 <= start < stop."
+      )
+    self._logdir = os.fspath(logdir)
+    self._start = start
+    self._stop = stop
+    self._tracing = False
+
+  def __call__(self, step: int, state: Any) -> None:
+    if self._start <= step < self._stop and not self._tracing:
+      jax.block_until_ready(state)  # earlier steps stay out of the trace
+      jax.profiler.start_trace(self._logdir)
+      self._tracing = True
+    elif step >= self._stop and self._tracing:
+      jax.block_until_ready(state)
+      self.close()
+
+  def close(self) -> None:
+    """Ends a trace that the end of the run cut short."""
+    if self._tracing:
+      self._tracing = False
+      jax.profiler.stop_trace()
+      logging.info("Wrote a profile to %s", self._logdir)
+
+
+# -- stop --------------------------------------------------------------------
+
+
+class StopRule(Protocol):
+  """Says why to stop before the next step, or None."""
+
+  def __call__(
+    self,
+    step: int,
+    tokens_seen: float,
+    elapsed_s: float,
+    metrics: Mapping[str, float],
+  ) -> str | None: ...
+
+
+def _positive(field: str, value: Any) -> Any:
+  number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  if not number or not value > 0 or not math.isfinite(value):
+    raise ValueError(f"stop.{field}={value!r} must be a positive number.")
+  return value
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxSteps:
+  """After `steps` optimizer steps."""
+
+  steps: int
+
+  def __post_init__(self):
+    _positive("steps", self.steps)
+
+  def __call__(self, step, tokens_seen, elapsed_s, metrics) -> str | None:
+    del tokens_seen, elapsed_s, metrics
+    return f"{step} steps are done" if step >= self.steps else None
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxTokens:
+  """After `tokens` real tokens, as of the last reading of the metrics."""
+
+  tokens: float
+
+  def __post_init__(self):
+    _positive("tokens", self.tokens)
+
+  def __call__(self, step, tokens_seen, elapsed_s, metrics) -> str | None:
+    del step, elapsed_s, metrics
+    if tokens_seen >= self.tokens:
+      return f"{tokens_seen:,.0f} tokens were seen"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class MaxWallClock:
+  """After `wall_clock_s` seconds of training, counted over all resumes."""
+
+  wall_clock_s: float
+
+  def __post_init__(self):
+    _positive("wall_clock_s", self.wall_clock_s)
+
+  def __call__(self, step, tokens_seen, elapsed_s, metrics) -> str | None:
+    del step, tokens_seen, metrics
+    if agreed(elapsed_s >= self.wall_clock_s):
+      return f"{elapsed_s:.0f} s of {self.wall_clock_s:g} s are used"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+  """Once `metric` reaches `value`, from below (mode max) or above (min)."""
+
+  metric: str
+  value: float
+  mode: str = "max"
+
+  def __post_init__(self):
+    if self.mode not in ("max", "min"):
+      raise ValueError(
+        f"stop.target.mode={self.mode!r} must be 'max' or 'min'."
+      )
+
+  def __call__(self, step, tokens_seen, elapsed_s, metrics) -> str | None:
+    del step, tokens_seen, elapsed_s
+    found = metrics.get(self.metric)
+    if found is None:
+      return None
+    sign = 1 if self.mode == "max" else -1
+    if sign * found >= sign * self.value:
+      return f"{self.metric} = {found:.4g} reached the target {self.value:g}"
+    return None
+
+
+def _target(spec: Mapping[str, Any]) -> Target:
+  spec = {"name": "target", **spec}
+  return registry.build({"target": Target}, spec, "stop.target")
+
+
+STOP_RULES: dict[str, Callable[[Any], StopRule]] = {
+  "steps": MaxSteps,
+  "tokens": MaxTokens,
+  "wall_clock_s": MaxWallClock,
+  "target": _target,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class StopRules:
+  """The reason of the first rule that has one."""
+
+  rules: Sequence[StopRule]
+
+  def __call__(
+    self,
+    step: int,
+    tokens_seen: float,
+    elapsed_s: float,
+    metrics: Mapping[str, float],
+  ) -> str | None:
+    for rule in self.rules:
+      if reason := rule(step, tokens_seen, elapsed_s, metrics):
+        return reason
+    return None
+
+
+def build_stop(spec: Mapping[str, Any]) -> StopRules:
+  """Rules from a config, `dict(steps=900, target=dict(metric=..., value=...))`.
+
+  Args:
+    spec: keys of `STOP_RULES`; None switches a rule off.
+
+  Raises:
+    ValueError: an unknown rule, a value out of range, or no rule that is sure
+      to end the run (a target may never be reached).
+  """
+  built = {
+    name: registry.lookup(STOP_RULES, name, "stop")(value)
+    for name, value in dict(spec).items()
+    if value is not None
+  }
+  if not set(built) - {"target"}:
+    raise ValueError(
+      "stop has no rule that is sure to end the run; set stop.steps,"
+      " stop.tokens or stop.wall_clock_s."
+    )
+  return StopRules(tuple(built.values()))
+
+
+class Stopwatch:
+  """Seconds of training, over all resumes."""
+
+  def __init__(
+    self,
+    already_s: float = 0.0,
+    clock: Callable[[], float] = time.monotonic,
+  ):
+    """Runs at once, on top of `already_s` seconds from before the resume."""
+    self._clock = clock
+    self._start = clock() - already_s
+
+  def elapsed_s(self) -> float:
+    return self._clock() - self._start
+
+
+class PreemptionGuard:
+  """Turns SIGTERM and SIGINT into a flag, so that the run can save first.
+
+  A second signal acts at once, as without the guard. The handlers of before
+  come back at the end of the block.
+  """
+
+  def __init__(
+    self,
+    signals: Sequence[signal.Signals] = (signal.SIGTERM, signal.SIGINT),
+  ):
+    self._signals = tuple(signals)
+    self._previous: dict[int, Any] = {}
+    self._received: int | None = None
+
+  def __enter__(self) -> "PreemptionGuard":
+    if threading.current_thread() is not threading.main_thread():
+      logging.warning(
+        "Not in the main thread: signals end this run without a last save."
+      )
+      return self
+    for number in self._signals:
+      self._previous[number] = signal.signal(number, self._handle)
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    self._restore()
+
+  @property
+  def received(self) -> str | None:
+    """Name of the signal that came to this process, such as `SIGTERM`."""
+    if self._received is None:
+      return None
+    return signal.Signals(self._received).name
+
+  def requested(self) -> bool:
+    """Whether any process got a signal; every process must ask."""
+    mine = self._received is not None
+    if jax.process_count() == 1:
+      return mine
+    return bool(multihost_utils.process_allgather(np.int32(mine)).any())
+
+  def _handle(self, number: int, frame: Any) -> None:
+    del frame
+    if self._received is None:
+      self._received = number
+      return
+    self._restore()
+    os.kill(os.getpid(), number)
+
+  def _restore(self) -> None:
+    for number, handler in self._previous.items():
+      signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    self._previous = {}

@@ -1,0 +1,264 @@
+"""When hooks run, what they leave behind, and why a run stops."""
+
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+
+import jax
+import jax.numpy as jnp
+from absl.testing import absltest, parameterized
+
+from bertjax import checkpoint, hooks
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def temporary(test):
+  path = pathlib.Path(tempfile.mkdtemp())
+  test.addCleanup(shutil.rmtree, path, ignore_errors=True)
+  return path
+
+
+class Clock:
+  now = 100.0
+
+  def __call__(self):
+    return self.now
+
+
+class WhenTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    ("every", lambda: hooks.Every(3), [3, 6, 9]),
+    ("at_steps", lambda: hooks.AtSteps((0, 7)), [0, 7]),
+    ("once", lambda: hooks.Once(4), [4]),
+    (
+      "any_of",
+      lambda: hooks.AnyOf(hooks.Every(4), hooks.AtSteps((1,))),
+      [1, 4, 8],
+    ),
+  )
+  def test_steps(self, make, expected):
+    when = make()
+    self.assertEqual([s for s in range(11) if when(s)], expected)
+
+  def test_once_is_due_after_a_resume_beyond_its_step(self):
+    when = hooks.Once(4)
+    self.assertEqual([s for s in range(6, 11) if when(s)], [6])
+
+  def test_every_seconds_counts_from_its_last_yes(self):
+    clock = Clock()
+    when = hooks.EverySeconds(10, clock)
+    due = []
+    for second in (0, 9, 10, 19, 21, 30, 31):
+      clock.now = 100.0 + second
+      if when(0):
+        due.append(second)
+    self.assertEqual(due, [10, 21, 31])
+
+  def test_bad_intervals_are_refused(self):
+    with self.assertRaisesRegex(ValueError, r"Every\(0\)"):
+      hooks.Every(0)
+    with self.assertRaisesRegex(ValueError, r"EverySeconds\(-1\)"):
+      hooks.EverySeconds(-1)
+
+
+class HookTest(absltest.TestCase):
+  def test_evaluation_writes_under_its_prefix_when_due(self):
+    written = []
+    hook = hooks.EvaluationHook(
+      hooks.Every(2),
+      lambda step, state: {"loss": jnp.float32(state + step)},
+      lambda step, values: written.append((step, values)),
+      prefix="heldout/",
+    )
+    for step in range(5):
+      hook(step, 10)
+    self.assertEqual(
+      written, [(2, {"heldout/loss": 12.0}), (4, {"heldout/loss": 14.0})]
+    )
+    self.assertEqual(hook.latest, {"heldout/loss": 14.0})
+
+  def test_checkpoint_holds_state_and_iterator_of_the_same_moment(self):
+    workdir = temporary(self)
+    position = {"next": 0}
+    hook = hooks.CheckpointHook(
+      hooks.Every(3),
+      checkpoint.Checkpointer(workdir, keep=5),
+      iterator_state=lambda: position,
+      config={"seed": 1},
+    )
+    state = {"params": {"w": jnp.zeros(3)}}
+    for step in range(8):
+      hook(step, state)
+      state = jax.tree.map(lambda x: x + 1, state)
+      position["next"] += 1
+    hook.save(8, state)
+    hook.close()
+    with checkpoint.Checkpointer(workdir) as reader:
+      self.assertEqual(reader.steps(), (3, 6, 8))
+      for step in reader.steps():
+        restored = reader.restore(state, step)
+        self.assertEqual(restored.iterator_state, {"next": step})
+        self.assertEqual(restored.state["params"]["w"].tolist(), [step] * 3)
+
+  def test_state_that_is_not_worth_saving_is_not_saved(self):
+    workdir = temporary(self)
+
+    def refuse():
+      raise FloatingPointError("loss is nan")
+
+    hook = hooks.CheckpointHook(
+      hooks.Every(1),
+      checkpoint.Checkpointer(workdir),
+      iterator_state=dict,
+      config={},
+      before=refuse,
+    )
+    with self.assertRaisesRegex(FloatingPointError, "loss is nan"):
+      hook(1, {"params": {"w": jnp.zeros(3)}})
+    hook.close()
+    self.assertIsNone(checkpoint.Checkpointer(workdir).latest_step())
+
+  def test_profiler_writes_a_trace_also_when_the_run_ends_inside(self):
+    for last in (6, 3):
+      logdir = temporary(self)
+      hook = hooks.ProfilerHook(logdir, 2, 4)
+      x = jnp.ones(3)
+      for step in range(last):
+        hook(step, x)
+        self.assertEqual(hook._tracing, 2 <= step < 4)
+        x = x + 1
+      hook.close()
+      self.assertNotEmpty(list(logdir.rglob("*.xplane.pb")))
+    with self.assertRaisesRegex(ValueError, "start=4, stop=4"):
+      hooks.ProfilerHook(logdir, 4, 4)
+
+
+class StopTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    ("steps", (20, 0, 0, {}), "20 steps are done"),
+    ("tokens", (0, 5000, 0, {}), "5,000 tokens"),
+    ("wall_clock", (0, 0, 61.0, {}), "61 s of 60 s"),
+    ("target", (0, 0, 0, {"eval/acc": 0.72}), "eval/acc = 0.72 reached"),
+    ("none", (19, 4999, 59.0, {"eval/acc": 0.719, "acc": 0.9}), None),
+  )
+  def test_reason(self, arguments, reason):
+    stop = hooks.build_stop(
+      {
+        "steps": 20,
+        "tokens": 5e3,
+        "wall_clock_s": 60,
+        "target": {"metric": "eval/acc", "value": 0.72},
+      }
+    )
+    found = stop(*arguments)
+    if reason is None:
+      self.assertIsNone(found)
+    else:
+      self.assertIn(reason, found)
+
+  def test_target_from_above_and_rules_switched_off(self):
+    stop = hooks.build_stop(
+      {
+        "steps": 20,
+        "tokens": None,
+        "target": {"metric": "loss", "value": 2.0, "mode": "min"},
+      }
+    )
+    self.assertIsNone(stop(1, 1e12, 0, {"loss": 2.1}))
+    self.assertIsNone(stop(1, 1e12, 0, {"loss": float("nan")}))
+    self.assertIn("loss = 1.9", stop(1, 0, 0, {"loss": 1.9}))
+
+  @parameterized.parameters(
+    ({"step": 3}, "stop='step' is unknown.*'steps'"),
+    ({"steps": 0}, "stop.steps=0"),
+    ({"tokens": "many"}, "stop.tokens='many'"),
+    ({"wall_clock_s": float("nan")}, "stop.wall_clock_s=nan"),
+    ({"target": {"metric": "a", "value": 1}}, "sure to end"),
+    ({}, "sure to end"),
+    (
+      {"steps": 1, "target": {"metric": "a", "value": 1, "mode": "up"}},
+      "stop.target.mode='up'",
+    ),
+    ({"steps": 1, "target": {"metric": "a"}}, "stop.target.value is required"),
+    (
+      {"steps": 1, "target": {"metric": "a", "values": 1}},
+      "stop.target.values.*Did you mean 'value'",
+    ),
+  )
+  def test_bad_rules_are_refused(self, spec, message):
+    with self.assertRaisesRegex(ValueError, message):
+      hooks.build_stop(spec)
+
+  def test_stopwatch_continues_after_a_resume(self):
+    clock = Clock()
+    first = hooks.Stopwatch(clock=clock)
+    clock.now += 7
+    self.assertEqual(first.elapsed_s(), 7)
+    clock.now += 1000  # the machine was off
+    second = hooks.Stopwatch(first.elapsed_s() - 1000, clock=clock)
+    clock.now += 5
+    self.assertEqual(second.elapsed_s(), 12)
+
+
+class PreemptionTest(absltest.TestCase):
+  def test_first_signal_is_a_flag_and_handlers_come_back(self):
+    before = signal.getsignal(signal.SIGTERM)
+    with hooks.PreemptionGuard() as guard:
+      self.assertFalse(guard.requested())
+      os.kill(os.getpid(), signal.SIGTERM)
+      self.assertTrue(guard.requested())
+      self.assertEqual(guard.received, "SIGTERM")
+    self.assertIs(signal.getsignal(signal.SIGTERM), before)
+
+  def test_second_interrupt_is_immediate(self):
+    with self.assertRaises(KeyboardInterrupt), hooks.PreemptionGuard() as guard:
+      os.kill(os.getpid(), signal.SIGINT)
+      self.assertTrue(guard.requested())
+      os.kill(os.getpid(), signal.SIGINT)
+      signal.pause()
+    self.assertIs(signal.getsignal(signal.SIGINT), signal.default_int_handler)
+
+  def test_second_sigterm_ends_the_process(self):
+    code = (
+      "import os, signal\n"
+      "from bertjax import hooks\n"
+      "with hooks.PreemptionGuard():\n"
+      "  os.kill(os.getpid(), signal.SIGTERM)\n"
+      "  print('still here', flush=True)\n"
+      "  os.kill(os.getpid(), signal.SIGTERM)\n"
+      "  print('too long', flush=True)\n"
+    )
+    done = subprocess.run(
+      [sys.executable, "-c", code],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    self.assertEqual(done.returncode, -signal.SIGTERM)
+    self.assertEqual(done.stdout, "still here\n")
+
+  def test_outside_the_main_thread_it_warns_and_stands_aside(self):
+    before = signal.getsignal(signal.SIGTERM)
+    logs = []
+
+    def enter():
+      with self.assertLogs(level="WARNING") as caught, hooks.PreemptionGuard():
+        logs.append(signal.getsignal(signal.SIGTERM))
+      logs.extend(caught.output)
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    self.assertIs(logs[0], before)
+    self.assertIn("main thread", logs[1])
+
+
+if __name__ == "__main__":
+  absltest.main()
