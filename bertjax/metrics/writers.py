@@ -127,7 +127,13 @@ class TensorBoardWriter:
   def __init__(self, logdir: str | os.PathLike, *, resume_from: int = 0):
     from tensorboardX import SummaryWriter
 
-    self._writer = SummaryWriter(os.fspath(logdir), purge_step=resume_from + 1)
+    # Files are named by the second and read in the order of their names: the
+    # suffix keeps a quick resume from overwriting the file before it.
+    self._writer = SummaryWriter(
+      os.fspath(logdir),
+      purge_step=resume_from + 1,
+      filename_suffix=f".{resume_from:012}",
+    )
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     for name, value in values.items():
