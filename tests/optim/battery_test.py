@@ -1,0 +1,322 @@
+"""What every optimizer of the table must do. A new row is tested by being one.
+
+Also what the builder adds around all of them: rates, freezing, hand-over.
+"""
+
+import tempfile
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from absl.testing import absltest, parameterized
+
+from bertjax.optim import (
+  OPTIMIZERS,
+  build_optimizer,
+  gradient_norm,
+  hand_over,
+  layer_statistics,
+)
+
+ROWS = sorted(OPTIMIZERS)
+NUM_LAYERS = 3
+
+
+def unstacked():
+  keys = iter(jax.random.split(jax.random.key(0), 20))
+
+  def layer():
+    return {
+      "up": {
+        "kernel": jax.random.normal(next(keys), (4, 6)),
+        "bias": jax.random.normal(next(keys), (6,)),
+      },
+      "norm": {"scale": jax.random.normal(next(keys), (4,))},
+    }
+
+  return {
+    "encoder": {
+      "embeddings": {
+        "token": {"embedding": jax.random.normal(next(keys), (11, 4))}
+      },
+      **{f"layers_{i}": layer() for i in range(NUM_LAYERS)},
+    },
+    "head": {"kernel": jax.random.normal(next(keys), (4, 2))},
+  }
+
+
+def stack(tree):
+  encoder = dict(tree["encoder"])
+  layers = [encoder.pop(f"layers_{i}") for i in range(NUM_LAYERS)]
+  encoder["layers"] = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+  return {**tree, "encoder": encoder}
+
+
+LOGICAL = {
+  "encoder": {
+    "embeddings": {"token": {"embedding": ("vocab", "embed")}},
+    "layers": {
+      "up": {"kernel": ("layers", "embed", "mlp"), "bias": ("layers", "mlp")},
+      "norm": {"scale": ("layers", "embed")},
+    },
+  },
+  "head": {"kernel": ("embed", None)},
+}
+
+
+def gradients(params, step=0):
+  return jax.tree.map(lambda p: jnp.sin(3.0 * p + step) + 0.1 * p, params)
+
+
+def build(params, name, stacked=False, **options):
+  spec = dict(name=name, learning_rate=0.01, clip_norm=5.0) | options
+  return build_optimizer(
+    spec,
+    total_steps=10,
+    params=params,
+    logical_axes=LOGICAL if stacked else None,
+  ).transform
+
+
+def run(transform, params, steps=4):
+  @jax.jit
+  def one(params, state, step):
+    updates, state = transform.update(gradients(params, step), state, params)
+    return optax.apply_updates(params, updates), state
+
+  state = transform.init(params)
+  for step in range(steps):
+    params, state = one(params, state, float(step))
+  return params, state
+
+
+def assert_close(actual, expected, rtol=1e-6, atol=1e-6):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol),
+    actual,
+    expected,
+  )
+
+
+def assert_same(actual, expected):
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+class BatteryTest(parameterized.TestCase):
+  @parameterized.parameters(ROWS)
+  def test_scanned_equals_unscanned(self, name):
+    alone, _ = run(build(unstacked(), name), unstacked())
+    params = stack(unstacked())
+    scanned, _ = run(build(params, name, stacked=True), params)
+    assert_close(scanned, stack(alone))  # other summation order
+
+  @parameterized.parameters(ROWS)
+  def test_jit_equals_eager_and_states_keep_their_types(self, name):
+    params = unstacked()
+    transform = build(params, name)
+    state = transform.init(params)
+    eager = transform.update(gradients(params), state, params)
+    jitted = jax.jit(transform.update)(gradients(params), state, params)
+    assert_close(jitted, eager)  # fusion reorders float32 operations
+    describe = lambda tree: jax.tree.map(  # noqa: E731
+      lambda x: (x.shape, x.dtype, getattr(x, "weak_type", False)), tree
+    )
+    self.assertEqual(describe(jitted[1]), describe(state))
+
+  @parameterized.parameters(ROWS)
+  def test_accumulation_equals_the_big_batch(self, name):
+    params = unstacked()
+    grads = [gradients(params, step) for step in range(3)]
+    mean = jax.tree.map(lambda *g: sum(g) / 3, *grads)
+    transform = build(params, name)
+    updates, _ = transform.update(mean, transform.init(params), params)
+    steps = optax.MultiSteps(transform, every_k_schedule=3)
+    state = steps.init(params)
+    for part in grads:
+      accumulated, state = steps.update(part, state, params)
+    assert_close(accumulated, updates, rtol=1e-5)  # mean in another order
+
+  @parameterized.product(name=ROWS, dtype=(jnp.bfloat16, jnp.int32))
+  def test_parameters_that_are_not_float32_are_refused(self, name, dtype):
+    params = jax.tree.map(lambda p: p.astype(dtype), unstacked())
+    with self.assertRaisesRegex(ValueError, "embedding is .*; an optimizer"):
+      build(params, name)
+
+  @parameterized.product(name=ROWS, freeze=((), ("embeddings", "layers_1")))
+  def test_state_round_trips(self, name, freeze):
+    params = unstacked()
+    transform = build(params, name, freeze=freeze)
+    _, state = run(transform, params, steps=2)
+    fresh = transform.init(params)
+    encoded = flax.serialization.to_bytes(state)
+    assert_same(flax.serialization.from_bytes(fresh, encoded), state)
+    with (
+      tempfile.TemporaryDirectory() as folder,
+      ocp.StandardCheckpointer() as checkpointer,
+    ):
+      checkpointer.save(f"{folder}/state", state)
+      checkpointer.wait_until_finished()
+      target = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+        fresh,
+      )
+      assert_same(checkpointer.restore(f"{folder}/state", target), state)
+
+  @parameterized.parameters(ROWS)
+  def test_strict_promotion_and_empty_leaves(self, name):
+    params = unstacked() | {"none": {}, "empty": jnp.zeros((0, 3))}
+    with jax.numpy_dtype_promotion("strict"):
+      after, state = run(build(params, name), params, steps=2)
+    self.assertTrue(all(np.isfinite(x).all() for x in jax.tree.leaves(after)))
+    self.assertTrue(all(np.isfinite(x).all() for x in jax.tree.leaves(state)))
+
+  @parameterized.parameters(ROWS)
+  def test_abstract_parameters_suffice(self, name):
+    params = unstacked()
+    transform = build(jax.eval_shape(lambda: params), name)
+    assert_same(transform.init(params), build(params, name).init(params))
+
+  @parameterized.parameters(ROWS)
+  def test_first_step_of_a_warm_up_moves_nothing(self, name):
+    params = unstacked()
+    schedule = dict(name="linear_reference", warmup=5)
+    transform = build(params, name, schedule=schedule)
+    after, _ = run(transform, params, steps=1)
+    assert_same(after, params)
+
+  @parameterized.parameters(ROWS)
+  def test_frozen_parameters_stay_and_have_no_state(self, name):
+    params = unstacked()
+    transform = build(params, name, freeze=["embeddings", "layers_0/up"])
+    after, state = run(transform, params)
+    for pick in (
+      lambda t: t["encoder"]["embeddings"],
+      lambda t: t["encoder"]["layers_0"]["up"],
+    ):
+      assert_same(pick(after), pick(params))
+    self.assertFalse(
+      np.array_equal(after["head"]["kernel"], params["head"]["kernel"])
+    )
+    paths = [
+      jax.tree_util.keystr(path)
+      for path, _ in jax.tree_util.tree_leaves_with_path(state)
+    ]
+    self.assertFalse([path for path in paths if "embeddings" in path])
+
+  @parameterized.parameters(ROWS)
+  def test_lowest_layers_freeze_alike_scanned_and_not(self, name):
+    options = dict(freeze_lowest=1, layerwise_decay=0.9, clip_norm=0.5)
+    alone, alone_state = run(build(unstacked(), name, **options), unstacked())
+    params = stack(unstacked())
+    scanned, state = run(build(params, name, stacked=True, **options), params)
+    assert_close(scanned, stack(alone))
+    assert_same(
+      alone["encoder"]["layers_0"], unstacked()["encoder"]["layers_0"]
+    )
+    # The frozen layer does not count in the clipped norm either.
+    np.testing.assert_allclose(
+      gradient_norm(state), gradient_norm(alone_state), rtol=1e-6
+    )
+
+  @parameterized.parameters(ROWS)
+  def test_hand_over_restarts_the_schedule_and_keeps_moments(self, name):
+    params = unstacked()
+    transform = build(
+      params, name, schedule=dict(name="linear", warmup=2, end_factor=0.5)
+    )
+    _, old = run(transform, params, steps=3)
+    fresh = transform.init(params)
+    handed = hand_over(old, fresh)
+    updates, _ = transform.update(gradients(params), handed, params)
+    self.assertTrue(all(not x.any() for x in jax.tree.leaves(updates)))
+    same = hand_over(old, fresh, reset_schedule=False)
+    assert_same(same, old)
+    assert_same(hand_over(old, fresh, reset_moments=True), fresh)
+    adams = [
+      node
+      for node in jax.tree.leaves(handed, is_leaf=lambda x: hasattr(x, "mu"))
+      if hasattr(node, "mu")
+    ]
+    for node in adams:
+      self.assertEqual(node.count, 3)
+
+
+class BuilderTest(parameterized.TestCase):
+  def test_layerwise_decay_reaches_every_parameter(self):
+    params = stack(unstacked())
+    plain = build(params, "sgd", stacked=True, clip_norm=None)
+    decayed = build(
+      params, "sgd", stacked=True, clip_norm=None, layerwise_decay=0.5
+    )
+    grads = jax.tree.map(jnp.ones_like, params)
+    a, _ = plain.update(grads, plain.init(params), params)
+    b, _ = decayed.update(grads, decayed.init(params), params)
+    factor = jax.tree.map(lambda x, y: y / x, a, b)
+    encoder = factor["encoder"]
+    np.testing.assert_allclose(
+      encoder["embeddings"]["token"]["embedding"], 0.125
+    )
+    np.testing.assert_allclose(
+      encoder["layers"]["up"]["kernel"][:, 0, 0], [0.25, 0.5, 1.0]
+    )
+    np.testing.assert_allclose(
+      encoder["layers"]["norm"]["scale"][:, 0], [0.25, 0.5, 1.0]
+    )
+    np.testing.assert_allclose(factor["head"]["kernel"], 1.0)
+
+  def test_multipliers_first_match_wins(self):
+    params = unstacked()
+    grads = jax.tree.map(jnp.ones_like, params)
+    rules = [("layers_0/.*bias", 3.0), ("layers_0", 0.5)]
+    transform = build(params, "sgd", clip_norm=None, lr_multipliers=rules)
+    updates, _ = transform.update(grads, transform.init(params), params)
+    layer = updates["encoder"]["layers_0"]
+    np.testing.assert_allclose(layer["up"]["bias"], -0.03, rtol=1e-6)
+    np.testing.assert_allclose(layer["up"]["kernel"], -0.005, rtol=1e-6)
+    np.testing.assert_allclose(updates["head"]["kernel"], -0.01, rtol=1e-6)
+
+  def test_rules_may_name_frozen_parameters(self):
+    params = unstacked()
+    transform = build(
+      params, "lamb", no_decay=["embeddings"], freeze=["embeddings"]
+    )
+    _, state = run(transform, params, steps=1)
+    self.assertNotIn(
+      "encoder/embeddings/token/embedding", layer_statistics(state)
+    )
+
+  @parameterized.parameters(
+    (dict(name="lam"), "optim.name='lam' is unknown.*'lamb'"),
+    (dict(clip_nrom=1.0), "optim.clip_nrom .*'clip_norm'"),
+    (dict(clip_norm=0.0), "optim.clip_norm=0.0 must be positive"),
+    (dict(stacked_axes=()), "optim.stacked_axes is set by the library"),
+    (dict(learning_rate=-1.0), "optim.learning_rate=-1.0"),
+    (dict(freeze=["nowhere"]), "optim.freeze: pattern 'nowhere'"),
+    (dict(freeze=".*"), "optim.freeze='.*' is a string"),
+    (dict(freeze=["encoder", "head"]), "leaves no parameter to train"),
+    (dict(freeze_lowest=4), "optim.freeze_lowest=4 must be between"),
+    (dict(layerwise_decay=0.0), "optim.layerwise_decay=0.0"),
+    (dict(lr_multipliers=[("head", 0.0)]), "factor 0.0 of 'head'"),
+    (dict(schedule=dict(name="lin")), "optim.schedule.name='lin'"),
+  )
+  def test_bad_options_are_refused(self, options, message):
+    with self.assertRaisesRegex(ValueError, message):
+      build(unstacked(), **(dict(name="lamb") | options))
+
+  def test_a_scanned_stack_without_logical_axes_is_refused(self):
+    with self.assertRaisesRegex(ValueError, "pass logical_axes"):
+      build(stack(unstacked()), "lamb", layerwise_decay=0.9)
+
+  def test_hand_over_to_another_optimizer_is_refused(self):
+    params = unstacked()
+    old, fresh = (build(params, n).init(params) for n in ("lamb", "adamw"))
+    with self.assertRaisesRegex(ValueError, "does not fit this phase's"):
+      hand_over(old, fresh)
+
+
+if __name__ == "__main__":
+  absltest.main()
