@@ -251,7 +251,7 @@ def _rows(rounds: list[_Pairs]) -> plan_lib.Plan:
 
   starts = np.stack([joined("a_starts"), joined("b_starts")], 1).ravel()
   lengths = np.stack([joined("a_lengths"), joined("b_lengths")], 1)
-  has_b: Bool[np.ndarray, "rows"] = lengths[:, 1] > 0
+  has_b: Bool[np.ndarray, rows] = lengths[:, 1] > 0
   lengths = lengths.ravel()
   is_b = np.arange(len(lengths)) % 2
   keep = (is_b == 0) | (lengths > 0)

@@ -1,0 +1,440 @@
+r"""Static BERT instances in the reference's order of random draws, as TFRecord.
+
+Devlin et al. 2018, arXiv:1810.04805. One `random.Random(seed)` drives the whole
+file: shuffle documents; `dupe_factor` passes of cutting, pairing, truncating
+and masking; shuffle instances. With the same text, vocabulary and options the
+ids are those of the original script. (`instances.pairs` and `masking` have the
+same distribution, cost nothing on disk and never repeat a mask: prefer them.)
+
+Run:  python -m bertjax.data.bert_instances --input=docs.txt \
+          --vocab=tokenizer_folder --output=instances.tfrecord
+
+The input has one sentence per line and a blank line between documents.
+"""
+
+import dataclasses
+import glob
+import hashlib
+import random
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import numpy as np
+from absl import app, flags
+from jaxtyping import Int
+
+from bertjax.data import dataset as dataset_lib
+
+_SPECIALS = 3  # [CLS] A [SEP] B [SEP]
+Document = Sequence[Sequence[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Instance:
+  """One pair of texts with its masks, all as ids.
+
+  Attributes:
+    tokens: [CLS] A [SEP] B [SEP] after masking, without padding.
+    a_length: tokens up to and including the first [SEP].
+    masked_positions: where, ascending.
+    labels: the original ids there.
+    is_random: whether B is a random text.
+  """
+
+  tokens: tuple[int, ...]
+  a_length: int
+  masked_positions: tuple[int, ...]
+  labels: tuple[int, ...]
+  is_random: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generator:
+  """The reference generator.
+
+  Attributes:
+    tokenizer: for the special ids, `vocab_size` and `continues_word`.
+    max_seq_length: tokens per instance.
+    max_predictions_per_seq: masked tokens per instance at most.
+    masked_lm_prob: share of the tokens, special ones counted, to mask.
+    dupe_factor: passes over the documents.
+    short_seq_prob: probability that a document aims at a random shorter length.
+    do_whole_word_mask: mask the pieces of a word together.
+    random_seed: of the one stream of draws.
+  """
+
+  tokenizer: object
+  max_seq_length: int = 128
+  max_predictions_per_seq: int = 20
+  masked_lm_prob: float = 0.15
+  dupe_factor: int = 10
+  short_seq_prob: float = 0.1
+  do_whole_word_mask: bool = False
+  random_seed: int = 12345
+
+  def __post_init__(self):
+    if self.max_seq_length < _SPECIALS + 2:
+      raise ValueError(
+        f"max_seq_length={self.max_seq_length} must be at least"
+        f" {_SPECIALS + 2}."
+      )
+
+  def __call__(self, documents: Iterable[Document]) -> list[Instance]:
+    """All instances, shuffled.
+
+    Args:
+      documents: per document its sentences as ids; empty ones are dropped.
+
+    Raises:
+      ValueError: there are no documents.
+    """
+    rng = random.Random(self.random_seed)
+    documents = [[list(s) for s in d if len(s)] for d in documents]
+    documents = [d for d in documents if d]
+    if not documents:
+      raise ValueError(
+        "--input holds no documents; write one sentence per line and a blank"
+        " line between documents."
+      )
+    rng.shuffle(documents)
+    instances = []
+    for _ in range(self.dupe_factor):
+      for number in range(len(documents)):
+        instances.extend(self._of_document(documents, number, rng))
+    rng.shuffle(instances)
+    return instances
+
+  def _of_document(self, documents, number, rng) -> Iterator[Instance]:
+    sentences = documents[number]
+    max_tokens = self.max_seq_length - _SPECIALS
+    target = max_tokens
+    if rng.random() < self.short_seq_prob:
+      target = rng.randint(2, max_tokens)
+    first = 0
+    while first < len(sentences):
+      end, size = first, 0
+      while end < len(sentences) and (size < target or end == first):
+        size += len(sentences[end])
+        end += 1
+      split = first + 1
+      if end - first >= 2:
+        split = first + rng.randint(1, end - first - 1)
+      a = _join(sentences[first:split])
+      is_random = end - first == 1 or rng.random() < 0.5
+      if is_random:
+        b = self._random_text(documents, number, target - len(a), rng)
+        following = split
+      else:
+        b = _join(sentences[split:end])
+        following = end
+      truncate_pair(a, b, max_tokens, rng)
+      yield self._masked(a, b, is_random, rng)
+      first = following
+
+  def _random_text(self, documents, number, length, rng) -> list[int]:
+    for _ in range(10):
+      other = rng.randint(0, len(documents) - 1)
+      if other != number:
+        break
+    text = []
+    start = rng.randint(0, len(documents[other]) - 1)
+    for sentence in documents[other][start:]:
+      text.extend(sentence)
+      if len(text) >= length:
+        break
+    return text
+
+  def _masked(self, a, b, is_random, rng) -> Instance:
+    special = self.tokenizer
+    tokens = [special.cls_id, *a, special.sep_id, *b, special.sep_id]
+    groups = []
+    for position, token in enumerate(tokens):
+      if token in (special.cls_id, special.sep_id):
+        continue
+      joins = self.do_whole_word_mask and special.continues_word[token]
+      if joins and groups:
+        groups[-1].append(position)
+      else:
+        groups.append([position])
+    rng.shuffle(groups)
+    wanted = min(
+      self.max_predictions_per_seq,
+      max(1, round(len(tokens) * self.masked_lm_prob)),
+    )
+    labels = {}
+    output = list(tokens)
+    for group in groups:
+      if len(labels) >= wanted:
+        break
+      if len(labels) + len(group) > wanted:
+        continue
+      for position in group:
+        labels[position] = tokens[position]
+        if rng.random() < 0.8:
+          output[position] = special.mask_id
+        elif rng.random() >= 0.5:
+          output[position] = rng.randint(0, special.vocab_size - 1)
+    positions = sorted(labels)
+    return Instance(
+      tokens=tuple(int(t) for t in output),
+      a_length=len(a) + 2,
+      masked_positions=tuple(positions),
+      labels=tuple(int(labels[p]) for p in positions),
+      is_random=is_random,
+    )
+
+
+def truncate_pair(
+  a: list[int], b: list[int], max_tokens: int, rng: random.Random
+) -> None:
+  """Shortens the longer text in place, from a random side each time."""
+  while len(a) + len(b) > max_tokens:
+    longer = a if len(a) > len(b) else b
+    if rng.random() < 0.5:
+      del longer[0]
+    else:
+      longer.pop()
+
+
+def features(
+  instance: Instance, max_seq_length: int, max_predictions_per_seq: int
+) -> dict[str, np.ndarray]:
+  """The reference's features, padded with 0; ints int64, weights float32."""
+
+  def padded(values, length, dtype=np.int64):
+    result = np.zeros(length, dtype)
+    result[: len(values)] = values
+    return result
+
+  size, masked = len(instance.tokens), len(instance.labels)
+  slots = max_predictions_per_seq
+  return {
+    "input_ids": padded(instance.tokens, max_seq_length),
+    "input_mask": padded(np.ones(size), max_seq_length),
+    "segment_ids": padded(np.arange(size) >= instance.a_length, max_seq_length),
+    "masked_lm_positions": padded(instance.masked_positions, slots),
+    "masked_lm_ids": padded(instance.labels, slots),
+    "masked_lm_weights": padded(np.ones(masked), slots, np.float32),
+    "next_sentence_labels": np.array([int(instance.is_random)]),
+  }
+
+
+def write_tfrecord(
+  instances: Iterable[Instance],
+  path: str,
+  max_seq_length: int,
+  max_predictions_per_seq: int,
+) -> int:
+  """Writes tf.Examples; returns how many."""
+  tf = _tensorflow()
+  count = 0
+  with tf.io.TFRecordWriter(path) as writer:
+    for instance in instances:
+      feature = {}
+      row = features(instance, max_seq_length, max_predictions_per_seq)
+      for name, values in row.items():
+        if values.dtype == np.float32:
+          kind = {"float_list": tf.train.FloatList(value=values)}
+        else:
+          kind = {"int64_list": tf.train.Int64List(value=values)}
+        feature[name] = tf.train.Feature(**kind)
+      example = tf.train.Example(features=tf.train.Features(feature=feature))
+      writer.write(example.SerializeToString())
+      count += 1
+  return count
+
+
+def read_tfrecord(paths: str | Sequence[str]) -> dict[str, np.ndarray]:
+  """All rows of ready-made BERT TFRecords as one batch of ours.
+
+  Args:
+    paths: files or glob patterns.
+
+  Returns:
+    The batch of `RowDataset`, one row per example: `tokens, segment_ids,
+    positions, type_ids` [n, t], `masked_positions, labels` [n, m] and
+    `pair_labels` [n].
+
+  Raises:
+    ValueError: no file, no example, or a missing feature.
+  """
+  tf = _tensorflow()
+  patterns = [paths] if isinstance(paths, str) else list(paths)
+  files = [f for p in patterns for f in sorted(glob.glob(p))]
+  if not files:
+    raise ValueError(
+      f"data.source.files={patterns!r} matches no file; give TFRecords of"
+      " BERT instances."
+    )
+  # No lengths are asked for: the first example tells them.
+  spec = {
+    name: tf.io.RaggedFeature(
+      tf.float32 if name == "masked_lm_weights" else tf.int64
+    )
+    for name in _FEATURES
+  }
+  rows = {name: [] for name in _FEATURES}
+  for chunk in tf.data.TFRecordDataset(files).batch(4096):
+    for name, values in tf.io.parse_example(chunk, spec).items():
+      rows[name].append(_rectangle(name, values.to_tensor().numpy(), files))
+  if not rows["input_ids"]:
+    raise ValueError(f"data.source.files={files!r} hold no examples.")
+  return _as_batch({k: np.concatenate(v) for k, v in rows.items()})
+
+
+_FEATURES = (
+  "input_ids",
+  "input_mask",
+  "segment_ids",
+  "masked_lm_positions",
+  "masked_lm_ids",
+  "masked_lm_weights",
+  "next_sentence_labels",
+)
+
+
+def _rectangle(name, values, files):
+  if values.shape[-1] == 0:
+    raise ValueError(
+      f"data.source.files={files!r}: the feature {name!r} is missing; BERT"
+      f" instances have {', '.join(_FEATURES)}."
+    )
+  return values
+
+
+def _as_batch(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  real = rows["input_mask"]
+  used = rows["masked_lm_weights"] > 0
+  batch = {
+    "tokens": rows["input_ids"],
+    "segment_ids": real,
+    "positions": np.arange(real.shape[1])[None] * real,
+    "type_ids": rows["segment_ids"],
+    "masked_positions": np.where(used, rows["masked_lm_positions"], 0),
+    "labels": np.where(used, rows["masked_lm_ids"], -1),
+    "pair_labels": rows["next_sentence_labels"][:, 0],
+  }
+  return {k: np.ascontiguousarray(v, np.int32) for k, v in batch.items()}
+
+
+class StaticDataset(dataset_lib.RowDataset):
+  """Ready-made rows held in memory, in a new random order every epoch."""
+
+  def __init__(
+    self, rows: dict[str, np.ndarray], *, pad_id: int = 0, seed: int = 0
+  ):
+    """`rows` as `read_tfrecord` returns them."""
+    self._rows = rows
+    self._count, self.seq_len = rows["tokens"].shape
+    if not self._count:
+      raise ValueError("data.source.files hold no examples.")
+    self.pad_id, self.seed = pad_id, seed
+    digest = hashlib.sha256()
+    for name in sorted(rows):
+      digest.update(rows[name].tobytes())
+    self._digest = digest.hexdigest()[:16]
+
+  @property
+  def row_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+      k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype)
+      for k, v in self._rows.items()
+    }
+
+  def rows_per_epoch(self, epoch: int) -> int:
+    del epoch  # all alike
+    return self._count
+
+  def epoch_of(self, row: int) -> tuple[int, int]:
+    return divmod(row, self._count)
+
+  def rows(self, first: int, stop: int) -> dict[str, np.ndarray]:
+    epochs, indices = np.divmod(np.arange(first, stop), self._count)
+    picked = np.empty(len(indices), np.int64)
+    for epoch in np.unique(epochs):
+      order = self._order(int(epoch))
+      picked[epochs == epoch] = order[indices[epochs == epoch]]
+    return {k: v[picked] for k, v in self._rows.items()}
+
+  def _order(self, epoch: int) -> Int[np.ndarray, "n"]:
+    return np.random.default_rng([self.seed, epoch]).permutation(self._count)
+
+  def fingerprint(self) -> str:
+    return f"{self._digest}-{self.seed}"
+
+  def reseeded(self, seed: int) -> "StaticDataset":
+    return StaticDataset(self._rows, pad_id=self.pad_id, seed=seed)
+
+
+def read_documents(paths: Sequence[str], tokenizer) -> list[list[list[int]]]:
+  """Sentences as ids, from text files in the reference's format."""
+  documents = [[]]
+  for path in paths:
+    with open(path, encoding="utf-8") as lines:
+      for line in lines:
+        line = line.strip()
+        if not line:
+          documents.append([])
+        elif len(ids := tokenizer.encode(line)):
+          documents[-1].append(ids.tolist())
+    # As in the reference, the end of a file does not end a document.
+  return [d for d in documents if d]
+
+
+def _join(sentences: Iterable[Sequence[int]]) -> list[int]:
+  return [token for sentence in sentences for token in sentence]
+
+
+def _tensorflow():
+  try:
+    import tensorflow as tf
+  except ImportError as err:
+    raise ImportError(
+      "TFRecords of tf.Examples need TensorFlow: pip install 'bertjax[tfds]'."
+    ) from err
+  return tf
+
+
+def _define_flags() -> None:
+  """Only when run: training imports this module and has flags of its own."""
+  flags.DEFINE_list("input", None, "Text files or patterns.", required=True)
+  flags.DEFINE_string("vocab", None, "Folder of a tokenizer.", required=True)
+  flags.DEFINE_string("output", None, "TFRecord to write.", required=True)
+  define = {
+    bool: flags.DEFINE_bool,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+  }
+  for name, default in _defaults().items():
+    define[type(default)](name, default, "As in `Generator`.")
+
+
+def _defaults() -> dict[str, bool | int | float]:
+  fields = dataclasses.fields(Generator)
+  return {f.name: f.default for f in fields if f.name != "tokenizer"}
+
+
+def main(argv: Sequence[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+  from bertjax.data import tokenizers
+
+  values = flags.FLAGS
+  tokenizer = tokenizers.load_tokenizer(values.vocab)
+  files = [f for p in values.input for f in sorted(glob.glob(p))]
+  if not files:
+    raise ValueError(f"--input={','.join(values.input)} matches no file.")
+  options = {name: values[name].value for name in _defaults()}
+  instances = Generator(tokenizer, **options)(read_documents(files, tokenizer))
+  count = write_tfrecord(
+    instances,
+    values.output,
+    values.max_seq_length,
+    values.max_predictions_per_seq,
+  )
+  print(f"Wrote {count} instances of {len(files)} files to {values.output}.")
+
+
+if __name__ == "__main__":
+  _define_flags()
+  app.run(main)
