@@ -34,6 +34,50 @@ def lookup(table: Mapping[str, T], name: str, field: str) -> T:
   )
 
 
+def call(
+  builder: Callable[..., T],
+  options: Mapping[str, Any],
+  field: str,
+  **context: Any,
+) -> T:
+  """Calls `builder` with a config's options, refusing what it does not take.
+
+  Args:
+    builder: any callable with named arguments.
+    options: the config's sub-dict.
+    field: the config field that holds `options`, for messages; "" at the top.
+    **context: arguments that the caller supplies and a config may not.
+
+  Raises:
+    ValueError: unknown, reserved or missing option.
+  """
+  prefix = f"{field}." if field else ""
+  parameters = [
+    p
+    for p in inspect.signature(builder).parameters.values()
+    if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+  ]
+  open_ended = any(
+    p.kind is p.VAR_KEYWORD
+    for p in inspect.signature(builder).parameters.values()
+  )
+  allowed = sorted({p.name for p in parameters} - set(context))
+  for key in options:
+    if key in context:
+      raise ValueError(f"{prefix}{key} is set by the library; remove it.")
+    if key not in allowed and not open_ended:
+      close = difflib.get_close_matches(key, allowed, n=1)
+      hint = f" Did you mean {close[0]!r}?" if close else ""
+      raise ValueError(
+        f"{prefix}{key} is not an option; {field or 'the config'} takes"
+        f" {', '.join(allowed)}.{hint}"
+      )
+  for p in parameters:
+    if p.default is p.empty and p.name not in {*options, *context}:
+      raise ValueError(f"{prefix}{p.name} is required.")
+  return builder(**options, **context)
+
+
 def build(
   table: Mapping[str, Callable[..., T]],
   spec: Mapping[str, Any],
@@ -49,42 +93,12 @@ def build(
     **context: arguments that the caller supplies and a config may not.
 
   Raises:
-    ValueError: unknown name, unknown argument, or missing argument.
+    ValueError: unknown name, or see `call`.
   """
-  spec = dict(spec)
-  if "name" not in spec:
+  options = dict(spec)
+  if "name" not in options:
     raise ValueError(
       f"{field}.name is missing; choose from {', '.join(sorted(table))}."
     )
-  builder = lookup(table, spec.pop("name"), f"{field}.name")
-  signature = inspect.signature(builder)
-  accepts = {
-    p.name
-    for p in signature.parameters.values()
-    if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
-  }
-  open_ended = any(
-    p.kind is p.VAR_KEYWORD for p in signature.parameters.values()
-  )
-  for key in spec:
-    if key in context:
-      raise ValueError(f"{field}.{key} is set by the library; remove it.")
-    if key not in accepts and not open_ended:
-      allowed = ", ".join(sorted(accepts - set(context)))
-      close = difflib.get_close_matches(key, accepts - set(context), n=1)
-      hint = f" Did you mean {close[0]!r}?" if close else ""
-      raise ValueError(
-        f"{field}.{key} is not an option of {field}.name; it takes"
-        f" {allowed}.{hint}"
-      )
-  missing = [
-    p.name
-    for p in signature.parameters.values()
-    if p.default is p.empty
-    and p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
-    and p.name not in spec
-    and p.name not in context
-  ]
-  if missing:
-    raise ValueError(f"{field}.{missing[0]} is required.")
-  return builder(**spec, **context)
+  builder = lookup(table, options.pop("name"), f"{field}.name")
+  return call(builder, options, field, **context)

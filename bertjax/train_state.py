@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bertjax import optim
 from bertjax.parallel.sharding import logical_axes, parameter_shardings
-from bertjax.rules import path_name
 
 
 @flax.struct.dataclass
@@ -92,9 +92,7 @@ def state_shardings(
 ) -> tuple[TrainState, TrainState]:
   """The state's abstract form and a NamedSharding for each of its leaves.
 
-  Optimizer state follows its parameter: a leaf whose path ends in a
-  parameter's path and that has its shape is sharded like it. All else is
-  replicated.
+  Optimizer state is sharded like its parameter; all else is replicated.
   """
   abstract = jax.eval_shape(
     lambda k: init_state(objective, transform, batch_spec, k), key
@@ -102,23 +100,10 @@ def state_shardings(
   _, axes = abstract_params(objective, batch_spec)
   params = parameter_shardings(abstract.params, axes, mesh)
   whole = NamedSharding(mesh, PartitionSpec())
-  by_name = {
-    path_name(path): (leaf.shape, sharding)
-    for (path, leaf), sharding in zip(
-      jax.tree_util.tree_leaves_with_path(abstract.params),
-      jax.tree.leaves(params),
-    )
-  }
-
-  def follow(path, leaf):
-    for start in range(len(path)):
-      shape, sharding = by_name.get(path_name(path[start:]), (None, whole))
-      if shape == leaf.shape:
-        return sharding
-    return whole
-
   shardings = jax.tree.map(lambda _: whole, abstract).replace(
     params=params,
-    opt_state=jax.tree_util.tree_map_with_path(follow, abstract.opt_state),
+    opt_state=optim.state_shardings(
+      abstract.opt_state, abstract.params, params, whole
+    ),
   )
   return abstract, shardings

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from bertjax.objectives.base import Metrics, Objective, total_loss
 from bertjax.optim import Optimizer
-from bertjax.parallel.sharding import batch_shards, batch_sharding
+from bertjax.parallel.sharding import batch_sharding, batch_shards
 from bertjax.train_state import TrainState
 
 Batch = Mapping[str, jax.Array]
@@ -148,6 +148,9 @@ def train_step(
       "label_weight": (sum(weights.values()), one),
       "learning_rate": (optimizer.schedule(state.step), one),
     }
+    if "segment_ids" in batch:
+      tokens = (batch["segment_ids"] > 0).sum().astype(jnp.float32)
+      metrics["tokens"] = (over_shards(tokens) if local else tokens, one)
     state = state.replace(
       step=state.step + 1,
       params=optax.apply_updates(state.params, updates),

@@ -1,0 +1,38 @@
+# make quickstart   environment, then a small BERT on real text (minutes)
+# make test         the default test suite
+# make lint         ruff
+# make bench        speed against PyTorch, and of reading; prints ratios
+PYTHON ?= python3.11
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+WORKDIR ?= runs/quickstart
+
+.PHONY: quickstart test lint bench clean
+
+$(VENV)/core: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/test: $(VENV)/core
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+quickstart: $(VENV)/core
+	$(RUN) -m bertjax.train --config=configs/quickstart.py --workdir=$(WORKDIR)
+	$(RUN) -m bertjax.predict fill_mask --model=$(WORKDIR) \
+	  --text="Return a new [MASK] with the given shape and dtype."
+
+test: $(VENV)/test
+	$(RUN) -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+bench: $(VENV)/test
+	$(RUN) -m benchmarks.reading
+	$(RUN) -m benchmarks.step
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,127 @@
+"""The fields of an experiment's config, and how a config becomes them."""
+
+import copy
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bertjax import registry
+
+Spec = Mapping[str, Any]
+
+
+def cache_path(given: str | None = None) -> pathlib.Path:
+  """`given`, the environment's BERTJAX_CACHE, or a folder of the user's."""
+  given = given or os.environ.get("BERTJAX_CACHE")
+  return pathlib.Path(given or pathlib.Path.home() / ".cache" / "bertjax")
+
+
+def _every() -> Spec:
+  return {"log": 20, "checkpoint": 500}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+  """What a config may say; each sub-dict is the arguments of one builder.
+
+  Attributes:
+    model: name of `MODELS` and its options.
+    objective: name of `OBJECTIVES` and its options.
+    data: options of `TextData`.
+    optim: name of `OPTIMIZERS`, its options, `schedule`, `clip_norm`...
+    stop: rules that end the run; `steps` is also the schedule's horizon.
+    seed: of initialisation, dropout, data order and masks.
+    dtype: compute dtype; parameters and optimizer state are float32.
+    prng: generator of dropout: "threefry2x32" gives the same numbers on any
+      mesh; "rbg" is several times cheaper on TPU.
+    mesh: arguments of `make_mesh`.
+    microbatches: parts into which a batch is split for accumulation.
+    evals: evaluators by any name: `name` of `EVALUATORS`, `every` (steps) and
+      options.
+    every: steps between readings of the metrics (`log`) and between
+      checkpoints (`checkpoint`).
+    keep: arguments of `Checkpointer` about what stays.
+    init_from: where parameters come from; see `bertjax.handover`.
+    profile: `start` and `stop` step of a profiler trace.
+    writers: where metrics go, besides the report.
+    samples: texts with masks that the trained model fills in the report.
+    reference_curve: CSV of (step, loss) that the report compares with.
+    cache_dir: where vocabularies and token caches live; the environment's
+      BERTJAX_CACHE, or a folder in the user's cache, by default.
+    stages: runs that hand over, by name: what each changes in this config.
+  """
+
+  model: Spec
+  objective: Spec
+  data: Spec
+  optim: Spec
+  stop: Spec
+  seed: int = 0
+  dtype: str = "float32"
+  prng: str = "threefry2x32"
+  mesh: Spec = dataclasses.field(default_factory=dict)
+  microbatches: int = 1
+  evals: Mapping[str, Spec] = dataclasses.field(default_factory=dict)
+  every: Spec = dataclasses.field(default_factory=_every)
+  keep: Spec = dataclasses.field(default_factory=dict)
+  init_from: Spec | None = None
+  profile: Spec | None = None
+  writers: Sequence[str] = ("csv", "tensorboard")
+  samples: Sequence[str] = ()
+  reference_curve: str | None = None
+  cache_dir: str | None = None
+  stages: Mapping[str, Spec] = dataclasses.field(default_factory=dict)
+
+  @property
+  def cache_path(self) -> pathlib.Path:
+    """`cache_dir`, or its default."""
+    return cache_path(self.cache_dir)
+
+  def to_json(self) -> dict[str, Any]:
+    """Plain values, as a workdir's config.json and checkpoints hold them."""
+    return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def plain(config: Any) -> dict[str, Any]:
+  """A ConfigDict or mapping as nested dicts of plain values."""
+  return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+
+def settings(config: Any) -> Settings:
+  """Checks a config's top level.
+
+  Raises:
+    ValueError: an unknown or missing field, or an unknown key of `every`.
+  """
+  found = registry.call(Settings, plain(config), "")
+  every = _every() | dict(found.every)
+  for key, value in every.items():
+    registry.lookup(_every(), key, "every")
+    if not isinstance(value, int) or value < 1:
+      raise ValueError(f"every.{key}={value!r} must be a positive integer.")
+  return dataclasses.replace(found, every=every)
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict:
+  """`base` with nested `changes`; a sub-dict with a new `name` replaces."""
+  result = copy.deepcopy(dict(base))
+  for key, value in changes.items():
+    old = result.get(key)
+    both = isinstance(value, Mapping) and isinstance(old, Mapping)
+    if both and value.get("name", old.get("name")) == old.get("name"):
+      result[key] = merge(old, value)
+    else:
+      result[key] = copy.deepcopy(value)
+  return result
+
+
+def stage_configs(config: Any) -> dict[str, dict[str, Any]]:
+  """The configs of a staged run in order; {"": config} for a plain one."""
+  base = plain(config)
+  stages = base.pop("stages", None)
+  if not stages:
+    return {"": base}
+  return {name: merge(base, changes) for name, changes in stages.items()}

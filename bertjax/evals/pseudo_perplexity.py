@@ -1,0 +1,126 @@
+"""Pseudo-perplexity of a masked LM (Salazar et al. 2020, arXiv:1910.14659).
+
+exp of the mean of -log p(token | all others), each token masked in turn.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from bertjax.data.audit import original_tokens
+from bertjax.evals.objective import read_batches
+from bertjax.objectives.masked_lm import MaskedLM
+from bertjax.parallel.sharding import put_batch
+
+
+def one_mask_each(
+  row: Mapping[str, np.ndarray], tokenizer: Any
+) -> dict[str, np.ndarray]:
+  """A copy of one unmasked row for every ordinary token, that token masked.
+
+  Args:
+    row: arrays of one row, without batch axis and before masking.
+    tokenizer: for its special ids.
+
+  Returns:
+    A batch with `labels` and `masked_positions` of shape [n, 1].
+  """
+  ordinary = ~np.isin(row["tokens"], tokenizer.special_ids)
+  places = np.flatnonzero(ordinary & (row["segment_ids"] > 0))
+  kept = ("tokens", "segment_ids", "positions", "type_ids")
+  batch = {
+    k: np.repeat(v[None], len(places), axis=0)
+    for k, v in row.items()
+    if k in kept
+  }
+  batch["tokens"][np.arange(len(places)), places] = tokenizer.mask_id
+  batch["masked_positions"] = places[:, None].astype(np.int32)
+  batch["labels"] = row["tokens"][places][:, None].astype(np.int32)
+  return batch
+
+
+def _rebatch(
+  parts: Iterator[Mapping[str, np.ndarray]], batch_size: int
+) -> Iterator[dict[str, np.ndarray]]:
+  """Batches of one size; the last is filled with rows of weight 0."""
+  held: dict[str, np.ndarray] | None = None
+  for part in parts:
+    if held is not None:
+      part = {k: np.concatenate([held[k], part[k]]) for k in part}
+    count = len(part["labels"])
+    whole = count - count % batch_size
+    for start in range(0, whole, batch_size):
+      yield {k: v[start : start + batch_size] for k, v in part.items()}
+    held = {k: v[whole:] for k, v in part.items()}
+  if held is not None and len(held["labels"]):
+    missing = batch_size - len(held["labels"])
+    empty = {k: np.repeat(v[:1], missing, axis=0) for k, v in held.items()}
+    empty["labels"] = np.full_like(empty["labels"], -1)
+    yield {k: np.concatenate([held[k], empty[k]]) for k in held}
+
+
+def pseudo_perplexity(
+  *,
+  objective: Any,
+  data: Any,
+  mesh: Mesh,
+  split: str = "validation",
+  num_rows: int = 32,
+  batch_size: int | None = None,
+):
+  """Pseudo-perplexity over the first rows of a split.
+
+  Args:
+    objective: a `MaskedLM`; its pair task, if any, plays no part.
+    data: the experiment's data.
+    mesh: the device mesh.
+    split: of the source.
+    num_rows: rows that are scored; each costs one pass per token.
+    batch_size: masked copies per pass; the batch size of training by default.
+
+  Raises:
+    ValueError: the objective has no masked-token head.
+  """
+  if not isinstance(objective, MaskedLM):
+    raise ValueError(
+      f"evals: pseudo_perplexity needs objective.name='masked_lm', not"
+      f" {type(objective).__name__}."
+    )
+  batch_size = batch_size or data.batch_size
+  alone = objective.clone(pair_task=None)
+
+  @jax.jit
+  def metrics_of(variables, batch):
+    return alone.apply(variables, batch, train=False)[1]["mlm_loss"]
+
+  def rows() -> Iterator[dict[str, np.ndarray]]:
+    left = num_rows
+    for batch in read_batches(data, split, None, None):
+      batch = dict(batch, tokens=original_tokens(batch))
+      for i in range(min(left, len(batch["tokens"]))):
+        if (batch["segment_ids"][i] > 0).any():
+          row = {k: v[i] for k, v in batch.items()}
+          yield one_mask_each(row, data.tokenizer)
+      left -= len(batch["tokens"])
+      if left <= 0:
+        return
+
+  def evaluate(variables, key) -> dict[str, float]:
+    del key
+    total = weight = 0.0
+    with jax.set_mesh(mesh):
+      for batch in _rebatch(rows(), batch_size):
+        loss, count = metrics_of(variables, put_batch(batch, mesh))
+        total, weight = total + float(loss), weight + float(count)
+    mean = total / max(weight, 1.0)
+    return {
+      "pseudo_log_likelihood": -mean,
+      "pseudo_perplexity": math.exp(min(mean, 700.0)),
+      "scored_tokens": weight,
+    }
+
+  return evaluate

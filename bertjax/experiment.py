@@ -1,0 +1,221 @@
+"""From a config to the parts of a run."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from bertjax import registry, train_state, train_step
+from bertjax.config import Settings
+from bertjax.data.text import TextData
+from bertjax.evals import EVALUATORS, Evaluator
+from bertjax.metrics import meters
+from bertjax.models import MODELS
+from bertjax.objectives import OBJECTIVES
+from bertjax.optim import Optimizer, build_optimizer
+from bertjax.parallel.mesh import make_mesh
+from bertjax.registry import lookup
+from bertjax.rules import path_name
+from bertjax.train_state import TrainState
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+GENERATORS = ("threefry2x32", "rbg", "unsafe_rbg")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """The parts that a config names, ready to run.
+
+  Attributes:
+    settings: the checked config.
+    mesh: the device mesh.
+    data: what is read.
+    objective: what is minimised.
+    optimizer: how.
+    batch_spec: shapes of the global batch.
+    abstract_state: shapes of the train state, with shardings.
+    key: the run's PRNG key.
+  """
+
+  settings: Settings
+  mesh: Mesh
+  data: TextData
+  objective: nn.Module
+  optimizer: Optimizer
+  batch_spec: dict[str, jax.ShapeDtypeStruct]
+  abstract_state: TrainState
+  key: jax.Array
+
+  @functools.cached_property
+  def shardings(self) -> TrainState:
+    """A NamedSharding for every leaf of the state."""
+    return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+
+  @functools.cached_property
+  def step(self) -> train_step.Step:
+    """The compiled training step."""
+    return train_step.compile_step(
+      self.objective,
+      self.optimizer,
+      self.mesh,
+      self.shardings,
+      self.batch_spec,
+      self.settings.microbatches,
+    )
+
+  def init(self) -> TrainState:
+    """A fresh state, created where it is sharded to."""
+    make = functools.partial(
+      train_state.init_state,
+      self.objective,
+      self.optimizer.transform,
+      self.batch_spec,
+    )
+    with jax.set_mesh(self.mesh):
+      return jax.jit(make, out_shardings=self.shardings)(self.key)
+
+  def evaluators(self) -> dict[str, tuple[int, Evaluator]]:
+    """By name: steps between evaluations (0: only at the end), evaluator."""
+    built = {}
+    for name, spec in self.settings.evals.items():
+      spec = dict(spec)
+      every = spec.pop("every", 0)
+      built[name] = every, build_evaluator(self, spec, f"evals.{name}")
+    return built
+
+  def flops_per_token(self) -> float:
+    """Training FLOPs of one token of a full row."""
+    sizes = model_sizes(self.abstract_state.params)
+    slots = self.batch_spec["labels"].shape[1]
+    row = meters.train_flops(
+      **sizes, seq_len=self.data.seq_len, max_masked=slots
+    )
+    return row / self.data.seq_len
+
+
+def build_evaluator(experiment: Experiment, spec, field: str) -> Evaluator:
+  """One evaluator of the table `EVALUATORS`."""
+  return registry.build(
+    EVALUATORS,
+    spec,
+    field,
+    objective=experiment.objective,
+    data=experiment.data,
+    mesh=experiment.mesh,
+  )
+
+
+def model_sizes(params: Any) -> dict[str, int]:
+  """Dimensions of an encoder, read off its (abstract) parameters."""
+  leaves = {
+    path_name(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params["encoder"])
+  }
+  vocab_size, emb_dim = leaves["embeddings/token/embedding"].shape
+  inner = [v for k, v in leaves.items() if k.endswith("mlp/up/bias")]
+  mlp_dim = inner[0].shape[-1]
+  return dict(
+    vocab_size=vocab_size,
+    emb_dim=emb_dim,
+    mlp_dim=mlp_dim,
+    num_layers=sum(v.size for v in inner) // mlp_dim,
+  )
+
+
+def build_objective(
+  settings: Settings, *, vocab_size: int, seq_len: int
+) -> nn.Module:
+  """The model and its objective.
+
+  Args:
+    settings: the config.
+    vocab_size: of the tokenizer; `model.vocab_size` may be larger.
+    seq_len: of the data.
+
+  Raises:
+    ValueError: the model's table of tokens or positions is too small.
+  """
+  dtype = lookup(DTYPES, settings.dtype, "dtype")
+  spec = {"vocab_size": vocab_size, **settings.model}
+  if spec["vocab_size"] < vocab_size:
+    raise ValueError(
+      f"model.vocab_size={spec['vocab_size']} is smaller than the tokenizer's"
+      f" {vocab_size}; use at least that, or leave it out."
+    )
+  encoder = registry.build(MODELS, spec, "model", dtype=dtype)
+  longest = encoder.make_embeddings().max_positions
+  if seq_len > longest:
+    raise ValueError(
+      f"data.seq_len={seq_len} exceeds model.max_positions={longest}; shorten"
+      " the one or raise the other."
+    )
+  return registry.build(
+    OBJECTIVES, settings.objective, "objective", encoder=encoder
+  )
+
+
+def build(
+  settings: Settings, *, devices: Any = None, data: TextData | None = None
+) -> Experiment:
+  """Everything that a run needs, from its config.
+
+  Args:
+    settings: the checked config.
+    devices: for the mesh; all by default.
+    data: replaces what `settings.data` describes.
+
+  Raises:
+    ValueError: names the field that does not fit.
+  """
+  mesh = registry.call(make_mesh, settings.mesh, "mesh", devices=devices)
+  lookup(dict.fromkeys(GENERATORS), settings.prng, "prng")
+  if data is None:
+    data = registry.call(
+      TextData,
+      settings.data,
+      "data",
+      seed=settings.seed,
+      cache_dir=settings.cache_path,
+    )
+  train_step.check_batch(data.batch_size, settings.microbatches, mesh)
+  objective = build_objective(
+    settings, vocab_size=data.tokenizer.vocab_size, seq_len=data.seq_len
+  )
+  batch_spec = data.dataset().batch_spec(data.batch_size)
+  params, axes = train_state.abstract_params(objective, batch_spec)
+  if "steps" not in settings.stop:
+    raise ValueError(
+      "stop.steps is required: it is the schedule's horizon, also when"
+      " stop.tokens or stop.wall_clock_s ends the run earlier."
+    )
+  optimizer = build_optimizer(
+    settings.optim,
+    total_steps=settings.stop["steps"],
+    params=params,
+    logical_axes=axes,
+  )
+  key = jax.random.key(settings.seed, impl=settings.prng)
+  abstract, shardings = train_state.state_shardings(
+    objective, optimizer.transform, batch_spec, mesh, key
+  )
+  abstract = jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
+    abstract,
+    shardings,
+  )
+  return Experiment(
+    settings=settings,
+    mesh=mesh,
+    data=data,
+    objective=objective,
+    optimizer=optimizer,
+    batch_spec=batch_spec,
+    abstract_state=abstract,
+    key=key,
+  )

@@ -1,0 +1,94 @@
+"""How a stage starts from another one, or from published weights."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from bertjax import registry
+from bertjax.checkpoint import Checkpointer
+from bertjax.experiment import Experiment
+
+load_params_for = None  # TEMP
+from bertjax.optim import hand_over
+from bertjax.train_state import TrainState
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitFrom:
+  """`config.init_from`.
+
+  Attributes:
+    path: a workdir or a published folder; the previous stage by default.
+    carry: "params", or "optimizer" to keep the optimizer's moments as well
+      (from a workdir with the same optimizer).
+    reset_schedule: whether the schedule's counter restarts. Without it the step
+      count goes on too, as in BERT's second phase.
+    renames: `[(regex, replacement)]` from the other's parameter names to ours.
+    allow_missing: regexes of our parameters that may keep their fresh values.
+    ignore: regexes of the other's parameters that are left out.
+  """
+
+  path: str
+  carry: str = "params"
+  reset_schedule: bool = True
+  renames: Sequence[tuple[str, str]] = ()
+  allow_missing: Sequence[str] = ()
+  ignore: Sequence[str] = ()
+
+  def __post_init__(self):
+    registry.lookup(
+      dict.fromkeys(("params", "optimizer")), self.carry, "init_from.carry"
+    )
+    renames = self.renames or self.allow_missing or self.ignore
+    if self.carry == "optimizer" and renames:
+      raise ValueError(
+        "init_from.carry='optimizer' continues the same parameters; renames,"
+        " allow_missing and ignore go with carry='params'."
+      )
+    if self.carry == "params" and not self.reset_schedule:
+      raise ValueError(
+        "init_from.reset_schedule=False goes with carry='optimizer'."
+      )
+
+
+def initial_state(experiment: Experiment) -> TrainState:
+  """A fresh state, with what `config.init_from` names put in its place.
+
+  Raises:
+    ValueError: options that exclude each other, or parameters that neither
+      side explains.
+  """
+  spec = experiment.settings.init_from
+  state = experiment.init()
+  if spec is None:
+    return state
+  source = registry.call(InitFrom, spec, "init_from")
+  logging.info("Starting from %s (%s)", source.path, source.carry)
+  if source.carry == "optimizer":
+    old = Checkpointer(source.path).restore(experiment.abstract_state).state
+    opt_state = hand_over(
+      old.opt_state, state.opt_state, reset_schedule=source.reset_schedule
+    )
+    step = jnp.zeros_like(old.step) if source.reset_schedule else old.step
+    return state.replace(params=old.params, opt_state=opt_state, step=step)
+  params = load_params_for(
+    source.path,
+    experiment.abstract_state.params,
+    renames=source.renames,
+    allow_missing=source.allow_missing,
+    ignore=source.ignore,
+  )
+  placed = jax.tree.map(
+    lambda new, old: (
+      old
+      if new is None
+      else jax.device_put(new.astype(old.dtype), old.sharding)
+    ),
+    params,
+    state.params,
+    is_leaf=lambda x: x is None,
+  )
+  return state.replace(params=placed)

@@ -1,0 +1,48 @@
+r"""A small BERT on real text, in minutes on two CPU cores, without network.
+
+Run:   python -m bertjax.train --config=configs/quickstart.py --workdir=runs/quickstart
+Tiny:  --config=configs/quickstart.py:tiny   (seconds)
+Text:  the documentation and docstrings of the installed Python packages.
+"""
+
+import ml_collections
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+  tiny = variant == "tiny"
+  c = ml_collections.ConfigDict()
+  c.seed = 0
+  c.model = dict(name="bert", size="tiny" if tiny else "mini")
+  c.objective = dict(name="masked_lm")
+  c.data = dict(
+    source=dict(name="python_docs"),
+    tokenizer=dict(name="train", kind="wordpiece", vocab_size=4096),
+    splitter="sentences",
+    seq_len=64 if tiny else 128,
+    batch_size=16 if tiny else 32,
+    instances=dict(name="packed"),
+    masking=dict(rate=0.15, unit="token"),
+  )
+  c.optim = dict(
+    name="adamw",
+    learning_rate=1e-3,
+    schedule=dict(name="linear", warmup=0.1),
+    weight_decay=0.01,
+    clip_norm=1.0,
+  )
+  c.stop = dict(steps=8 if tiny else 1500)
+  c.evals = dict(
+    heldout=dict(
+      name="objective",
+      split="test",
+      num_batches=2 if tiny else 20,
+      every=4 if tiny else 300,
+    )
+  )
+  c.every = dict(log=2 if tiny else 20, checkpoint=4 if tiny else 300)
+  c.samples = (
+    "Return a new [MASK] with the given shape and dtype.",
+    "If the file does not [MASK], an error is raised.",
+    "The default [MASK] is None.",
+  )
+  return c

@@ -1,0 +1,71 @@
+"""Packaging; the settings of tools are in pyproject.toml."""
+
+import pathlib
+
+import setuptools
+
+# The ceilings of Python 3.11, resolved and tested together: see the README.
+CORE = [
+  "absl-py==2.5.1",
+  "array-record==0.8.6",
+  "chex==0.1.92",
+  "etils[epath]==1.15.0",
+  "flax==0.12.8",
+  "grain==0.2.18",
+  "jax==0.10.2",
+  "jaxlib==0.10.2",
+  "jaxtyping==0.3.11",
+  "matplotlib==3.11.2",
+  "ml-collections==1.1.0",
+  "numpy==2.4.6",
+  "optax==0.2.8",
+  "orbax-checkpoint==0.12.8",
+  "pyarrow==26.0.1",
+  "safetensors==0.8.0",
+  "sentencepiece==0.2.3",
+  "tensorboardX==2.6.5",
+  "tokenizers==0.23.3",
+  "tqdm==4.70.1",
+]
+TFDS = [
+  "importlib_resources==7.1.0",
+  "seqio==0.0.20",
+  "tensorflow==2.21.0",
+  "tensorflow-datasets==4.9.10",
+  "tensorflow-text==2.21.1",
+]
+NOTEBOOKS = ["ipykernel==7.4.0", "jupytext==1.19.6", "nbmake==1.5.5"]
+TEST = [
+  *TFDS,
+  *NOTEBOOKS,
+  "beartype==0.23.1",
+  "hypothesis==6.170.15",
+  "keras==3.15.1",
+  "pytest==9.2.0",
+  "pytest-timeout==2.4.0",
+  "pytest-xdist==3.8.0",
+  "ruff==0.17.6",
+  "scipy==1.17.1",
+  "tensorboard==2.21.0",
+  "torch==2.13.0",
+  "transformers==5.23.0",
+]
+
+setuptools.setup(
+  name="bertjax",
+  version="0.1.0",
+  description="Train, speed up, compress and apply BERT-style encoders in JAX",
+  long_description=pathlib.Path("README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11,<3.12",
+  packages=setuptools.find_packages(include=["bertjax*", "kernels*"]),
+  install_requires=CORE,
+  extras_require={
+    "tpu": ["jax[tpu]==0.10.2"],
+    "gpu": ["jax[cuda13]==0.10.2"],
+    "tfds": TFDS,
+    "notebooks": NOTEBOOKS,
+    "test": TEST,
+  },
+)
