@@ -263,8 +263,8 @@ class StreamTest(parameterized.TestCase):
       assert_same(next(resumed), batch)
     half = make(cache, "nsp").iterator(16, 33, 1, 2, prefetch=prefetch)
     assert_same(next(half), {k: v[8:] for k, v in wanted[0].items()})
-    for stream in (stream, resumed, half):
-      stream.close()
+    for opened in (stream, resumed, half):
+      opened.close()
 
   def test_resume_plans_no_earlier_block(self):
     cache = fakes.random_cache(300)

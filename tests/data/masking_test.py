@@ -1,4 +1,4 @@
-"""Masking: rates, shares, what is never chosen, and independence of batching."""
+"""Masking: rates, shares, what is never chosen, independence of batching."""
 
 import sys
 from pathlib import Path
