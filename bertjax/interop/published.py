@@ -1,0 +1,360 @@
+"""Published model folders: read them, write them, without torch.
+
+Hugging Face's layout (config.json, weights, tokenizer) and that of the original
+BERT releases (bert_config.json, bert_model.ckpt.*, vocab.txt).
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import linen as nn
+
+from bertjax import registry
+from bertjax.data.tokenizers import Tokenizer, load_tokenizer
+from bertjax.interop import model_spec, names, tensors, tf1
+from bertjax.models import MODELS
+from bertjax.objectives import masked_lm
+
+CONFIG = "config.json"
+NAME_MAPS = {"bert": names.BERT, "roberta": names.ROBERTA}
+DTYPES = {
+  "float32": np.dtype(np.float32),
+  "bfloat16": np.dtype(ml_dtypes.bfloat16),
+  "float16": np.dtype(np.float16),
+}
+# Files that tell that a folder holds a tokenizer; see `load_tokenizer`.
+_TOKENIZER_FILES = ("manifest.json", "tokenizer.json", "vocab.txt",
+                    "vocab.json", "spiece.model", "spm.model",
+                    "sentencepiece.bpe.model")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+  """What a published folder holds.
+
+  Attributes:
+    spec: our `config.model`, every dimension written out.
+    params: our parameter tree, float32; heads that are absent are left out.
+    tokenizer: None if the folder has none.
+    dtype: name of the floating point type of the weights in the file.
+  """
+
+  spec: dict[str, Any]
+  params: dict[str, Any]
+  tokenizer: Tokenizer | None
+  dtype: str
+
+
+def parameter_shapes(spec: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+  """Shapes of a model's parameters with every head, layers apart, by name."""
+  encoder = registry.build(MODELS, {**spec, "scan": True}, "model")
+  objective = masked_lm(encoder=encoder, pair_task="nsp")
+  ids = jnp.zeros((1, 1), jnp.int32)
+  batch = {"tokens": ids, "masked_positions": ids, "labels": ids,
+           "pair_labels": ids[0]}  # fmt: skip
+  variables = jax.eval_shape(
+    lambda key: objective.init(key, batch, train=False), jax.random.key(0)
+  )
+  shapes = {}
+  for name, leaf in names.flatten(nn.meta.unbox(variables["params"])).items():
+    if name.startswith("encoder/layers/"):
+      for i in range(encoder.num_layers):
+        apart = name.replace("encoder/layers/", f"encoder/layers_{i}/", 1)
+        shapes[apart] = tuple(leaf.shape[1:])
+    else:
+      shapes[name] = tuple(leaf.shape)
+  return shapes
+
+
+def read_tokenizer(folder: pathlib.Path) -> Tokenizer | None:
+  """The folder's tokenizer, or None if it has no file of one."""
+  if any((folder / name).exists() for name in _TOKENIZER_FILES):
+    return load_tokenizer(folder)
+  return None
+
+
+def tensor_names(folder: str | os.PathLike) -> list[str]:
+  """Names of the tensors of a published folder of either layout."""
+  folder = pathlib.Path(folder)
+  if (folder / tf1.CONFIG).exists():
+    return sorted(tf1.read_checkpoint(folder))
+  return sorted(tensors.read_weights(folder))
+
+
+def read_huggingface(
+  folder: str | os.PathLike, *, scan: bool = True, ignore: Sequence[str] = ()
+) -> Published:
+  """A folder of `save_pretrained` as our spec, parameters and tokenizer.
+
+  Args:
+    folder: with config.json and weights in one of `tensors.WEIGHT_FILES`.
+    scan: stack the layers' parameters.
+    ignore: regexes of tensors to leave out, such as "^classifier".
+
+  Raises:
+    ValueError: the folder does not hold a model that is ours.
+  """
+  folder = pathlib.Path(folder)
+  config = read_json(folder / CONFIG)
+  spec = model_spec.spec_from_config(config, str(folder / CONFIG))
+  found = tensors.read_weights(folder)
+  params = names.from_published(
+    found,
+    NAME_MAPS[spec["name"]],
+    parameter_shapes(spec),
+    num_layers=spec["num_layers"],
+    scan=scan,
+    ignore=ignore,
+    where=str(folder),
+  )
+  return Published(
+    spec | ({} if scan else {"scan": False}),
+    params,
+    read_tokenizer(folder),
+    _weight_dtype(found),
+  )
+
+
+def read_tf1(
+  folder: str | os.PathLike, *, scan: bool = True, ignore: Sequence[str] = ()
+) -> Published:
+  """A folder of the original BERT releases; needs TensorFlow.
+
+  Raises:
+    ValueError: the folder does not hold such a model.
+    ImportError: TensorFlow is not installed.
+  """
+  folder = pathlib.Path(folder)
+  spec = tf1.spec_from_config(read_json(folder / tf1.CONFIG), str(folder))
+  found = tf1.read_checkpoint(folder)
+  params = names.from_published(
+    found,
+    names.TF1,
+    parameter_shapes(spec),
+    num_layers=spec["num_layers"],
+    scan=scan,
+    ignore=ignore,
+    where=str(folder),
+  )
+  return Published(
+    spec | ({} if scan else {"scan": False}),
+    params,
+    read_tokenizer(folder),
+    _weight_dtype(found),
+  )
+
+
+def write_huggingface(
+  folder: str | os.PathLike,
+  spec: Mapping[str, Any],
+  params: Mapping[str, Any],
+  tokenizer: Tokenizer | None,
+  *,
+  dtype: str = "float32",
+) -> None:
+  """Writes what `transformers` reads with `from_pretrained`.
+
+  config.json, model.safetensors, the tokenizer's files and a model card. The
+  tensors of `decoder` repeat others and are not written, as in `transformers`.
+
+  Args:
+    folder: new or empty.
+    spec: `config.model` with `vocab_size`.
+    params: our parameter tree, scanned or not.
+    tokenizer: None writes a model without one.
+    dtype: key of `DTYPES`; 16-bit types round what did not come in them.
+
+  Raises:
+    ValueError: the folder is not empty, or the model has no published form.
+  """
+  stored = registry.lookup(DTYPES, dtype, "dtype")
+  spec = model_spec.resolve(spec)
+  family_pad = {"bert": 0, "roberta": 1}.get(spec["name"], 0)
+  pad_id = family_pad if tokenizer is None else tokenizer.pad_id
+  heads = names.heads_of(params)
+  config = model_spec.config_from_spec(spec, heads, pad_id)
+  if tokenizer is not None:
+    config |= {"bos_token_id": None, "eos_token_id": None}
+    if spec["name"] == "roberta":
+      config["bos_token_id"] = tokenizer.cls_id
+      config["eos_token_id"] = tokenizer.sep_id
+  config["dtype"] = dtype
+  named = names.to_published(
+    params, NAME_MAPS[spec["name"]], num_layers=spec["num_layers"]
+  )
+  named = {k: v.astype(stored) for k, v in named.items()}
+  if config["architectures"] in (["BertModel"], ["RobertaModel"]):
+    # `transformers` stores a model without heads without its prefix.
+    named = {k.removeprefix(f"{spec['name']}."): v for k, v in named.items()}
+  folder = new_folder(folder)
+  write_json(folder / CONFIG, config)
+  tensors.write_safetensors(named, folder / "model.safetensors")
+  if tokenizer is not None:
+    files = tokenizer_files(tokenizer, spec["name"], spec["max_positions"])
+    for name, content in files.items():
+      (folder / name).write_bytes(content)
+  (folder / "README.md").write_text(model_card(config, params, tokenizer))
+
+
+def write_tf1(
+  folder: str | os.PathLike,
+  spec: Mapping[str, Any],
+  params: Mapping[str, Any],
+  tokenizer: Tokenizer | None,
+) -> None:
+  """Writes the layout of the original BERT releases; needs TensorFlow.
+
+  Raises:
+    ValueError: the folder is not empty, or the model has no such form.
+    ImportError: TensorFlow is not installed.
+  """
+  spec = model_spec.resolve(spec)
+  pad_id = 0 if tokenizer is None else tokenizer.pad_id
+  config = tf1.config_from_spec(spec, names.heads_of(params), pad_id)
+  arrays = names.to_published(params, names.TF1, num_layers=spec["num_layers"])
+  folder = new_folder(folder)
+  tf1.write_checkpoint(arrays, folder)
+  write_json(folder / tf1.CONFIG, config)
+  if tokenizer is not None:
+    for name, content in tokenizer.files().items():
+      (folder / name).write_bytes(content)
+
+
+def tokenizer_files(
+  tokenizer: Tokenizer, family: str, max_positions: int
+) -> dict[str, bytes]:
+  """Files from which `AutoTokenizer` makes a tokenizer equal to ours.
+
+  Ours adds [CLS] and [SEP] when rows are made, theirs while encoding, so
+  tokenizer.json gets the template.
+
+  Raises:
+    ValueError: a kind that the `tokenizers` library cannot run.
+  """
+  files = dict(tokenizer.files())
+  if "tokenizer.json" not in files:
+    raise ValueError(
+      f"A tokenizer of kind {tokenizer.kind!r} has no tokenizer.json, which"
+      " Hugging Face's AutoTokenizer needs; export the model with"
+      " tokenizer=None (--tokenizer=false) and ship the tokenizer's own files."
+    )
+  s = tokenizer.specials
+  between = [s.sep, s.sep] if family == "roberta" else [s.sep]
+  second = 0 if family == "roberta" else 1
+
+  def special(name: str, type_id: int = 0) -> dict[str, Any]:
+    return {"SpecialToken": {"id": name, "type_id": type_id}}
+
+  first = [special(s.cls), {"Sequence": {"id": "A", "type_id": 0}}]
+  ids = {s.cls: tokenizer.cls_id, s.sep: tokenizer.sep_id}
+  spec = json.loads(files["tokenizer.json"])
+  spec["post_processor"] = {
+    "type": "TemplateProcessing",
+    "single": [*first, special(s.sep)],
+    "pair": [
+      *first,
+      *map(special, between),
+      {"Sequence": {"id": "B", "type_id": second}},
+      special(s.sep, second),
+    ],
+    "special_tokens": {
+      name: {"id": name, "ids": [i], "tokens": [name]}
+      for name, i in ids.items()
+    },
+  }
+  files["tokenizer.json"] = _json_bytes(spec)
+  config = json.loads(files.get("tokenizer_config.json", b"{}"))
+  roles = {f"{r}_token": getattr(s, r) for r in s.order}
+  extra = {"model_max_length": max_positions}
+  if family == "roberta":
+    extra["model_input_names"] = ["input_ids", "attention_mask"]
+  files["tokenizer_config.json"] = _json_bytes(config | roles | extra)
+  files["special_tokens_map.json"] = _json_bytes(roles)
+  return files
+
+
+def model_card(
+  config: Mapping[str, Any],
+  params: Mapping[str, Any],
+  tokenizer: Tokenizer | None,
+) -> str:
+  """README.md of an exported model."""
+  kind = config["architectures"][0]
+  count = sum(x.size for x in jax.tree.leaves(params))
+  rows = {
+    "architecture": kind,
+    "parameters": f"{count:,}",
+    "layers": config["num_hidden_layers"],
+    "width": config["hidden_size"],
+    "heads": config["num_attention_heads"],
+    "longest input": config["max_position_embeddings"],
+    "activation": config["hidden_act"],
+    "weights": config["dtype"],
+  }
+  if tokenizer is not None:
+    rows["tokenizer"] = f"{tokenizer.kind}, {tokenizer.vocab_size:,} pieces"
+    rows["tokenizer fingerprint"] = tokenizer.fingerprint()
+  table = "\n".join(f"| {k} | {v} |" for k, v in rows.items())
+  loader = {
+    "BertForPreTraining": "AutoModelForPreTraining",
+    "BertForMaskedLM": "AutoModelForMaskedLM",
+    "RobertaForMaskedLM": "AutoModelForMaskedLM",
+  }.get(kind, "AutoModel")
+  tag = "fill-mask" if "mlm_head" in params else "feature-extraction"
+  return (
+    f"---\nlibrary_name: transformers\npipeline_tag: {tag}\n"
+    "tags: [bertjax, jax, bert]\n---\n\n"
+    f"# {kind} exported by bertjax\n\n| | |\n|---|---|\n{table}\n\n"
+    "```python\n"
+    f"from transformers import AutoTokenizer, {loader}\n\n"
+    'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n'
+    f'model = {loader}.from_pretrained("THIS_FOLDER")\n```\n\n'
+    "Not stated by the exporter: training data, licence, intended use and"
+    " evaluation. Add them before publishing.\n"
+  )
+
+
+def new_folder(folder: str | os.PathLike) -> pathlib.Path:
+  """Creates a folder; ValueError if it holds something."""
+  folder = pathlib.Path(folder)
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ValueError(f"{folder} is not empty; name a new folder.")
+  folder.mkdir(parents=True, exist_ok=True)
+  return folder
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """A JSON object; ValueError naming the file otherwise."""
+  try:
+    value = json.loads(path.read_bytes())
+  except FileNotFoundError as err:
+    raise ValueError(f"{path} is missing.") from err
+  except ValueError as err:
+    raise ValueError(f"{path} is not JSON: {err}") from err
+  if not isinstance(value, dict):
+    raise ValueError(f"{path} is not a JSON object.")
+  return value
+
+
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+  """Writes a JSON object with sorted keys."""
+  path.write_bytes(_json_bytes(value))
+
+
+def _json_bytes(value: Any) -> bytes:
+  text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True)
+  return (text + "\n").encode()
+
+
+def _weight_dtype(found: Mapping[str, np.ndarray]) -> str:
+  """The type of the floating point weights; float32 if they differ."""
+  present = {x.dtype.name for x in found.values() if x.dtype in DTYPES.values()}
+  return present.pop() if len(present) == 1 else "float32"

@@ -1,0 +1,172 @@
+"""Reads published weight files as numpy arrays, without torch.
+
+safetensors, whole or in shards, and PyTorch's zip format. A pickle can run any
+code, so only what rebuilds a dense tensor is admitted.
+"""
+
+import collections
+import json
+import math
+import pathlib
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+Tensors = dict[str, np.ndarray]
+
+_STORAGES = {
+  "DoubleStorage": np.float64,
+  "FloatStorage": np.float32,
+  "HalfStorage": np.float16,
+  "BFloat16Storage": ml_dtypes.bfloat16,
+  "LongStorage": np.int64,
+  "IntStorage": np.int32,
+  "ShortStorage": np.int16,
+  "CharStorage": np.int8,
+  "ByteStorage": np.uint8,
+  "BoolStorage": np.bool_,
+}
+
+
+def _read_safetensors(path: pathlib.Path) -> Tensors:
+  try:
+    return dict(safetensors.numpy.load_file(path))
+  except safetensors.SafetensorError as err:
+    raise ValueError(f"{path} is not a whole safetensors file: {err}") from err
+
+
+class _TensorUnpickler(pickle.Unpickler):
+  """Admits tensors in plain containers and nothing else."""
+
+  def __init__(self, file: Any, load: Callable[..., np.ndarray], where: str):
+    super().__init__(file)
+    self._load, self._where = load, where
+
+  def find_class(self, module: str, name: str) -> Any:
+    if (module, name) == ("collections", "OrderedDict"):
+      return collections.OrderedDict
+    if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+      return self._rebuild
+    if (module, name) == ("torch._utils", "_rebuild_parameter"):
+      return lambda data, requires_grad, hooks: data
+    if module == "torch" and name in _STORAGES:
+      return _STORAGES[name]
+    raise ValueError(
+      f"{self._where} wants to run {module}.{name}, which is no tensor; it is"
+      " not opened. Save the state dict alone, or as safetensors."
+    )
+
+  def persistent_load(self, pid: Any) -> np.ndarray:
+    kind, dtype, key, _, count = pid
+    if kind != "storage":
+      raise ValueError(f"{self._where} refers to {kind!r}, not to a storage.")
+    return self._load(str(key), np.dtype(dtype), int(count))
+
+  def _rebuild(self, storage, offset, shape, strides, *_) -> np.ndarray:
+    last = offset + sum((n - 1) * s for n, s in zip(shape, strides))
+    bad = len(shape) != len(strides) or any(x < 0 for x in (*shape, *strides))
+    if bad or offset < 0 or (math.prod(shape) and last >= storage.size):
+      raise ValueError(
+        f"{self._where} is damaged: a tensor of shape {tuple(shape)} reaches"
+        f" beyond its storage of {storage.size} values."
+      )
+    view = np.lib.stride_tricks.as_strided(
+      storage[offset:], shape, [s * storage.itemsize for s in strides]
+    )
+    return view.copy()
+
+
+def read_torch_file(path: pathlib.Path) -> Tensors:
+  """Tensors of a `torch.save`d state dict by name.
+
+  Raises:
+    ValueError: the format before PyTorch 1.6, a damaged file, or a pickle that
+      holds more than tensors.
+  """
+  if not zipfile.is_zipfile(path):
+    raise ValueError(
+      f"{path} is not in PyTorch's zip format (PyTorch 1.6 and later); load and"
+      " save it again with a newer PyTorch, best as safetensors."
+    )
+  with zipfile.ZipFile(path) as archive:
+    pickles = [n for n in archive.namelist() if n.endswith("/data.pkl")]
+    if len(pickles) != 1:
+      raise ValueError(f"{path} is a zip file, but not one of torch.save.")
+    root = pickles[0].removesuffix("data.pkl")
+    order = f"{root}byteorder"
+    if order in archive.namelist() and archive.read(order) != b"little":
+      raise ValueError(f"{path} is big-endian; save it as safetensors.")
+
+    storages: Tensors = {}
+
+    def load(key: str, dtype: np.dtype, count: int) -> np.ndarray:
+      if key not in storages:
+        storages[key] = np.frombuffer(archive.read(f"{root}data/{key}"), dtype)
+      if storages[key].size != count or storages[key].dtype != dtype:
+        raise ValueError(f"{path} is damaged: storage {key} has another size.")
+      return storages[key]
+
+    try:
+      with archive.open(pickles[0]) as file:
+        found = _TensorUnpickler(file, load, str(path)).load()
+    except (pickle.UnpicklingError, EOFError, KeyError, TypeError) as err:
+      raise ValueError(f"{path} cannot be read: {err!r}") from err
+  if isinstance(found, Mapping) and "state_dict" in found:
+    found = found["state_dict"]
+  if not isinstance(found, Mapping) or not all(
+    isinstance(v, np.ndarray) for v in found.values()
+  ):
+    raise ValueError(f"{path} does not hold a state dict of named tensors.")
+  return dict(found)
+
+
+def _read_shards(index: pathlib.Path, read: Callable) -> Tensors:
+  listed = json.loads(index.read_text())["weight_map"]
+  tensors: Tensors = {}
+  for name in sorted(set(listed.values())):
+    if pathlib.PurePath(name).name != name:
+      raise ValueError(f"{index} names {name!r}, which is outside the folder.")
+    if not (index.parent / name).exists():
+      raise ValueError(
+        f"{index.parent / name} is missing; {index.name} needs it."
+      )
+    tensors |= read(index.parent / name)
+  if absent := set(listed) - set(tensors):
+    raise ValueError(
+      f"{index} lists {sorted(absent)[0]}, which its file does not hold."
+    )
+  return tensors
+
+
+# In the order of preference when a folder has several.
+WEIGHT_FILES: dict[str, Callable[[pathlib.Path], Tensors]] = {
+  "model.safetensors": _read_safetensors,
+  "model.safetensors.index.json": lambda p: _read_shards(p, _read_safetensors),
+  "pytorch_model.bin": read_torch_file,
+  "pytorch_model.bin.index.json": lambda p: _read_shards(p, read_torch_file),
+}
+
+
+def read_weights(folder: pathlib.Path) -> Tensors:
+  """All tensors of a published folder by name, in their own dtypes.
+
+  Raises:
+    ValueError: no weight file, or one that cannot be read.
+  """
+  for name, read in WEIGHT_FILES.items():
+    if (folder / name).exists():
+      return read(folder / name)
+  raise ValueError(
+    f"{folder} holds no weights; it needs one of {', '.join(WEIGHT_FILES)}."
+  )
+
+
+def write_safetensors(tensors: Mapping[str, np.ndarray], path: pathlib.Path):
+  """Writes a file that `transformers` takes for one of PyTorch's."""
+  safetensors.numpy.save_file(dict(tensors), path, metadata={"format": "pt"})
