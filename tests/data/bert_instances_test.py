@@ -12,9 +12,9 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 sys.path.insert(0, str(Path(__file__).parent))
-import fakes  # noqa: E402
+import fakes
 
-from bertjax.data import bert_instances  # noqa: E402
+from bertjax.data import bert_instances
 
 
 class Script:
