@@ -1,382 +1,549 @@
-"""Tokenise once, train many: documents as ids in ArrayRecord files.
+"""Tokenise once, train many times: token documents on disk, read by index.
 
-A cache is a folder whose name is a hash of all that went into it:
+A cache is a folder `tokens-<hash>` whose name is made of everything that
+decides its content: the source, the split, the tokenizer, the splitter, the
+limits and the version of this format.
 
-  <cache_dir>/tokens-<hash>/
-    00000.array_record ...  one record per document
-    index.npz               lengths of documents and sentences
-    manifest.json           counts, and size and CRC-32 of every file; last
+    shard-00000.arrayrecord ...   one record a document, see `pack_record`
+    index.npz                     lengths of all documents and sentences
+    manifest.json                 counts, checksums; written last
 
-Document number i of the source is a candidate of shard i // SHARD_DOCUMENTS, so
-a shard is a pure function of a range of the source, but for exact duplicates,
-which only the first shard that meets them keeps.
+Shard s holds what is left of the source's documents s*n .. (s+1)*n-1 once
+empty documents and exact duplicates of earlier ones are dropped. Given the
+digests of earlier documents a shard is a pure function of that range.
 """
 
-import dataclasses
+import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import os
 import pathlib
 import shutil
-import struct
-import tempfile
-import zlib
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 from jaxtyping import Int
 
 from bertjax import registry
-from bertjax.data.sentences import SPLITTERS
-from bertjax.data.sources.base import Source, nonempty
-from bertjax.data.tokenizers import Tokenizer
+from bertjax.data import sentences as sentences_lib
+from bertjax.data.sources import base
 
 FORMAT = 1
-SHARD_DOCUMENTS = 65_536
-_BATCH = 256  # documents per call of the tokenizer
-_HEADER = struct.Struct("<BxxxII")  # bytes per token, tokens, sentences
-_MANIFEST, _INDEX = "manifest.json", "index.npz"
+_WRITER = "group_size:1,uncompressed"  # one record a chunk: random access
+_READER = "readahead_buffer_size:0,max_parallelism:0"
+_BATCH = 256  # documents that are tokenised together
+_BATCH_CHARS = 4_000_000  # and no more text than this, so books fit too
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenizedDocument:
-  """One document.
-
-  Attributes:
-    tokens: ids without special tokens, int32 [n].
-    sentence_ends: where each sentence ends, int32 [k]; the last is n.
-  """
+class TokenizedDocument(NamedTuple):
+  """Token ids of a document, and where each of its sentences ends."""
 
   tokens: Int[np.ndarray, "n"]
-  sentence_ends: Int[np.ndarray, "k"]
+  sentence_ends: Int[np.ndarray, "k"]  # ascending; the last one equals n
 
 
-class DamagedCacheError(ValueError):
-  """A cache file is missing, truncated or altered."""
+class CorruptCacheError(ValueError):
+  """A file of a cache is missing, cut, altered or of another format."""
 
 
 def tokenize_documents(
   texts: Sequence[str],
-  tokenizer: Tokenizer,
-  split: Callable[[str], list[str]],
-  max_tokens: int | None = None,
+  tokenizer: Any,
+  splitter: Callable[[str], list[str]],
 ) -> list[TokenizedDocument]:
-  """Texts to ids, sentence by sentence; sentences without ids vanish.
+  """Tokens of each text, sentence by sentence.
 
   Args:
     texts: documents.
-    tokenizer: used without special tokens.
-    split: text -> sentences.
-    max_tokens: longer documents are cut.
+    tokenizer: a `bertjax.data.tokenizers.Tokenizer`.
+    splitter: a value of `SPLITTERS`.
+
+  Returns:
+    One document a text; sentences without a token are left out, so a document
+    may be empty.
   """
-  sentences = [split(text) for text in texts]
-  encoded = iter(tokenizer.encode_batch(list(itertools.chain(*sentences))))
+  split = [splitter(text) for text in texts]
+  encoded = iter(tokenizer.encode_batch([s for part in split for s in part]))
   documents = []
-  for parts in sentences:
-    ids = [i for i in itertools.islice(encoded, len(parts)) if len(i)]
-    tokens = np.concatenate(ids) if ids else np.zeros(0, np.int32)
-    ends = np.cumsum([len(i) for i in ids], dtype=np.int32)
-    if max_tokens is not None and len(tokens) > max_tokens:
-      tokens = tokens[:max_tokens]
-      ends = np.append(ends[ends < max_tokens], np.int32(max_tokens))
-    documents.append(
-      TokenizedDocument(tokens.astype(np.int32), ends.astype(np.int32))
-    )
+  for part in split:
+    pieces = [ids for ids in itertools.islice(encoded, len(part)) if len(ids)]
+    tokens = np.concatenate([np.zeros(0, np.int32), *pieces]).astype(np.int32)
+    ends = np.cumsum([len(ids) for ids in pieces], dtype=np.int64)
+    documents.append(TokenizedDocument(tokens, ends.astype(np.int32)))
   return documents
 
 
-def pack_record(document: TokenizedDocument, wide: bool) -> bytes:
-  """A document as bytes: header, ids, sentence ends; little-endian.
+def tokenize_document(
+  text: str,
+  tokenizer: Any,
+  splitter: Callable[[str], list[str]],
+) -> TokenizedDocument:
+  """`tokenize_documents` for one text."""
+  return tokenize_documents([text], tokenizer, splitter)[0]
 
-  Args:
-    document: what to pack.
-    wide: 4 bytes per id instead of 2.
+
+def truncate(document: TokenizedDocument, max_tokens: int) -> TokenizedDocument:
+  """The first `max_tokens` tokens, the last sentence cut where they end."""
+  tokens, ends = document
+  if len(tokens) <= max_tokens:
+    return document
+  ends = np.append(ends[ends < max_tokens], max_tokens)
+  return TokenizedDocument(tokens[:max_tokens], ends.astype(np.int32))
+
+
+def pack_record(document: TokenizedDocument) -> bytes:
+  """Little-endian bytes: token width (2 or 4), k, k ends, n tokens (uint32).
+
+  Tokens take two bytes each when all ids of the document fit.
   """
-  width = 4 if wide else 2
+  tokens, ends = document
+  width = 2 if len(tokens) == 0 or tokens.max() < 2**16 else 4
   return b"".join(
     (
-      _HEADER.pack(width, len(document.tokens), len(document.sentence_ends)),
-      document.tokens.astype(f"<u{width}").tobytes(),
-      document.sentence_ends.astype("<u4").tobytes(),
+      np.array([width, len(ends)], "<u4").tobytes(),
+      ends.astype("<u4").tobytes(),
+      tokens.astype(f"<u{width}").tobytes(),
     )
   )
 
 
 def unpack_record(record: bytes) -> TokenizedDocument:
   """The inverse of `pack_record`."""
-  width, count, sentences = _HEADER.unpack_from(record)
-  tokens = np.frombuffer(record, f"<u{width}", count, _HEADER.size)
-  ends = np.frombuffer(record, "<u4", sentences, _HEADER.size + count * width)
+  width, count = np.frombuffer(record, "<u4", 2).tolist()
+  ends = np.frombuffer(record, "<u4", count, offset=8)
+  tokens = np.frombuffer(record, f"<u{width}", offset=8 + 4 * count)
   return TokenizedDocument(tokens.astype(np.int32), ends.astype(np.int32))
 
 
+def document_digest(document: TokenizedDocument, copy: int = 0) -> bytes:
+  """Equal for documents of equal tokens; deliberate copies count as new."""
+  digest = hashlib.blake2b(document.tokens.astype("<i4"), digest_size=16)
+  digest.update(copy.to_bytes(4, "little"))
+  return digest.digest()
+
+
 class TokenCache:
-  """Tokenised documents by number; picklable, opened where it is used.
+  """A finished cache. Cheap to pickle: each process opens its own readers.
 
   Attributes:
-    folder: where the files are.
-    manifest: counts and what the cache was made from.
-    document_lengths: tokens per document, int64 [documents].
-    sentence_lengths: tokens per sentence of all documents in order, int64.
-    sentence_offsets: document i has sentences offsets[i]:offsets[i + 1].
+    path: its folder.
+    manifest: counts (`documents`, `tokens`, `sentences`, `duplicates`,
+      `empty`, `truncated`), what it was made from, and checksums of its files.
   """
 
-  def __init__(self, folder: str | os.PathLike):
-    """Opens a cache after checking it.
+  def __init__(self, path: str | os.PathLike, verify: str | None = "checksums"):
+    """Opens a cache and checks its files.
+
+    Args:
+      path: a folder that `build_cache` made.
+      verify: "checksums" reads every file once (1-2 GB/s); "sizes" reads only
+        the manifest and the index, for caches too large to read at each start;
+        None trusts what an earlier open in another process has checked.
 
     Raises:
-      DamagedCacheError: names the file that is not as it was written.
+      CorruptCacheError: names the bad file.
     """
-    self.folder = pathlib.Path(folder)
-    self.manifest = _verified_manifest(self.folder)
-    with np.load(self.folder / _INDEX) as index:
-      self.sentence_lengths = index["sentence_lengths"].astype(np.int64)
-      counts = index["sentence_counts"].astype(np.int64)
-      self.document_lengths = index["document_lengths"].astype(np.int64)
-    self.sentence_offsets = np.concatenate([[0], np.cumsum(counts)])
-    self._first = np.cumsum([0, *self.manifest["shard_documents"]])
-    self._readers: dict[int, Any] = {}
+    if verify not in ("checksums", "sizes", None):
+      raise ValueError(
+        f"verify={verify!r} is unknown; choose 'checksums' or 'sizes'."
+      )
+    self.path = pathlib.Path(path)
+    self.manifest = _read_manifest(self.path)
+    if verify:
+      _verify(self.path, self.manifest["files"], verify == "checksums")
+    self._readers: dict[tuple[int, int], Any] = {}
 
-  def __getstate__(self) -> dict[str, Any]:
-    return self.__dict__ | {"_readers": {}}
+  def __reduce__(self):
+    return TokenCache, (self.path, None)
+
+  def __repr__(self) -> str:
+    return (
+      f"TokenCache({str(self.path)!r}, documents={self.num_documents},"
+      f" tokens={self.num_tokens})"
+    )
+
+  @functools.cached_property
+  def _index(self) -> dict[str, np.ndarray]:
+    with np.load(self.path / "index.npz") as arrays:
+      return {name: arrays[name] for name in arrays.files}
 
   @property
   def num_documents(self) -> int:
-    return len(self.document_lengths)
+    return self.manifest["documents"]
 
   @property
   def num_tokens(self) -> int:
-    return int(self.document_lengths.sum())
+    return self.manifest["tokens"]
 
   @property
   def duplicates(self) -> int:
-    """Exact duplicates that were dropped."""
-    return int(self.manifest["duplicates"])
+    """Exact duplicate documents of the source that were dropped."""
+    return self.manifest["duplicates"]
+
+  @property
+  def document_lengths(self) -> Int[np.ndarray, "documents"]:
+    """Tokens of each document, int64."""
+    return self._index["document_lengths"]
+
+  @property
+  def sentence_lengths(self) -> Int[np.ndarray, "sentences"]:
+    """Tokens of each sentence, document after document, int32."""
+    return self._index["sentence_lengths"]
+
+  @property
+  def sentence_offsets(self) -> Int[np.ndarray, "documents_plus_1"]:
+    """Document i's are `sentence_lengths[offsets[i]:offsets[i + 1]]`; int64."""
+    return self._index["sentence_offsets"]
 
   def document(self, index: int) -> TokenizedDocument:
-    """Document `index`."""
+    """Document `index`, counted over all shards."""
     return self.documents([index])[0]
 
   def documents(self, indices: Iterable[int]) -> list[TokenizedDocument]:
-    """Documents in the order asked; one read per shard."""
-    indices = np.asarray(list(indices), np.int64)
-    shards = np.searchsorted(self._first, indices, side="right") - 1
-    found: list[Any] = [None] * len(indices)
-    for shard in np.unique(shards):
-      where = np.flatnonzero(shards == shard)
-      inside = (indices[where] - self._first[shard]).tolist()
-      for place, record in zip(where, self._reader(int(shard)).read(inside)):
+    """Documents in the order asked for, read shard by shard.
+
+    Raises:
+      IndexError: an index outside 0..num_documents-1.
+      CorruptCacheError: a record that cannot be read.
+    """
+    wanted = np.asarray(
+      indices if np.ndim(indices) else list(indices), np.int64
+    )
+    if wanted.size and not (
+      wanted.min() >= 0 and wanted.max() < self.num_documents
+    ):
+      raise IndexError(
+        f"document indices must lie in 0..{self.num_documents - 1}; got"
+        f" {wanted.min()}..{wanted.max()}."
+      )
+    first = self._index["shard_offsets"]
+    shards = np.searchsorted(first, wanted, side="right") - 1
+    found: list[TokenizedDocument] = [None] * len(wanted)  # type: ignore
+    for shard in np.unique(shards).tolist():
+      places = np.flatnonzero(shards == shard)
+      records = self._read(shard, (wanted[places] - first[shard]).tolist())
+      for place, record in zip(places.tolist(), records):
         found[place] = unpack_record(record)
     return found
 
-  def _reader(self, shard: int) -> Any:
-    if shard not in self._readers:
-      from array_record.python import array_record_module
-
-      # Random access: no read-ahead of neighbours.
-      self._readers[shard] = array_record_module.ArrayRecordReader(
-        str(self.folder / _shard_name(shard)), options="readahead_buffer_size:0"
-      )
-    return self._readers[shard]
-
-
-def _shard_name(shard: int) -> str:
-  return f"{shard:05d}.array_record"
-
-
-def _checksum(path: pathlib.Path) -> int:
-  crc = 0
-  with path.open("rb") as file:
-    while block := file.read(1 << 20):
-      crc = zlib.crc32(block, crc)
-  return crc
-
-
-def _verified_manifest(folder: pathlib.Path) -> dict[str, Any]:
-  path = folder / _MANIFEST
-  try:
-    manifest = json.loads(path.read_bytes())
-    files = manifest["files"]
-    written = manifest["crc32"]
-  except (OSError, ValueError, KeyError) as err:
-    raise DamagedCacheError(f"{path} is missing or unreadable.") from err
-  if _manifest_crc(manifest) != written:
-    raise DamagedCacheError(f"{path} was altered.")
-  for name, (size, crc) in files.items():
-    file = folder / name
-    if not file.is_file() or file.stat().st_size != size:
-      raise DamagedCacheError(f"{file} is missing or has another size.")
-    if _checksum(file) != crc:
-      raise DamagedCacheError(f"{file} has another checksum than written.")
-  return manifest
-
-
-def _manifest_crc(manifest: dict[str, Any]) -> int:
-  rest = {k: v for k, v in manifest.items() if k != "crc32"}
-  return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
-
-
-def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-  items = iter(items)
-  while batch := list(itertools.islice(items, size)):
-    yield batch
-
-
-class _Builder:
-  """Writes one cache into a folder, a shard at a time."""
-
-  def __init__(self, folder: pathlib.Path, wide: bool):
-    self._folder, self._wide = folder, wide
-    self._seen: set[bytes] = set()
-    self._lengths: list[int] = []
-    self._counts: list[int] = []
-    self._sentences: list[np.ndarray] = []
-    self.shard_documents: list[int] = []
-    self.duplicates = self.empty = 0
-
-  def add_shard(self, documents: Iterable[TokenizedDocument]) -> None:
-    """Writes the documents that are neither empty nor known already."""
+  def _read(self, shard: int, records: list[int]) -> list[bytes]:
     from array_record.python import array_record_module
 
-    name = _shard_name(len(self.shard_documents))
-    writer = array_record_module.ArrayRecordWriter(
-      str(self._folder / name), "group_size:1,uncompressed"
-    )
-    before = len(self._lengths)
-    for document in documents:
-      digest = hashlib.blake2b(document.tokens.tobytes(), digest_size=12)
-      if not len(document.tokens):
-        self.empty += 1
-      elif digest.digest() in self._seen:
-        self.duplicates += 1
-      else:
-        self._seen.add(digest.digest())
-        writer.write(pack_record(document, self._wide))
-        self._lengths.append(len(document.tokens))
-        self._counts.append(len(document.sentence_ends))
-        self._sentences.append(np.diff(document.sentence_ends, prepend=0))
-    writer.close()
-    self.shard_documents.append(len(self._lengths) - before)
-
-  def finish(self, facts: dict[str, Any]) -> None:
-    """Writes the index, and the manifest last."""
-    np.savez(
-      self._folder / _INDEX,
-      document_lengths=np.asarray(self._lengths, np.int64),
-      sentence_counts=np.asarray(self._counts, np.int32),
-      sentence_lengths=np.concatenate(self._sentences).astype(np.int32),
-    )
-    files = sorted(p for p in self._folder.iterdir())
-    manifest = facts | {
-      "documents": len(self._lengths),
-      "tokens": int(sum(self._lengths)),
-      "sentences": int(sum(self._counts)),
-      "duplicates": self.duplicates,
-      "empty": self.empty,
-      "shard_documents": self.shard_documents,
-      "files": {p.name: [p.stat().st_size, _checksum(p)] for p in files},
-    }
-    manifest["crc32"] = _manifest_crc(manifest)
-    (self._folder / _MANIFEST).write_text(json.dumps(manifest, sort_keys=True))
+    path = self.path / _shard_name(shard)
+    # A reader must not be shared with a forked child: the file offset is one.
+    key = (os.getpid(), shard)
+    try:
+      if key not in self._readers:
+        self._readers[key] = array_record_module.ArrayRecordReader(
+          str(path), _READER
+        )
+      return self._readers[key].read(records)
+    except (RuntimeError, ValueError, IndexError, OSError) as err:
+      raise CorruptCacheError(
+        f"cannot read {path}: {err}. Start again to have the cache rebuilt."
+      ) from err
 
 
 def build_cache(
-  source: Source,
+  source: base.Source,
   split: str,
-  tokenizer: Tokenizer,
+  tokenizer: Any,
   splitter: str,
   cache_dir: str | os.PathLike,
   *,
   max_tokens_per_document: int | None = None,
+  documents_per_shard: int = 65_536,
+  verify: str = "checksums",
 ) -> TokenCache:
-  """Opens the cache of these parts, tokenising the split if there is none.
+  """The token cache of a split: opened when it exists, built when it does not.
 
-  A damaged cache is built again, with a warning that names the bad file.
-  Memory is bounded by the index and the digests of the documents (about 40
-  bytes per document and 8 per sentence), not by their text.
+  Several processes may ask at once: one builds, the others wait for it. A
+  build that was interrupted goes on after its last finished shard. A corrupt
+  cache is rebuilt with a warning.
+
+  Memory: one batch of documents, the lengths of one shard's sentences, and
+  about 100 bytes a document for finding duplicates.
 
   Args:
     source: where documents come from.
-    split: of the source.
-    tokenizer: makes the ids.
+    split: one of `source.splits`.
+    tokenizer: a `bertjax.data.tokenizers.Tokenizer`.
     splitter: key of `SPLITTERS`.
-    cache_dir: where caches live.
-    max_tokens_per_document: longer documents are cut.
+    cache_dir: folder of all caches.
+    max_tokens_per_document: longer documents are cut off and counted.
+    documents_per_shard: documents of the source that one shard covers.
+    verify: how to check an existing cache, see `TokenCache`.
 
   Raises:
-    ValueError: unknown split or splitter, or a split without text.
+    ValueError: unknown split or splitter, limits below 1, or no document.
   """
-  split_text = registry.lookup(SPLITTERS, splitter, "data.splitter")
-  facts = {
+  base.check_split(source, split)
+  registry.lookup(sentences_lib.SPLITTERS, splitter, "data.splitter")
+  for field, value in (
+    ("max_tokens_per_document", max_tokens_per_document),
+    ("documents_per_shard", documents_per_shard),
+  ):
+    if value is not None and value < 1:
+      raise ValueError(f"{field}={value} must be at least 1.")
+  recipe = {
     "format": FORMAT,
-    "source": source.fingerprint(),
+    "source": source.name,
+    "source_fingerprint": source.fingerprint(),
     "split": split,
     "tokenizer": tokenizer.fingerprint(),
     "splitter": splitter,
+    "splitter_version": sentences_lib.VERSION,
     "max_tokens_per_document": max_tokens_per_document,
+    "documents_per_shard": documents_per_shard,
   }
-  name = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-  folder = pathlib.Path(cache_dir) / f"tokens-{name[:16]}"
-  if folder.exists():
+  folder = pathlib.Path(cache_dir)
+  folder.mkdir(parents=True, exist_ok=True)
+  path = folder / f"tokens-{base.fingerprint_of(recipe)}"
+  with contextlib.suppress(CorruptCacheError):
+    return TokenCache(path, verify)
+  with _lock(path.with_suffix(".lock")) as locked:
+    if (cache := _open(path, verify)) is not None:
+      return cache  # another process has built it while this one waited
+    # Only the holder of the lock may go on with what a dead process left.
+    partial = path.with_suffix(
+      ".partial" if locked else f".partial-{socket.gethostname()}-{os.getpid()}"
+    )
+    _build(source, split, tokenizer, splitter, recipe, partial)
     try:
-      return TokenCache(folder)
-    except DamagedCacheError as err:
-      logging.warning("Rebuilding a damaged token cache: %s", err)
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  # Built aside and renamed: nobody sees half a cache, and two processes that
-  # build at once both end with one whole cache.
-  partial = pathlib.Path(
-    tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent)
-  )
+      if path.exists():
+        shutil.rmtree(path)  # corrupt: `_open` has said so
+      partial.rename(path)
+    except OSError:  # without a lock another process may have been first
+      if _open(path, verify) is None:
+        raise
+      shutil.rmtree(partial)
+  return TokenCache(path, verify)
+
+
+def _open(path: pathlib.Path, verify: str) -> TokenCache | None:
+  """The cache at `path`; None when there is none or it must be rebuilt."""
+  if not path.exists():
+    return None
   try:
-    builder = _Builder(partial, wide=tokenizer.vocab_size > 2**16)
-    examples = nonempty(source.examples(split), source.name, split)
-    for block in _shards(examples):
-      builder.add_shard(
-        document
-        for batch in _batches(block, _BATCH)
-        for document in tokenize_documents(
-          [e["text"] for e in batch],
-          tokenizer,
-          split_text,
-          max_tokens_per_document,
-        )
+    return TokenCache(path, verify)
+  except CorruptCacheError as err:
+    logging.warning("corrupt cache: %s Rebuilding it.", err)
+    return None
+
+
+@contextlib.contextmanager
+def _lock(path: pathlib.Path) -> Iterator[bool]:
+  """Holds an exclusive lock; yields False where the file system has none."""
+  import fcntl
+
+  with open(path, "w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX)
+    except OSError as err:
+      logging.warning("no file locks on %s (%s).", path.parent, err)
+      yield False
+      return
+    yield True  # closing the file releases the lock, and so does a kill
+
+
+def _build(source, split, tokenizer, splitter, recipe, partial) -> None:
+  """Writes all files of a cache into `partial`."""
+  split_text = sentences_lib.SPLITTERS[splitter]
+  size, limit = recipe["documents_per_shard"], recipe["max_tokens_per_document"]
+  partial.mkdir(exist_ok=True)
+  seen: set[bytes] = set()
+  shards = []
+  while (done := _finished_shard(partial, len(shards))) is not None:
+    seen.update(row.tobytes() for row in done["digests"])
+    shards.append(done)
+  if shards:
+    logging.info("%s: going on after %d shards.", partial, len(shards))
+  examples = iter(source.examples(split))
+  examples = itertools.islice(examples, len(shards) * size, None)
+  while block := list(itertools.islice(examples, 1)):
+    rest = itertools.islice(examples, size - 1)
+    documents = _tokenized(itertools.chain(block, rest), tokenizer, split_text)
+    shards.append(_write_shard(partial, len(shards), documents, seen, limit))
+  counts = {
+    name: int(sum(int(shard[name]) for shard in shards))
+    for name in ("empty", "duplicates", "truncated")
+  }
+  per_shard = [len(shard["document_lengths"]) for shard in shards]
+  if not sum(per_shard):
+    shutil.rmtree(partial)
+    raise ValueError(
+      f"source {source.name!r} has no text in split {split!r}:"
+      f" {counts['empty']} documents, all of them empty. Check its paths,"
+      " filters and fields."
+    )
+  lengths = np.concatenate([s["document_lengths"] for s in shards])
+  sentence_counts = np.concatenate([s["sentence_counts"] for s in shards])
+  sentence_lengths = np.concatenate([s["sentence_lengths"] for s in shards])
+  with open(partial / "index.npz", "wb") as f:
+    np.savez(
+      f,
+      document_lengths=lengths,
+      sentence_lengths=sentence_lengths,
+      sentence_offsets=np.append(0, np.cumsum(sentence_counts)),
+      shard_offsets=np.append(0, np.cumsum(per_shard)),
+    )
+    _sync(f)
+  manifest = {
+    **recipe,
+    "documents": len(lengths),
+    "tokens": int(lengths.sum()),
+    "sentences": len(sentence_lengths),
+    **counts,
+    "files": {
+      name: {
+        "bytes": (partial / name).stat().st_size,
+        "sha256": _sha256(partial / name),
+      }
+      for name in ["index.npz", *map(_shard_name, range(len(shards)))]
+    },
+  }
+  manifest["checksum"] = base.fingerprint_of(manifest)
+  with open(partial / "manifest.json", "w", encoding="utf-8") as f:
+    json.dump(manifest, f, indent=2)
+    _sync(f)
+  for shard in range(len(shards)):
+    (partial / _state_name(shard)).unlink()
+
+
+def _tokenized(
+  examples: Iterator[base.Example], tokenizer, splitter
+) -> Iterator[tuple[TokenizedDocument, int]]:
+  """(document, copy number) of each example, tokenised in batches."""
+  batch: list[base.Example] = []
+  chars = 0
+
+  def flush():
+    texts = [example["text"] for example in batch]
+    documents = tokenize_documents(texts, tokenizer, splitter)
+    yield from zip(documents, [example.get("copy", 0) for example in batch])
+
+  for example in examples:
+    batch.append(example)
+    chars += len(example["text"])
+    if len(batch) == _BATCH or chars > _BATCH_CHARS:
+      yield from flush()
+      batch, chars = [], 0
+  yield from flush()
+
+
+def _write_shard(
+  folder: pathlib.Path,
+  shard: int,
+  documents: Iterator[tuple[TokenizedDocument, int]],
+  seen: set[bytes],
+  max_tokens: int | None,
+) -> dict[str, Any]:
+  """Writes a shard, then its state, whose presence says that it is whole."""
+  from array_record.python import array_record_module
+
+  path = folder / _shard_name(shard)
+  lengths, sentence_counts, sentence_lengths, digests = [], [], [], []
+  counts = {"empty": 0, "duplicates": 0, "truncated": 0}
+  writer = array_record_module.ArrayRecordWriter(str(path), _WRITER)
+  for document, copy in documents:
+    if not len(document.tokens):
+      counts["empty"] += 1
+      continue
+    if max_tokens is not None and len(document.tokens) > max_tokens:
+      counts["truncated"] += 1
+      document = truncate(document, max_tokens)
+    digest = document_digest(document, copy)
+    if digest in seen:
+      counts["duplicates"] += 1
+      continue
+    seen.add(digest)
+    writer.write(pack_record(document))
+    digests.append(np.frombuffer(digest, np.uint8))
+    lengths.append(len(document.tokens))
+    sentence_counts.append(len(document.sentence_ends))
+    sentence_lengths.append(np.diff(document.sentence_ends, prepend=0))
+  writer.close()
+  state = {
+    "document_lengths": np.array(lengths, np.int64),
+    "sentence_counts": np.array(sentence_counts, np.int64),
+    "sentence_lengths": np.concatenate(
+      [np.zeros(0, np.int32), *sentence_lengths]
+    ).astype(np.int32),
+    "digests": np.array(digests, np.uint8).reshape(-1, 16),
+    "sha256": np.array(_sha256(path)),
+    **{name: np.array(count) for name, count in counts.items()},
+  }
+  with open(folder / "state.tmp", "wb") as f:
+    np.savez(f, **state)
+    _sync(f)
+  os.replace(folder / "state.tmp", folder / _state_name(shard))
+  return state
+
+
+def _finished_shard(folder: pathlib.Path, shard: int) -> dict[str, Any] | None:
+  """State of a shard that an interrupted build has finished, or None."""
+  try:
+    with np.load(folder / _state_name(shard)) as arrays:
+      state = {name: arrays[name] for name in arrays.files}
+    whole = _sha256(folder / _shard_name(shard)) == str(state["sha256"])
+  except (OSError, ValueError, KeyError):
+    return None
+  return state if whole else None
+
+
+def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
+  file = path / "manifest.json"
+  try:
+    manifest = json.loads(file.read_bytes())
+    content = {k: v for k, v in manifest.items() if k != "checksum"}
+    matches = manifest["checksum"] == base.fingerprint_of(content)
+  except FileNotFoundError as err:
+    raise CorruptCacheError(f"{file} is missing.") from err
+  except (ValueError, KeyError, AttributeError) as err:
+    raise CorruptCacheError(f"{file} is damaged ({err}).") from err
+  if not matches:
+    raise CorruptCacheError(f"{file} does not match its own checksum.")
+  if manifest["format"] != FORMAT:
+    raise CorruptCacheError(
+      f"{file} has format {manifest['format']}, this is format {FORMAT}."
+    )
+  return manifest
+
+
+def _verify(path: pathlib.Path, files: dict[str, Any], shards: bool) -> None:
+  """Checks all sizes, the index's checksum and on demand the shards'."""
+  for name, wanted in files.items():
+    file = path / name
+    try:
+      size = file.stat().st_size
+    except OSError as err:
+      raise CorruptCacheError(f"{file} is missing.") from err
+    if size != wanted["bytes"]:
+      raise CorruptCacheError(
+        f"{file} has {size} bytes instead of {wanted['bytes']}."
       )
-    if not sum(builder.shard_documents):
-      raise ValueError(
-        f"data.source {source.name!r} has no text in split {split!r}: all of"
-        f" its {builder.empty} documents are empty."
-      )
-    builder.finish(facts)
-    _move(partial, folder)
-  finally:
-    shutil.rmtree(partial, ignore_errors=True)
-  return TokenCache(folder)
+    if (shards or name == "index.npz") and _sha256(file) != wanted["sha256"]:
+      raise CorruptCacheError(f"{file} does not match its checksum.")
 
 
-def _shards(examples: Iterable[Any]) -> Iterator[Iterator[Any]]:
-  """Blocks of SHARD_DOCUMENTS, each consumed before the next is asked for."""
-  examples = iter(examples)
-  while (first := next(examples, None)) is not None:
-    rest = itertools.islice(examples, SHARD_DOCUMENTS - 1)
-    yield itertools.chain([first], rest)
+def _shard_name(shard: int) -> str:
+  return f"shard-{shard:05d}.arrayrecord"
 
 
-def _move(partial: pathlib.Path, folder: pathlib.Path) -> None:
-  """Renames `partial` to `folder`, replacing a damaged one there."""
-  try:
-    os.rename(partial, folder)
-    return
-  except OSError:
-    if not folder.exists():
-      raise
-  try:
-    TokenCache(folder)  # another process was faster
-  except DamagedCacheError:
-    aside = pathlib.Path(tempfile.mkdtemp(dir=folder.parent)) / "old"
-    os.rename(folder, aside)
-    os.rename(partial, folder)
-    shutil.rmtree(aside.parent)
+def _state_name(shard: int) -> str:
+  return f"shard-{shard:05d}.state.npz"
+
+
+def _sync(file) -> None:
+  file.flush()
+  os.fsync(file.fileno())
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with open(path, "rb") as f:
+    return hashlib.file_digest(f, "sha256").hexdigest()

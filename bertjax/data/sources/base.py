@@ -1,0 +1,147 @@
+"""What every source of examples promises, and splits made by hash."""
+
+import hashlib
+import json
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+Example = dict[str, Any]
+
+
+@runtime_checkable
+class Source(Protocol):
+  """A corpus: named splits of examples in an order that never changes.
+
+  A text example is `{"id": str, "text": str}`, one document; a source may add
+  features. An optional `copy` counts deliberate repetitions of one document.
+  """
+
+  name: str
+  licence: str
+  splits: tuple[str, ...]
+
+  def fingerprint(self) -> str:
+    """Changes whenever the data or the reading options change."""
+
+  def examples(self, split: str) -> Iterator[Example]:
+    """Streams a split. Raises ValueError on an unknown split."""
+
+
+def check_split(source: Source, split: str) -> None:
+  """Raises ValueError unless `source` has `split`."""
+  if split not in source.splits:
+    raise ValueError(
+      f"split={split!r} is unknown to source {source.name!r}; choose from"
+      f" {', '.join(source.splits)}."
+    )
+
+
+def fingerprint_of(*parts: Any) -> str:
+  """A 128-bit hex digest of JSON-like values (mappings in any order)."""
+  plain = json.dumps(parts, sort_keys=True, ensure_ascii=True)
+  return hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
+
+
+def normalise(text: str) -> str:
+  """The form in which two texts count as equal: NFC, caseless, one space."""
+  return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def text_hash(text: str, salt: str = "") -> int:
+  """A 64-bit hash of the normalised text; the same on every machine."""
+  data = (salt + "\0" + normalise(text)).encode("utf-8", "surrogatepass")
+  return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+
+
+def as_dict(value: Any) -> dict:
+  """A plain dict from a dict or an `ml_collections.ConfigDict`."""
+  return {
+    key: as_dict(item) if hasattr(item, "items") else item
+    for key, item in value.items()
+  }
+
+
+def strings(value: str | Sequence[str]) -> tuple[str, ...]:
+  """One string or several, as a tuple."""
+  return (value,) if isinstance(value, str) else tuple(value)
+
+
+def nonempty(
+  examples: Iterable[Example], name: str, split: str
+) -> Iterator[Example]:
+  """Passes examples on; raises ValueError when there were none."""
+  count = 0
+  for count, example in enumerate(examples, 1):  # noqa: B007
+    yield example
+  if not count:
+    raise ValueError(
+      f"source {name!r} has no example in split {split!r}: the corpus is"
+      " empty. Check its paths, filters and fractions."
+    )
+
+
+class HashSplit:
+  """One split of a source dealt out by the hash of the normalised text.
+
+  Equal texts always fall into the same split, wherever they stand, and a
+  text keeps its split when the corpus grows.
+  """
+
+  def __init__(
+    self,
+    source: Source,
+    fractions: Mapping[str, float],
+    of: str = "train",
+  ):
+    """Args:
+    source: what to divide.
+    fractions: share of each new split; they sum to 1 at most, and what is
+      left over is dropped.
+    of: the split of `source` that is divided.
+
+    Raises:
+      ValueError: a share outside (0, 1], a sum above 1, no split `of`.
+    """
+    check_split(source, of)
+    fractions = as_dict(fractions)
+    for split, share in fractions.items():
+      if not 0 < share <= 1:
+        raise ValueError(
+          f"fractions.{split}={share} of source {source.name!r} must be"
+          " above 0 and at most 1."
+        )
+    total = sum(fractions.values())
+    if total > 1 + 1e-9:  # rounding of shares such as 0.7 + 0.2 + 0.1
+      raise ValueError(
+        f"fractions={fractions} of source {source.name!r} sum to {total:g};"
+        " they may sum to 1 at most."
+      )
+    self.name, self.licence = source.name, source.licence
+    self.splits = tuple(fractions)
+    self._source, self._fractions, self._of = source, fractions, of
+
+  def fingerprint(self) -> str:
+    return fingerprint_of(
+      "hash_split",
+      self._source.fingerprint(),
+      list(self._fractions.items()),
+      self._of,
+    )
+
+  def _split_of(self, text: str) -> str | None:
+    u, edge = text_hash(text, "split") / 2**64, 0.0
+    for split, share in self._fractions.items():
+      edge += share
+      if u < edge:
+        return split
+    return None
+
+  def examples(self, split: str) -> Iterator[Example]:
+    check_split(self, split)
+    mine = (
+      example
+      for example in self._source.examples(self._of)
+      if self._split_of(example["text"]) == split
+    )
+    return nonempty(mine, self.name, split)

@@ -1,0 +1,457 @@
+"""Plain files as sources: text, JSON lines, CSV, Parquet, TFRecord.
+
+Each format is a function from a path to numbered records; `FileSource` does
+the rest: patterns, splits, ids, errors. Names that end in .gz, .bz2 or .xz are
+read compressed.
+"""
+
+import bz2
+import csv as csv_lib
+import functools
+import glob
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from bertjax.data.sources import base
+
+_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+_WHOLE = 64 * 2**20  # bytes up to which a file's full content is hashed
+_SAMPLES, _SAMPLE = 16, 2**20
+
+
+class Record(NamedTuple):
+  """What a format yields.
+
+  Attributes:
+    key: number or name of the record within its file.
+    text: the document.
+    features: further features of the example.
+    id: the record's own id, if it has one.
+  """
+
+  key: int | str
+  text: str
+  features: Mapping[str, Any] = {}
+  id: str | None = None
+
+
+Read = Callable[[str], Iterator[Record]]
+
+
+def open_binary(path: str) -> io.BufferedIOBase:
+  """Opens a file for reading, decompressed by its suffix."""
+  opener = _OPENERS.get(os.path.splitext(path)[1], open)
+  return opener(path, "rb")
+
+
+def open_text(path: str, encoding: str = "utf-8") -> io.TextIOWrapper:
+  """Like `open_binary`, decoded; keeps the file's own line ends."""
+  return io.TextIOWrapper(open_binary(path), encoding=encoding, newline="")
+
+
+class FileSource:
+  """Files that match patterns, one group of patterns a split."""
+
+  def __init__(
+    self,
+    name: str,
+    paths: Mapping[str, Sequence[str]],
+    read: Read,
+    options: Mapping[str, Any],
+    licence: str = "unknown",
+  ):
+    """Args:
+    name: for messages.
+    paths: patterns (`**` goes into folders) or paths by split.
+    read: a format.
+    options: of the format; JSON-like, for the fingerprint.
+    licence: of the texts.
+
+    Raises:
+      ValueError: a pattern that matches no file.
+    """
+    self.name, self.licence = name, licence
+    self.splits = tuple(paths)
+    self._read, self._options = read, dict(options)
+    self._files = {
+      split: self._match(split, patterns) for split, patterns in paths.items()
+    }
+    folders = {
+      os.path.dirname(os.path.abspath(f))
+      for files in self._files.values()
+      for f in files
+    }
+    # Ids must not depend on where a corpus lies.
+    self._root = os.path.commonpath(folders)
+
+  def _match(self, split: str, patterns: Sequence[str]) -> list[str]:
+    found = set()
+    for pattern in patterns:
+      pattern = os.path.expanduser(str(pattern))
+      files = [
+        f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f)
+      ]
+      if os.path.isfile(pattern):
+        files.append(pattern)  # a name may hold brackets
+      if not files:
+        raise ValueError(
+          f"paths: {pattern!r} of source {self.name!r}, split {split!r},"
+          f" matches no file (working folder {os.getcwd()})."
+        )
+      found.update(files)
+    return sorted(found)
+
+  def _id(self, path: str) -> str:
+    inside = os.path.relpath(os.path.abspath(path), self._root)
+    return inside.replace(os.sep, "/")
+
+  def fingerprint(self) -> str:
+    return base.fingerprint_of(
+      self.name,
+      self._options,
+      [
+        (split, [(self._id(f), _content_of(f)) for f in files])
+        for split, files in self._files.items()
+      ],
+    )
+
+  def examples(self, split: str) -> Iterator[base.Example]:
+    """`id` = "file:record", the file's path below the folder of all files."""
+    base.check_split(self, split)
+
+    def read():
+      for path in self._files[split]:
+        for record in self._records(path):
+          key = record.id or f"{self._id(path)}:{record.key}"
+          yield {"id": key, "text": record.text, **record.features}
+
+    return base.nonempty(read(), self.name, split)
+
+  def _records(self, path: str) -> Iterator[Record]:
+    try:
+      yield from self._read(path)
+    except UnicodeDecodeError as err:
+      raise ValueError(
+        f"{path} is not {err.encoding} text ({err.reason} at byte"
+        f" {err.start}); set `encoding`."
+      ) from err
+    except (gzip.BadGzipFile, lzma.LZMAError, EOFError) as err:
+      raise ValueError(
+        f"{path} is not a whole compressed file: {err}."
+      ) from err
+
+
+def _content_of(path: str) -> str:
+  """Digest of a file's content.
+
+  Files above 64 MB are sampled at 16 places, and their time of change counts:
+  hashing a whole Wikipedia would delay every start by half a minute.
+  """
+  stat = os.stat(path)
+  return _digest(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=65_536)
+def _digest(path: str, size: int, changed_ns: int) -> str:
+  with open(path, "rb") as f:
+    if size <= _WHOLE:
+      return hashlib.file_digest(f, "sha256").hexdigest()
+    digest = hashlib.sha256(f"{size} {changed_ns}".encode())
+    for i in range(_SAMPLES):
+      f.seek((size - _SAMPLE) * i // (_SAMPLES - 1))
+      digest.update(f.read(_SAMPLE))
+  return digest.hexdigest()
+
+
+def file_source(
+  name: str,
+  paths: str | Sequence[str] | Mapping[str, str | Sequence[str]],
+  read: Callable[..., Iterator[Record]],
+  options: Mapping[str, Any],
+  fractions: Mapping[str, float] | None,
+  licence: str,
+) -> base.Source:
+  """A source from a config's options.
+
+  Args:
+    name: of the format.
+    paths: patterns, or patterns by split.
+    read: `read(path, **options)`.
+    options: of the format.
+    fractions: share of each split, dealt out by the hash of the text; None
+      makes everything the training split when `paths` names no splits.
+    licence: of the texts.
+
+  Raises:
+    ValueError: splits given twice, by `paths` and by `fractions`.
+  """
+  if hasattr(paths, "items"):
+    if fractions is not None:
+      raise ValueError(
+        f"source {name!r}: paths already names splits"
+        f" ({', '.join(paths.keys())}); remove fractions or the names."
+      )
+    by_split = {k: base.strings(v) for k, v in paths.items()}
+  else:
+    by_split = {"train": base.strings(paths)}
+  options = {
+    key: list(value) if isinstance(value, tuple) else value
+    for key, value in options.items()
+  }
+  bound = functools.partial(read, **options)
+  source = FileSource(name, by_split, bound, options, licence)
+  return source if fractions is None else base.HashSplit(source, fractions)
+
+
+def pick(
+  record: Mapping[str, Any],
+  where: str,
+  text_field: str,
+  id_field: str | None,
+  features: Sequence[str],
+) -> tuple[str, str | None, dict[str, Any]]:
+  """(text, id, features) of a record.
+
+  Raises:
+    ValueError: a missing field, or a text that is not a string; names `where`
+      and the fields that exist.
+  """
+  for field in (text_field, id_field, *features):
+    if field is not None and field not in record:
+      raise ValueError(
+        f"{where} has no field {field!r}; it has"
+        f" {', '.join(sorted(map(str, record)))}."
+      )
+  text = record[text_field]
+  if isinstance(text, bytes):
+    text = text.decode("utf-8")
+  if not isinstance(text, str):
+    raise ValueError(
+      f"{where}: field {text_field!r} holds {type(text).__name__}, not a"
+      " string; choose another text_field."
+    )
+  key = None if id_field is None else record[id_field]
+  key = key.decode("utf-8") if isinstance(key, bytes) else key
+  return (
+    text,
+    None if key is None else str(key),
+    {name: record[name] for name in features},
+  )
+
+
+# Formats.
+
+
+def read_text(path: str, documents: str, encoding: str) -> Iterator[Record]:
+  """One document a file, or documents between blank lines."""
+  with open_text(path, encoding) as f:
+    if documents == "file":
+      yield Record(0, f.read())
+      return
+    begin, lines = 1, []
+    for number, line in enumerate(f, 1):
+      if line.strip():
+        begin = begin if lines else number
+        lines.append(line.rstrip("\r\n"))
+      elif lines:
+        yield Record(begin, "\n".join(lines))
+        lines = []
+    if lines:
+      yield Record(begin, "\n".join(lines))
+
+
+def read_jsonl(path: str, encoding: str, **fields: Any) -> Iterator[Record]:
+  """One JSON object a line; blank lines are passed over."""
+  with open_text(path, encoding) as f:
+    for number, line in enumerate(f, 1):
+      if not line.strip():
+        continue
+      where = f"{path}, line {number}"
+      try:
+        record = json.loads(line)
+      except json.JSONDecodeError as err:
+        raise ValueError(f"{where} is not JSON: {err}.") from err
+      if not isinstance(record, dict):
+        raise ValueError(f"{where} holds no JSON object: {line[:40]!r}.")
+      text, key, features = pick(record, where, **fields)
+      yield Record(number, text, features, key)
+
+
+def read_csv(
+  path: str,
+  encoding: str,
+  delimiter: str | None,
+  columns: Sequence[str] | None,
+  **fields: Any,
+) -> Iterator[Record]:
+  """Rows under a header, or under given column names."""
+  bare = path
+  while os.path.splitext(bare)[1] in _OPENERS:
+    bare = os.path.splitext(bare)[0]
+  if delimiter is None:
+    delimiter = "\t" if bare.endswith((".tsv", ".tab")) else ","
+  # A document may be longer than csv's 128 kB; the limit is the library's own.
+  csv_lib.field_size_limit(min(sys.maxsize, 2**31 - 1))
+  with open_text(path, encoding) as f:
+    rows = csv_lib.reader(f, delimiter=delimiter)
+    header = list(columns) if columns is not None else next(rows, None)
+    for row in rows:
+      if not row:
+        continue
+      where = f"{path}, line {rows.line_num}"
+      if len(row) != len(header):
+        raise ValueError(
+          f"{where} has {len(row)} cells, not {len(header)}"
+          f" ({', '.join(header)}); is delimiter {delimiter!r} right?"
+        )
+      text, key, features = pick(dict(zip(header, row)), where, **fields)
+      yield Record(rows.line_num, text, features, key)
+
+
+def read_parquet(
+  path: str, text_field: str, id_field: str | None, features: Sequence[str]
+) -> Iterator[Record]:
+  """Rows of a Parquet file; reads only the columns it needs."""
+  import pyarrow.parquet
+
+  with pyarrow.parquet.ParquetFile(path) as table:
+    names = dict.fromkeys(table.schema_arrow.names)
+    wanted = [n for n in (text_field, id_field, *features) if n is not None]
+    for name in wanted:
+      if name not in names:
+        raise ValueError(
+          f"{path} has no column {name!r}; it has {', '.join(sorted(names))}."
+        )
+    number = 0
+    for batch in table.iter_batches(
+      batch_size=1024, columns=list(dict.fromkeys(wanted))
+    ):
+      for record in batch.to_pylist():
+        where = f"{path}, row {number}"
+        text, key, rest = pick(record, where, text_field, id_field, features)
+        yield Record(number, text, rest, key)
+        number += 1
+
+
+def read_tfrecord(path: str, **fields: Any) -> Iterator[Record]:
+  """tf.Example records; a feature of one value is that value."""
+  from bertjax.data.sources import tensorflow_io
+
+  for number, record in enumerate(tensorflow_io.read_examples(path)):
+    text, key, features = pick(record, f"{path}, record {number}", **fields)
+    yield Record(number, text, features, key)
+
+
+# Builders: rows of `SOURCES`.
+
+
+def text_files(
+  paths,
+  documents: str = "file",
+  encoding: str = "utf-8",
+  fractions: Mapping[str, float] | None = None,
+  licence: str = "unknown",
+) -> base.Source:
+  """Plain text.
+
+  Args:
+    paths: patterns, or patterns by split.
+    documents: "file": one document a file; "blank_line": documents between
+      blank lines, one sentence a line, as in BERT's input files (use the
+      splitter "lines").
+    encoding: of the files.
+    fractions: share of each split, by hash of the text.
+    licence: of the texts.
+  """
+  if documents not in ("file", "blank_line"):
+    raise ValueError(f"documents={documents!r} must be 'file' or 'blank_line'.")
+  options = dict(documents=documents, encoding=encoding)
+  return file_source(
+    "text_files", paths, read_text, options, fractions, licence
+  )
+
+
+def jsonl(
+  paths,
+  text_field: str = "text",
+  id_field: str | None = None,
+  features: Sequence[str] = (),
+  encoding: str = "utf-8",
+  fractions: Mapping[str, float] | None = None,
+  licence: str = "unknown",
+) -> base.Source:
+  """One JSON object a line; `features` are further fields to keep."""
+  options = dict(
+    text_field=text_field,
+    id_field=id_field,
+    features=tuple(features),
+    encoding=encoding,
+  )
+  return file_source("jsonl", paths, read_jsonl, options, fractions, licence)
+
+
+def csv(
+  paths,
+  text_field: str = "text",
+  id_field: str | None = None,
+  features: Sequence[str] = (),
+  delimiter: str | None = None,
+  columns: Sequence[str] | None = None,
+  encoding: str = "utf-8",
+  fractions: Mapping[str, float] | None = None,
+  licence: str = "unknown",
+) -> base.Source:
+  """Tables; `delimiter=None` is a tab in .tsv and .tab files, else a comma.
+
+  `columns` names the columns of files without a header.
+  """
+  options = dict(
+    text_field=text_field,
+    id_field=id_field,
+    features=tuple(features),
+    delimiter=delimiter,
+    columns=None if columns is None else tuple(columns),
+    encoding=encoding,
+  )
+  return file_source("csv", paths, read_csv, options, fractions, licence)
+
+
+def parquet(
+  paths,
+  text_field: str = "text",
+  id_field: str | None = None,
+  features: Sequence[str] = (),
+  fractions: Mapping[str, float] | None = None,
+  licence: str = "unknown",
+) -> base.Source:
+  """Parquet files, read in batches of rows."""
+  options = dict(
+    text_field=text_field, id_field=id_field, features=tuple(features)
+  )
+  return file_source(
+    "parquet", paths, read_parquet, options, fractions, licence
+  )
+
+
+def tfrecord(
+  paths,
+  text_field: str = "text",
+  id_field: str | None = None,
+  features: Sequence[str] = (),
+  fractions: Mapping[str, float] | None = None,
+  licence: str = "unknown",
+) -> base.Source:
+  """TFRecord files of tf.Example; needs the extra `tfds`."""
+  options = dict(
+    text_field=text_field, id_field=id_field, features=tuple(features)
+  )
+  return file_source(
+    "tfrecord", paths, read_tfrecord, options, fractions, licence
+  )

@@ -1,0 +1,120 @@
+"""Several corpora as one: each document repeated, or left out, by a factor."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from bertjax.data.sources import base
+
+_UNITS = ("documents", "characters")
+
+
+def copies(factor: float, key: str) -> int:
+  """How often the document `key` appears: floor(factor), or one more.
+
+  The fraction is drawn from a hash of the key, so a smaller factor keeps a
+  subset of what a larger one keeps.
+  """
+  whole = math.floor(factor)
+  return whole + (base.text_hash(key, "copies") / 2**64 < factor - whole)
+
+
+class Mixture:
+  """Sources one after the other; training shuffles rows anyway.
+
+  A split holds what the sources that have this split hold. Repeated documents
+  carry `copy` > 0, which keeps them through the removal of duplicates.
+  """
+
+  name = "mixture"
+
+  def __init__(
+    self,
+    sources: Sequence[base.Source],
+    *,
+    dupe_factors: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
+    unit: str = "characters",
+  ):
+    """Args:
+    sources: what to mix.
+    dupe_factors: how often each source's documents appear: 2 is twice, 0.25
+      keeps a quarter; None is once, which concatenates the sources.
+    weights: instead of factors, each source's share of the training split.
+      The source that is scarcest for its share appears once, the others are
+      subsampled. Costs one pass over the training splits.
+    unit: what shares are measured in: "documents" or "characters".
+
+    Raises:
+      ValueError: factors and weights together, of another number than the
+        sources, or not positive; unknown unit; no source.
+    """
+    self._sources = list(sources)
+    if not self._sources:
+      raise ValueError("sources=[] of source 'mixture' needs at least one.")
+    if dupe_factors is not None and weights is not None:
+      raise ValueError("source 'mixture' takes dupe_factors or weights.")
+    if unit not in _UNITS:
+      raise ValueError(f"unit={unit!r} must be one of {', '.join(_UNITS)}.")
+    for field, values in (("dupe_factors", dupe_factors), ("weights", weights)):
+      if values is not None and (
+        len(values) != len(self._sources) or min(values) <= 0
+      ):
+        raise ValueError(
+          f"{field}={list(values)} of source 'mixture' must hold a positive"
+          f" number for each of its {len(self._sources)} sources."
+        )
+    self._factors = (
+      [1.0] * len(self._sources) if dupe_factors is None else list(dupe_factors)
+    )
+    self._weights = None if weights is None else list(weights)
+    self._unit = unit
+    self._resolved: list[float] | None = None
+    self.licence = "; ".join(
+      dict.fromkeys(f"{s.name}: {s.licence}" for s in self._sources)
+    )
+    present = dict.fromkeys(split for s in self._sources for split in s.splits)
+    self.splits = tuple(present)
+    if self._weights is not None:
+      for source in self._sources:
+        base.check_split(source, "train")
+
+  def fingerprint(self) -> str:
+    return base.fingerprint_of(
+      "mixture",
+      [source.fingerprint() for source in self._sources],
+      self._factors,
+      self._weights,
+      self._unit,
+    )
+
+  def factors(self) -> list[float]:
+    """Each source's factor, after weights have been turned into factors."""
+    if self._weights is None:
+      return self._factors
+    if self._resolved is None:
+      sizes = [
+        sum(
+          1 if self._unit == "documents" else len(example["text"])
+          for example in source.examples("train")
+        )
+        for source in self._sources
+      ]
+      wanted = [w / size for w, size in zip(self._weights, sizes)]
+      self._resolved = [w / max(wanted) for w in wanted]
+    return self._resolved
+
+  def examples(self, split: str) -> Iterator[base.Example]:
+    """Examples with `id` = "<position of the source>/<its id>"."""
+    base.check_split(self, split)
+
+    def mixed():
+      # Held-out splits stay as they are: weighting them changes the question.
+      factors = self.factors() if split == "train" else [1] * len(self._sources)
+      for i, (source, factor) in enumerate(zip(self._sources, factors)):
+        if split in source.splits:
+          for example in source.examples(split):
+            key = f"{i}/{example['id']}"
+            for copy in range(copies(factor, key)):
+              yield {**example, "id": key, "copy": copy}
+
+    return base.nonempty(mixed(), self.name, split)
