@@ -31,5 +31,5 @@ def quiet() -> None:
 
   Orbax writes a dozen lines for each checkpoint.
   """
-  if flags.FLAGS["verbosity"].using_default_value:
+  if not flags.FLAGS["verbosity"].present:
     logging.set_verbosity(logging.WARNING)

@@ -10,6 +10,7 @@ pseudo-perplexity.
 
 import json
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -61,12 +62,15 @@ def evaluate(
     ValueError: unknown names, or a folder that holds no model.
   """
   model = load_model(path)
-  spec = {**_DATA, **(model.config or {}).get("data", {}), **(data or {})}
+  saved = {}
+  if model.origin == "workdir":
+    saved = json.loads((pathlib.Path(path) / "config.json").read_text())
+  spec = {**_DATA, **saved.get("data", {}), **(data or {})}
   if source is not None:
     spec["source"] = dict(source)
   text = registry.call(
     TextData,
-    spec | {"tokenizer": model.tokenizer},
+    spec | {"tokenizer": model.need_tokenizer()},
     "data",
     seed=0,
     cache_dir=cache_path(),

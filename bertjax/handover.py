@@ -5,13 +5,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 
 from bertjax import registry
 from bertjax.checkpoint import Checkpointer
 from bertjax.experiment import Experiment
-
-load_params_for = None  # TEMP
+from bertjax.loading import load_params_for
 from bertjax.optim import hand_over
 from bertjax.train_state import TrainState
 
@@ -66,7 +64,6 @@ def initial_state(experiment: Experiment) -> TrainState:
   if spec is None:
     return state
   source = registry.call(InitFrom, spec, "init_from")
-  logging.info("Starting from %s (%s)", source.path, source.carry)
   if source.carry == "optimizer":
     old = Checkpointer(source.path).restore(experiment.abstract_state).state
     opt_state = hand_over(
@@ -82,11 +79,9 @@ def initial_state(experiment: Experiment) -> TrainState:
     ignore=source.ignore,
   )
   placed = jax.tree.map(
-    lambda new, old: (
-      old
-      if new is None
-      else jax.device_put(new.astype(old.dtype), old.sharding)
-    ),
+    lambda new, old: old
+    if new is None
+    else jax.device_put(new.astype(old.dtype), old.sharding),
     params,
     state.params,
     is_leaf=lambda x: x is None,

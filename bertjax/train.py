@@ -26,9 +26,9 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
+from bertjax import cli, loading, loop, predict, registry, report
 from bertjax import experiment as experiment_lib
 from bertjax import hooks as hooks_lib
-from bertjax import cli, loop, registry, report
 from bertjax.checkpoint import Checkpointer
 from bertjax.config import Settings, settings, stage_configs
 from bertjax.data import audit
@@ -340,15 +340,9 @@ def _evaluations(
 
 
 def _report(experiment: Experiment, workdir: pathlib.Path, state: Any) -> None:
-  samples = []
   texts = list(experiment.settings.samples)
-  if texts:
-    from bertjax import loading, predict
-
-    model = loading.from_experiment(experiment, state.params)
-    for text, guesses in zip(texts, predict.fill_mask(model, texts, top_k=3)):
-      best = ", ".join(f"{g.piece} {g.probability:.2f}" for g in guesses[0])
-      samples.append((text, best))
+  model = loading.from_experiment(experiment, state.params)
+  samples = predict.samples(model, texts) if texts else []
   report.write_report(
     workdir, reference=experiment.settings.reference_curve, samples=samples
   )

@@ -1,6 +1,7 @@
 r"""A small BERT on real text, in minutes on two CPU cores, without network.
 
-Run:   python -m bertjax.train --config=configs/quickstart.py --workdir=runs/quickstart
+Run:   python -m bertjax.train --config=configs/quickstart.py \
+           --workdir=runs/quickstart
 Tiny:  --config=configs/quickstart.py:tiny   (seconds)
 Text:  the documentation and docstrings of the installed Python packages.
 """

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import math
+import os
 import shutil
 import threading
 from collections.abc import Mapping
@@ -78,7 +79,7 @@ class Checkpointer:
       raise ValueError(f"keep_every={keep_every} must be at least 1, or None.")
     if best_mode not in ("max", "min"):
       raise ValueError(f"best_mode={best_mode!r} must be 'max' or 'min'.")
-    self.folder = epath.Path(workdir) / "checkpoints"
+    self.folder = _absolute(workdir) / "checkpoints"
     self._keep = keep
     self._keep_every = keep_every
     self._best_metric = best_metric
@@ -395,7 +396,7 @@ def load_params(
     FileNotFoundError: there is no checkpoint.
     CheckpointError: all of them are damaged.
   """
-  path = epath.Path(path)
+  path = _absolute(path)
   if (path / disk.MANIFEST).exists() and path.name.isdecimal():
     path, step = path.parent, int(path.name)
   workdir = path.parent if path.name == "checkpoints" else path
@@ -428,6 +429,12 @@ def load_params(
       ),
     )
   return tree["params"], meta["config"]
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+  """Orbax refuses relative paths; a URL stays as it is."""
+  url = "://" in os.fspath(path)
+  return epath.Path(path) if url else epath.Path(path).absolute()
 
 
 def _describe(tree: Any) -> list[list[Any]]:

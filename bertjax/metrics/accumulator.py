@@ -29,7 +29,7 @@ class MetricAccumulator:
     """
     self._finite = tuple(finite)
     self._sums: Sums | None = None
-    self._first = self._last = 0
+    self._first = self.last = 0
     self.steps = 0
 
   def add(self, step: int, metrics: Sums) -> None:
@@ -43,12 +43,12 @@ class MetricAccumulator:
     elif set(metrics) != set(self._sums):
       different = sorted(set(metrics) ^ set(self._sums))
       raise ValueError(
-        f"metrics: {', '.join(different)} not in both step {self._last} and"
+        f"metrics: {', '.join(different)} not in both step {self.last} and"
         f" step {step}; a train step returns the same names every time."
       )
     else:
       self._sums = _add(self._sums, dict(metrics))
-    self._last = step
+    self.last = step
     self.steps += 1
 
   def check(self) -> None:
@@ -81,7 +81,7 @@ class MetricAccumulator:
       if name in sums and not np.isfinite(sums[name][0]):
         raise NonFiniteError(
           f"{name} is {float(sums[name][0])} somewhere in steps"
-          f" {self._first} to {self._last}. Checkpoints saved before are"
+          f" {self._first} to {self.last}. Checkpoints saved before are"
           " untouched. Lower optim.lr, lengthen the warm-up, or set"
           " every.log=1 to find the step."
         )

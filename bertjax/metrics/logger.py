@@ -71,13 +71,18 @@ class TrainLogger:
       self._untimed = 1
     self._progress.advance(step + 1)
     if self._when(step + 1):
-      self.flush(step + 1)
+      self.flush()
 
-  def flush(self, step: int) -> None:
-    """Reads and writes what has gathered up to `step` finished steps."""
+  def flush(self) -> None:
+    """Reads and writes what has gathered since the last reading, if anything.
+
+    Raises:
+      NonFiniteError: see `MetricAccumulator.read`.
+    """
     steps = self._sums.steps
     if not steps:
       return
+    step = self._sums.last + 1
     values = self._sums.read()
     timed, self._untimed = steps - self._untimed, 0
     tokens = values.pop("tokens", float(self._slots_per_step))
@@ -91,7 +96,3 @@ class TrainLogger:
     self.latest = values
     self._writer.write(step, values)
     self._progress.report(step, values)
-
-  def check(self) -> None:
-    """Raises if a loss since the last reading is not finite; writes nothing."""
-    self._sums.check()
