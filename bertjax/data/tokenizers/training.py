@@ -463,7 +463,9 @@ def train_resolved(
     "max_bytes": max_bytes,
     "seed": seed,
     "options": {
-      k: v for k, v in options.items() if k not in ("specials", "texts")
+      name: list(value) if isinstance(value, tuple) else value
+      for name, value in options.items()
+      if name != "specials"
     },
     "versions": {
       name: importlib.metadata.version(name)
