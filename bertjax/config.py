@@ -32,7 +32,8 @@ class Settings:
     objective: name of `OBJECTIVES` and its options.
     data: options of `TextData`.
     optim: name of `OPTIMIZERS`, its options, `schedule`, `clip_norm`...
-    stop: rules that end the run; `steps` is also the schedule's horizon.
+    stop: rules that end the run; `steps` is required.
+    horizon: steps that the schedule is drawn for; `stop.steps` by default.
     seed: of initialisation, dropout, data order and masks.
     dtype: compute dtype; parameters and optimizer state are float32.
     prng: generator of dropout: "threefry2x32" gives the same numbers on any
@@ -59,6 +60,7 @@ class Settings:
   data: Spec
   optim: Spec
   stop: Spec
+  horizon: int | None = None
   seed: int = 0
   dtype: str = "float32"
   prng: str = "threefry2x32"

@@ -189,12 +189,12 @@ def build(
   params, axes = train_state.abstract_params(objective, batch_spec)
   if "steps" not in settings.stop:
     raise ValueError(
-      "stop.steps is required: it is the schedule's horizon, also when"
+      "stop.steps is required: the schedule is drawn for it, also when"
       " stop.tokens or stop.wall_clock_s ends the run earlier."
     )
   optimizer = build_optimizer(
     settings.optim,
-    total_steps=settings.stop["steps"],
+    total_steps=settings.horizon or settings.stop["steps"],
     params=params,
     logical_axes=axes,
   )
