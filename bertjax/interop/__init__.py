@@ -9,6 +9,7 @@ from bertjax.interop.names import (
 )
 from bertjax.interop.published import (
   Published,
+  parameter_shapes,
   read_huggingface,
   read_tf1,
   write_huggingface,
@@ -23,6 +24,7 @@ __all__ = [
   "WEIGHT_FILES",
   "Published",
   "from_published",
+  "parameter_shapes",
   "read_huggingface",
   "read_tf1",
   "to_published",

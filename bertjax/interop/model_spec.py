@@ -104,6 +104,23 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
   )
 
 
+def refuse_other_head(
+  spec: Mapping[str, Any], heads: frozenset[str], where: str
+) -> None:
+  """RoBERTa's published head has the erf GELU, whatever the encoder has.
+
+  Raises:
+    ValueError: the model's head would not be the same function in both.
+  """
+  other = spec["activation"] != "gelu" and "mlm_head" in heads
+  if spec["name"] == "roberta" and other:
+    raise ValueError(
+      f"{where}: with activation {spec['activation']!r} the head of Hugging"
+      " Face's RoBERTa still has 'gelu', ours would not; only the encoder can"
+      " be converted (leave out mlm_head / ignore=['^lm_head'])."
+    )
+
+
 def architecture(family: str, heads: frozenset[str]) -> str:
   """The class of `transformers` that has these heads.
 
@@ -134,6 +151,7 @@ def config_from_spec(
   """
   spec = resolve(spec)
   family = spec["name"]
+  refuse_other_head(spec, heads, "model.activation")
   if family not in FAMILIES:
     raise ValueError(
       f"model.name={family!r} has no published form; only"

@@ -115,6 +115,7 @@ def read_huggingface(
     ignore=ignore,
     where=str(folder),
   )
+  model_spec.refuse_other_head(spec, names.heads_of(params), str(folder))
   return Published(
     spec | ({} if scan else {"scan": False}),
     params,
