@@ -7,7 +7,7 @@ from bertjax.data import sentences
 
 # Texts made of what the rules look at, so that every rule meets every other.
 _ATOMS = st.sampled_from(
-  ["Dr.", "e.g.", "etc.", "J.", "3.14", "1.", "The", "cat", "U.S.", "…", "\n"]
+  ["Dr.", "e.g.", "etc.", "J.", "3.14", "1.", "The", "cat", "U.S.", "…", "\n"]  # noqa: RUF005
   + ["\n\n", "- ", " ", "!", "?", '."', ").", "。", "一", "।", "है", "Args:\n"]
 )
 _TEXTS = st.lists(_ATOMS, max_size=30).map(" ".join) | st.text(max_size=80)

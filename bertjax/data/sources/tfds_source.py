@@ -75,7 +75,7 @@ class TfdsSource:
       shards,
       self._text_field,
       self._features,
-      list(self._splits.items()),
+      sorted(self._splits.items()),
     )
 
   def examples(self, split: str) -> Iterator[base.Example]:

@@ -1,0 +1,272 @@
+import gzip
+import json
+import lzma
+import pathlib
+import tempfile
+
+import ml_collections
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from absl.testing import absltest, parameterized
+
+from bertjax import registry
+from bertjax.data import cache as cache_lib
+from bertjax.data.sources import CORPORA, PREPROCESSORS, SOURCES
+from bertjax.data.sources import mixture as mixture_lib
+
+
+class _Words:
+  """A tokenizer of numbered words: "w17" is 17."""
+
+  def encode_batch(self, texts):
+    return [np.array([int(w[1:]) for w in t.split()], np.int32) for t in texts]
+
+  def fingerprint(self):
+    return "words"
+
+
+class SourceTestCase(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+
+  def jsonl(self, name, texts, **options):
+    path = self.folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps({"text": t}) for t in texts))
+    return {"name": "jsonl", "paths": str(path), **options}
+
+  def build(self, **spec):
+    return registry.build(SOURCES, spec, "data.source")
+
+
+class MixtureTest(SourceTestCase):
+  def setUp(self):
+    super().setUp()
+    self.a = self.jsonl("a.jsonl", [f"w{i}" for i in range(1000)])
+    self.b = self.jsonl("b.jsonl", [f"w{i} w1" for i in range(5000, 5200)])
+
+  def counts(self, source, split="train"):
+    texts = [e["text"] for e in source.examples(split)]
+    first = [t for t in texts if " " not in t]
+    return len(first), len(texts) - len(first)
+
+  def test_without_factors_it_concatenates(self):
+    source = self.build(name="mixture", sources=[self.a, self.b])
+    texts = [e["text"] for e in source.examples("train")]
+    self.assertLen(texts, 1200)
+    self.assertEqual((texts[0], texts[1000]), ("w0", "w5000 w1"))
+
+  def test_factors_repeat_and_subsample(self):
+    source = self.build(
+      name="mixture", sources=[self.a, self.b], dupe_factors=[0.3, 2]
+    )
+    a, b = self.counts(source)
+    # Binomial of 1000 at 0.3: standard deviation 14.5; four of them.
+    self.assertBetween(a, 240, 360)
+    self.assertEqual(b, 400)
+    self.assertEqual(list(source.examples("train")),
+                     list(source.examples("train")))  # fmt: skip
+
+  def test_a_smaller_factor_keeps_a_subset(self):
+    kept = [
+      {k for k in map(str, range(500)) if mixture_lib.copies(f, k)}
+      for f in (0.2, 0.5, 1.0)
+    ]
+    self.assertLess(kept[0], kept[1])
+    self.assertLess(kept[1], kept[2])
+    self.assertLen(kept[2], 500)
+
+  @parameterized.parameters("documents", "characters")
+  def test_weights_are_the_shares_that_result(self, unit):
+    source = self.build(
+      name="mixture", sources=[self.a, self.b], weights=[1, 3], unit=unit
+    )
+    sizes = [0, 0]
+    for example in source.examples("train"):
+      size = 1 if unit == "documents" else len(example["text"])
+      sizes[" " in example["text"]] += size
+    # About 67 of 1000 documents are kept: standard deviation 8 of them.
+    self.assertAlmostEqual(sizes[1] / sum(sizes), 0.75, delta=0.09)
+    self.assertEqual(max(source.factors()), 1)
+
+  def test_copies_survive_the_removal_of_duplicates(self):
+    source = self.build(name="mixture", sources=[self.b], dupe_factors=[3])
+    cache = cache_lib.build_cache(
+      source, "train", _Words(), "none", self.folder / "cache"
+    )
+    self.assertEqual((cache.num_documents, cache.duplicates), (600, 0))
+
+  def test_held_out_splits_are_not_reweighted(self):
+    shares = {"train": 0.5, "test": 0.5}
+    parts = [{**self.a, "fractions": shares}, self.b]
+    source = self.build(name="mixture", sources=parts, dupe_factors=[0.1, 1])
+    plain = self.build(**parts[0])
+    self.assertEqual(source.splits, ("train", "test"))
+    self.assertEqual(self.counts(source, "test"), self.counts(plain, "test"))
+    self.assertEqual(self.counts(source, "test")[1], 0)
+
+  def test_fingerprint_follows_parts_and_factors(self):
+    prints = {
+      self.build(name="mixture", **spec).fingerprint()
+      for spec in (
+        dict(sources=[self.a, self.b]),
+        dict(sources=[self.b, self.a]),
+        dict(sources=[self.a]),
+        dict(sources=[self.a, self.b], dupe_factors=[1, 2]),
+        dict(sources=[self.a, self.b], weights=[1, 2]),
+        dict(sources=[self.a, self.b], weights=[1, 2], unit="documents"),
+      )
+    }
+    self.assertLen(prints, 6)
+
+  def test_config_dict_builds_it(self):
+    config = ml_collections.ConfigDict(
+      dict(
+        name="mixture",
+        sources=[self.a, {**self.b, "fractions": {"train": 0.9}}],
+      )
+    )
+    source = registry.build(SOURCES, config, "data.source")
+    self.assertEqual(self.counts(source)[0], 1000)
+    self.assertBetween(self.counts(source)[1], 160, 199)
+
+  @parameterized.named_parameters(
+    ("both", dict(weights=[1], dupe_factors=[1]), "dupe_factors or weights"),
+    ("length", dict(weights=[1, 2]), "each of its 1 sources"),
+    ("sign", dict(dupe_factors=[-1]), "positive"),
+    ("unit", dict(unit="bytes"), "unit='bytes'.*documents, characters"),
+    ("none", dict(sources=[]), "at least one"),
+    ("inner", dict(sources=[{"name": "jsonlines"}]),
+     r"sources\[0\].name='jsonlines'.*mean 'jsonl'"),
+    ("option", dict(sources=[{"name": "jsonl", "path": "x"}]),
+     r"sources\[0\].path.*mean 'paths'"),
+  )  # fmt: skip
+  def test_bad_options(self, spec, message):
+    with self.assertRaisesRegex(ValueError, message):
+      self.build(name="mixture", **{"sources": [self.a], **spec})
+
+
+class PreprocessTest(SourceTestCase):
+  @parameterized.named_parameters(
+    (
+      "tags",
+      "<p>A <b>bold</b> word.</p><p>B &amp; C</p>",
+      "A bold word. B & C",
+    ),
+    ("script", "x<script>if (a<b) {}</script><!-- <p> -->y", "xy"),
+    ("no_tag", "if a < b and c > d", "if a < b and c > d"),
+    ("break", "one<br/>two<li>three", "one two three"),
+  )
+  def test_strip_html(self, text, expected):
+    found = PREPROCESSORS["strip_html"](text)
+    self.assertEqual(" ".join(found.split()), expected)
+
+  def test_collapse_whitespace_keeps_paragraphs(self):
+    self.assertEqual(
+      PREPROCESSORS["collapse_whitespace"](" a \t b \n\n\n\n c\u00a0d\n"),
+      "a b\n\nc d",
+    )
+
+  def test_every_source_takes_named_functions_in_order(self):
+    spec = self.jsonl("a.jsonl", ["<p>cafe\u0301   &lt;p&gt;</p>"])
+    source = self.build(
+      **spec, preprocess=["strip_html", "unicode_nfc", "collapse_whitespace"]
+    )
+    (example,) = source.examples("train")
+    self.assertEqual(example["text"], "café <p>")
+    other = self.build(**spec, preprocess=["unicode_nfc", "strip_html"])
+    prints = {s.fingerprint() for s in (source, other, self.build(**spec))}
+    self.assertLen(prints, 3)
+    with self.assertRaisesRegex(ValueError, "preprocess='strip'.*mean"):
+      self.build(**spec, preprocess=["strip"])
+
+
+class CorpusOfFilesTest(SourceTestCase):
+  """Each corpus that comes as files, on a small file of the same format."""
+
+  def _write(self, corpus, count):
+    texts = [f"Text {i} of {corpus}." for i in range(count)]
+    field = {"oscar": "content"}.get(corpus, "text")
+    lines = "\n".join(
+      json.dumps({field: t, "id": f"n{i}"}) for i, t in enumerate(texts)
+    )
+    if corpus == "books":
+      for i, text in enumerate(texts):
+        (self.folder / f"{i}.txt").write_text(text)
+    elif corpus == "cc100":
+      content = "\n\n".join(texts).encode()
+      (self.folder / "tr.txt.xz").write_bytes(lzma.compress(content))
+    elif corpus == "fineweb":
+      rows = [{"text": t, "id": str(i)} for i, t in enumerate(texts)]
+      pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows), self.folder / "000.parquet"
+      )
+    elif corpus == "pubmed":
+      articles = "".join(
+        f"<PubmedArticle><MedlineCitation><PMID>{i}</PMID><Article>"
+        f"<Abstract><AbstractText>{t}</AbstractText></Abstract></Article>"
+        "</MedlineCitation></PubmedArticle>"
+        for i, t in enumerate(texts)
+      )
+      (self.folder / "pubmed26n0001.xml.gz").write_bytes(
+        gzip.compress(
+          f"<PubmedArticleSet>{articles}</PubmedArticleSet>".encode()
+        )
+      )
+    else:
+      name = {"oscar": "tr_meta/tr_part_1.jsonl.gz", "dolma": "v1/a.json.gz",
+              "openwebtext": "shard.jsonl.gz"}[corpus]  # fmt: skip
+      path = self.folder / name
+      path.parent.mkdir(exist_ok=True)
+      path.write_bytes(gzip.compress(lines.encode()))
+    return texts
+
+  @parameterized.parameters(
+    sorted(name for name, row in CORPORA.items() if row.reader != "tfds")
+  )
+  def test_reads_its_format(self, corpus):
+    texts = self._write(corpus, 60)
+    language = {} if CORPORA[corpus].language is None else {"language": "tr"}
+    source = self.build(
+      name="corpus",
+      corpus=corpus,
+      data_dir=str(self.folder),
+      fractions={"train": 0.5, "test": 0.5},
+      **language,
+    )
+    found = [e["text"] for s in source.splits for e in source.examples(s)]
+    self.assertCountEqual(found, texts)
+    self.assertEqual(source.licence, CORPORA[corpus].licence)
+
+  def test_rows_say_licence_and_how_to_get_the_data(self):
+    for row in CORPORA.values():
+      self.assertTrue(row.licence)
+      self.assertTrue(row.prepare)
+
+  @parameterized.named_parameters(
+    (
+      "corpus",
+      dict(corpus="wikipedea"),
+      "corpus='wikipedea'.*mean 'wikipedia'",
+    ),
+    ("folder", dict(corpus="pubmed"), "data_dir is required.*baseline"),
+    (
+      "language",
+      dict(corpus="pubmed", language="de"),
+      "no choice of languages",
+    ),
+    (
+      "shares",
+      dict(corpus="pg19", fractions={"train": 1}),
+      "splits of its own",
+    ),
+  )
+  def test_bad_options(self, spec, message):
+    with self.assertRaisesRegex(ValueError, message):
+      self.build(name="corpus", **spec)
+
+
+if __name__ == "__main__":
+  absltest.main()
