@@ -195,13 +195,12 @@ def write_huggingface(
   if config["architectures"] in (["BertModel"], ["RobertaModel"]):
     # `transformers` stores a model without heads without its prefix.
     named = {k.removeprefix(f"{spec['name']}."): v for k, v in named.items()}
+  files = {} if tokenizer is None else tokenizer_files(tokenizer, spec)
   folder = new_folder(folder)
   write_json(folder / CONFIG, config)
   tensors.write_safetensors(named, folder / "model.safetensors")
-  if tokenizer is not None:
-    files = tokenizer_files(tokenizer, spec["name"], spec["max_positions"])
-    for name, content in files.items():
-      (folder / name).write_bytes(content)
+  for name, content in files.items():
+    (folder / name).write_bytes(content)
   (folder / "README.md").write_text(model_card(config, params, tokenizer))
 
 
@@ -230,7 +229,7 @@ def write_tf1(
 
 
 def tokenizer_files(
-  tokenizer: Tokenizer, family: str, max_positions: int
+  tokenizer: Tokenizer, spec: Mapping[str, Any]
 ) -> dict[str, bytes]:
   """Files from which `AutoTokenizer` makes a tokenizer equal to ours.
 
@@ -248,16 +247,16 @@ def tokenizer_files(
       " tokenizer=None (--tokenizer=false) and ship the tokenizer's own files."
     )
   s = tokenizer.specials
-  between = [s.sep, s.sep] if family == "roberta" else [s.sep]
-  second = 0 if family == "roberta" else 1
+  between = [s.sep, s.sep] if spec["name"] == "roberta" else [s.sep]
+  second = int(spec["name"] == "bert" and spec["num_types"] > 1)
 
   def special(name: str, type_id: int = 0) -> dict[str, Any]:
     return {"SpecialToken": {"id": name, "type_id": type_id}}
 
   first = [special(s.cls), {"Sequence": {"id": "A", "type_id": 0}}]
   ids = {s.cls: tokenizer.cls_id, s.sep: tokenizer.sep_id}
-  spec = json.loads(files["tokenizer.json"])
-  spec["post_processor"] = {
+  pipeline = json.loads(files["tokenizer.json"])
+  pipeline["post_processor"] = {
     "type": "TemplateProcessing",
     "single": [*first, special(s.sep)],
     "pair": [
@@ -271,12 +270,14 @@ def tokenizer_files(
       for name, i in ids.items()
     },
   }
-  files["tokenizer.json"] = _json_bytes(spec)
+  files["tokenizer.json"] = _json_bytes(pipeline)
   config = json.loads(files.get("tokenizer_config.json", b"{}"))
   roles = {f"{r}_token": getattr(s, r) for r in s.order}
-  extra = {"model_max_length": max_positions}
-  if family == "roberta":
-    extra["model_input_names"] = ["input_ids", "attention_mask"]
+  extra = {"model_max_length": spec["max_positions"]}
+  # A plain fast tokenizer leaves type ids out unless they are asked for.
+  extra["model_input_names"] = ["input_ids", "attention_mask"]
+  if second:
+    extra["model_input_names"].insert(1, "token_type_ids")
   files["tokenizer_config.json"] = _json_bytes(config | roles | extra)
   files["special_tokens_map.json"] = _json_bytes(roles)
   return files
