@@ -113,13 +113,10 @@ def run(
   Args:
     stage: the checked config, without stages.
     workdir: created if needed.
-    limit: stop after so many steps at the latest, whatever the config says.
+    limit: take at most so many steps now, whatever the config says.
   """
   watch = hooks_lib.Stopwatch()
-  rules = list(hooks_lib.build_stop(stage.stop).rules)
-  if limit is not None:
-    rules.append(hooks_lib.MaxSteps(limit))
-  stop_rules = hooks_lib.StopRules(rules)
+  stop_rules = hooks_lib.build_stop(stage.stop)
   experiment = experiment_lib.build(stage)
   checkpointer = registry.call(
     functools.partial(Checkpointer, workdir), stage.keep, "keep"
@@ -132,6 +129,9 @@ def run(
     )
     stack.callback(batches.close)
     start, state, position = _start(experiment, checkpointer)
+    last = stage.stop["steps"]
+    if limit is not None:
+      last = min(last, start + limit)
     if position:
       batches.set_state(position["data"])
       watch = hooks_lib.Stopwatch(position["elapsed_s"])
@@ -139,9 +139,7 @@ def run(
     baseline = _health(experiment, workdir)
     writer = writers.open_writers(workdir, stage.writers, resume_from=start)
     stack.callback(writer.close)
-    bar = progress.Progress(
-      min(stage.stop["steps"], limit or stage.stop["steps"]), start=start
-    )
+    bar = progress.Progress(last, start=start)
     stack.callback(bar.close)
     throughput = meters.Throughput(
       flops_per_token=experiment.flops_per_token(), peak=meters.peak_flops()
@@ -191,6 +189,8 @@ def run(
     def stop(step: int) -> str | None:
       if guard.requested():
         return _INTERRUPTED
+      if step >= last:
+        return f"{step} steps are done"
       return stop_rules(step, log.tokens_seen, watch.elapsed_s(), latest())
 
     state, step, reason = loop.fit(

@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from bertjax.objectives.base import Metrics, Objective, total_loss
-from bertjax.optim import Optimizer
+from bertjax.optim import Optimizer, gradient_norm
 from bertjax.parallel.sharding import batch_sharding, batch_shards
 from bertjax.train_state import TrainState
 
@@ -134,13 +134,13 @@ def train_step(
     loss, grads, metrics, extra = accumulate(
       loss_fn, state.params, state.extra, batch, key, microbatches
     )
-    norm = optax.global_norm(grads)
-    if local:
-      loss, metrics = over_shards((loss, metrics))
-      norm = jax.lax.pmean(norm, "data")
     updates, opt_state = optimizer.transform.update(
       grads, state.opt_state, state.params
     )
+    norm = gradient_norm(opt_state)
+    if local:
+      loss, metrics = over_shards((loss, metrics))
+      norm = jax.lax.pmean(norm, "data")
     one = jnp.ones((), jnp.float32)
     metrics |= {
       "loss": (loss, one),

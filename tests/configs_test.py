@@ -1,0 +1,55 @@
+"""Every config trains: its tiny variant takes two steps through `train`."""
+
+import importlib.util
+import pathlib
+
+import jax
+from absl.testing import absltest, parameterized
+
+from bertjax import train
+from bertjax.config import plain, settings, stage_configs
+from tests import tiny
+
+_CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def _load(path, variant):
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(variant) if variant else module.get_config()
+
+
+class ConfigsTest(parameterized.TestCase):
+  @parameterized.named_parameters((p.stem, p) for p in _CONFIGS)
+  def test_tiny_variant_trains_two_steps(self, path):
+    config = plain(_load(path, "tiny"))
+    folder = pathlib.Path(self.create_tempdir())
+    # The same run on a corpus that needs no scan of the installed packages.
+    corpus = tiny.config(folder)
+    tiny.write_corpus(folder)
+    config["data"]["source"] = corpus["data"]["source"]
+    config["data"]["tokenizer"]["vocab_size"] = 300
+    config["data"]["splitter"] = "lines"
+    config["data"]["batch_size"] = 2 * len(jax.devices())
+    config["cache_dir"] = str(folder / "cache")
+    for stage in config.get("stages", {}).values():
+      stage.get("data", {}).pop("batch_size", None)
+    for evaluation in config["evals"].values():
+      evaluation["split"] = "validation"
+    result = train.train(config, "", dry_run=True)
+    self.assertGreaterEqual(result.step, 2)
+    self.assertLess(result.metrics["loss"], 12)
+
+  @parameterized.named_parameters((p.stem, p) for p in _CONFIGS)
+  def test_the_full_variant_has_only_known_fields(self, path):
+    for fields in stage_configs(_load(path, "")).values():
+      settings(fields)
+
+  def test_a_typo_is_refused_with_a_suggestion(self):
+    with self.assertRaisesRegex(ValueError, "modle .*Did you mean 'model'"):
+      settings(dict(modle={}))
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,46 @@
+import jax
+from absl.testing import absltest, parameterized
+from jax.sharding import PartitionSpec as P
+
+from bertjax.parallel import mesh as mesh_lib
+from bertjax.parallel import sharding
+
+
+class MeshTest(parameterized.TestCase):
+  def test_minus_one_takes_what_is_left(self):
+    mesh = mesh_lib.make_mesh(model=2)
+    self.assertEqual(
+      dict(mesh.shape), {"data": 4, "fsdp": 1, "model": 2, "seq": 1}
+    )
+
+  @parameterized.parameters(
+    (dict(data=3), "data=3.* does not divide 8 devices"),
+    (dict(model=3), "model=3.* does not divide 8 devices"),
+    (dict(fsdp=-1), "at most one may be -1"),
+    (dict(seq=0), "sizes are positive"),
+  )
+  def test_a_mesh_that_does_not_fit_is_refused(self, sizes, message):
+    with self.assertRaisesRegex(ValueError, message):
+      mesh_lib.make_mesh(**sizes)
+
+  def test_a_dimension_that_does_not_divide_is_named(self):
+    mesh = mesh_lib.make_mesh(model=4)
+    params = {"table": jax.ShapeDtypeStruct((30, 8), "float32")}
+    with self.assertRaisesRegex(
+      ValueError, "'vocab' of size 30 .*'table'.*pad"
+    ):
+      sharding.parameter_shardings(params, {"table": ("vocab", "embed")}, mesh)
+
+  def test_an_unknown_logical_name_is_refused(self):
+    with self.assertRaisesRegex(ValueError, "'vocabulary' is in no sharding"):
+      sharding.spec(("vocabulary",))
+
+  def test_names_become_mesh_axes(self):
+    self.assertEqual(
+      sharding.spec(("batch", "length", None)),
+      P(("data", "fsdp"), "seq", None),
+    )
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,143 @@
+"""Loss and parameters do not depend on how a batch is split over anything."""
+
+import functools
+
+import jax
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from bertjax import optim, train_state, train_step
+from bertjax.models import bert
+from bertjax.objectives import masked_lm
+from bertjax.parallel.mesh import make_mesh
+from bertjax.parallel.sharding import put_batch
+
+_ROWS, _LENGTH, _MASKED, _VOCABULARY = 16, 24, 5, 64
+
+
+def _batch():
+  rng = np.random.default_rng(0)
+  batch = dict(
+    tokens=rng.integers(0, _VOCABULARY, (_ROWS, _LENGTH)),
+    segment_ids=np.ones((_ROWS, _LENGTH)),
+    masked_positions=rng.integers(0, _LENGTH, (_ROWS, _MASKED)),
+    labels=rng.integers(0, _VOCABULARY, (_ROWS, _MASKED)),
+    pair_labels=rng.integers(0, 2, _ROWS),
+  )
+  batch["labels"][:7, 2:] = -1  # rows, so microbatches too, weigh differently
+  batch["pair_labels"][5:9] = -1
+  batch["segment_ids"][3, 11:] = 0
+  return {k: v.astype(np.int32) for k, v in batch.items()}
+
+
+@functools.cache
+def _run(num_devices=1, microbatches=1, dropout_rate=0.0, local=False, **axes):
+  """Losses of three steps, and the parameters after them."""
+  mesh = make_mesh(**axes, devices=jax.devices()[:num_devices])
+  encoder = bert(
+    vocab_size=_VOCABULARY,
+    num_layers=2,
+    emb_dim=16,
+    num_heads=4,
+    max_positions=32,
+    dropout_rate=dropout_rate,
+  )
+  objective = masked_lm(encoder=encoder, pair_task="nsp")
+  batch = _batch()
+  spec = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
+  params, names = train_state.abstract_params(objective, spec)
+  optimizer = optim.build_optimizer(
+    dict(name="lamb", learning_rate=1e-2, clip_norm=1.0),
+    total_steps=9,
+    params=params,
+    logical_axes=names,
+  )
+  if local:
+    optimizer = _summing(optimizer)
+  key = jax.random.key(0)
+  _, shardings = train_state.state_shardings(
+    objective, optimizer.transform, spec, mesh, key
+  )
+  make = functools.partial(
+    train_state.init_state, objective, optimizer.transform, spec
+  )
+  with jax.set_mesh(mesh):
+    state = jax.jit(make, out_shardings=shardings)(key)
+  step = train_step.compile_step(
+    objective, optimizer, mesh, shardings, spec, microbatches
+  )
+  losses = []
+  for _ in range(3):
+    state, metrics = step(state, put_batch(batch, mesh))
+    losses.append(float(metrics["loss"][0]))
+  return losses, jax.device_get(state.params), jax.device_get(metrics)
+
+
+def _summing(optimizer):
+  """The same optimizer, fed with local gradients that it sums itself."""
+
+  def update(grads, state, params=None, **extra):
+    grads = jax.tree.map(lambda g: jax.lax.psum(g, "data"), grads)
+    return optimizer.transform.update(grads, state, params, **extra)
+
+  transform = optim.LocalGradientTransformation(
+    optimizer.transform.init, update
+  )
+  return optim.Optimizer(transform, optimizer.schedule, local_gradients=True)
+
+
+class TrainStepTest(parameterized.TestCase):
+  def _assert_same(self, a, b):
+    # float32 sums in another order; LAMB's ratios keep errors relative.
+    np.testing.assert_allclose(a[0], b[0], rtol=3e-6)
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), a[1], b[1]
+    )
+
+  @parameterized.named_parameters(
+    ("data", dict(num_devices=8)),
+    ("fsdp", dict(num_devices=8, data=1, fsdp=8)),
+    ("tensor", dict(num_devices=4, data=1, model=4)),
+    ("mixed", dict(num_devices=8, data=2, fsdp=2, model=2)),
+    ("sequence", dict(num_devices=8, data=2, model=2, seq=2)),
+  )
+  def test_a_mesh_changes_nothing_dropout_included(self, layout):
+    self._assert_same(_run(dropout_rate=0.1), _run(dropout_rate=0.1, **layout))
+
+  @parameterized.named_parameters(
+    ("one_device", dict(microbatches=4)),
+    ("mesh", dict(microbatches=2, num_devices=4, data=2, model=2)),
+  )
+  def test_accumulation_equals_the_big_batch(self, layout):
+    self._assert_same(_run(), _run(**layout))
+
+  def test_a_mean_of_means_would_differ(self):
+    """The batch is such that the two tests above could fail."""
+    weight = (_batch()["labels"] >= 0).reshape(-1, 4, _MASKED).sum((0, 2))
+    self.assertGreater(weight.max(), weight.min())
+
+  def test_local_gradients_add_up(self):
+    self._assert_same(_run(), _run(local=True, num_devices=4))
+
+  def test_metrics_count_the_whole_batch(self):
+    _, _, metrics = _run(num_devices=8)
+    batch = _batch()
+    count = (batch["labels"] >= 0).sum()
+    self.assertEqual(metrics["mlm_accuracy"][1], count)
+    self.assertEqual(metrics["tokens"][0], (batch["segment_ids"] > 0).sum())
+
+  def test_dropout_differs_between_steps(self):
+    losses, _, _ = _run(dropout_rate=0.1)
+    self.assertLen(set(losses), 3)
+
+  @parameterized.parameters(
+    (dict(microbatches=3), "microbatches=3 does not divide data.batch_size=16"),
+    (dict(microbatches=4, num_devices=8), "4 rows, which do not divide over 8"),
+  )
+  def test_a_batch_that_does_not_divide_is_refused(self, layout, message):
+    with self.assertRaisesRegex(ValueError, message):
+      _run(**layout)
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,327 @@
+"""Whole runs: resume after any kind of end, and refusal of what is wrong."""
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import jax
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from bertjax import train
+from bertjax.checkpoint import load_params
+from bertjax.metrics.accumulator import NonFiniteError
+from tests import tiny
+
+# What a run's row may differ in: the machine's speed.
+_TIMES = ("step_time_s", "tokens_per_s", "slots_per_s", "mfu")
+
+# Runs the config it reads from standard input, with batches written down.
+_PROGRAM = """
+import hashlib, json, pathlib, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
+from bertjax import experiment, loop, train
+import numpy as np
+real = loop.fit
+def fit(state, batches, step, **options):
+  def noted():
+    for batch in batches:
+      digest = hashlib.sha256()
+      for name in sorted(batch):
+        digest.update(np.asarray(batch[name]).tobytes())
+      with open(pathlib.Path(sys.argv[1]) / "batches.txt", "a") as file:
+        file.write(digest.hexdigest() + "\\n")
+      yield batch
+  return real(state, noted(), step, **options)
+loop.fit = fit
+train.train(json.load(sys.stdin), sys.argv[1])
+"""
+
+
+def _start(config, workdir, devices=1):
+  workdir.mkdir(parents=True, exist_ok=True)
+  process = subprocess.Popen(
+    [sys.executable, "-c", _PROGRAM, str(workdir), str(devices)],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+    cwd=pathlib.Path(__file__).parents[1],
+  )
+  process.stdin.write(json.dumps(config))
+  process.stdin.close()
+  return process
+
+
+def _finish(process):
+  errors = process.stderr.read()
+  code = process.wait()
+  assert code == 0, errors
+  return errors
+
+
+def _wait_for_step(process, workdir, step):
+  """Until the run has logged `step`."""
+  deadline = time.monotonic() + 120
+  while process.poll() is None and time.monotonic() < deadline:
+    rows = _rows(workdir)
+    if rows and int(float(rows[-1]["step"])) >= step:
+      return
+    time.sleep(0.01)
+
+
+def _rows(workdir):
+  path = workdir / "metrics.csv"
+  if not path.exists():
+    return []
+  with path.open() as file:
+    return [r for r in csv.DictReader(file) if r.get("step")]
+
+
+def _values(workdir):
+  """All that was logged, but for the speed."""
+  return [
+    {k: v for k, v in row.items() if k not in _TIMES} for row in _rows(workdir)
+  ]
+
+
+def _batches(workdir):
+  return (workdir / "batches.txt").read_text().split()
+
+
+class ResumeTest(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.root = pathlib.Path(
+      cls.enterClassContext(tempfile.TemporaryDirectory())
+    )
+    tiny.write_corpus(cls.root)
+    cls.config = tiny.config(
+      cls.root,
+      stop=dict(steps=60),
+      every=dict(checkpoint=5),
+      evals=dict(heldout=dict(every=10)),
+    )
+    cls.whole = cls.root / "whole"
+    _finish(_start(cls.config, cls.whole))
+
+  def test_killed_twice_equals_uninterrupted(self):
+    workdir = self.root / "killed"
+    for step in (7, 23):
+      process = _start(self.config, workdir)
+      _wait_for_step(process, workdir, step)
+      process.send_signal(signal.SIGKILL)
+      process.wait()
+      self.assertLess(int(_rows(workdir)[-1]["step"]), 60)
+    _finish(_start(self.config, workdir))
+    self.assertEqual(_values(workdir), _values(self.whole))
+    a, b = load_params(workdir)[0], load_params(self.whole)[0]
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+  def test_other_device_counts_read_the_same_batches(self):
+    workdir = self.root / "moved"
+    for devices, stop in ((4, 20), (2, 35)):
+      process = _start(self.config, workdir, devices)
+      _wait_for_step(process, workdir, stop)
+      process.send_signal(signal.SIGTERM)
+      _finish(process)
+    _finish(_start(self.config, workdir, 8))
+    # Nothing was read twice or left out: SIGTERM saved the step it was at.
+    # The iterator may have handed out one batch that no step took.
+    seen = list(dict.fromkeys(_batches(workdir)))
+    self.assertEqual(seen[:60], _batches(self.whole)[:60])
+    mine = [float(r["loss"]) for r in _rows(workdir)]
+    whole = [float(r["loss"]) for r in _rows(self.whole)]
+    # Reductions over devices round differently, and training amplifies it.
+    np.testing.assert_allclose(mine, whole, rtol=2e-3)
+    np.testing.assert_allclose(mine[:20], whole[:20], rtol=1e-4)
+
+  def test_a_finished_run_stays_as_it_is(self):
+    before = _values(self.whole)
+    _finish(_start(self.config, self.whole))
+    self.assertEqual(_values(self.whole), before)
+
+  def test_the_workdir_tells_what_ran(self):
+    config = json.loads((self.whole / "config.json").read_text())
+    self.assertEqual(config["model"], self.config["model"])
+    self.assertIn(
+      "jax", json.loads((self.whole / "run.json").read_text())["libraries"]
+    )
+    self.assertTrue((self.whole / "report" / "curves.png").exists())
+    self.assertTrue((self.whole / "tokenizer").is_dir())
+
+
+class TrainTest(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.root = pathlib.Path(
+      cls.enterClassContext(tempfile.TemporaryDirectory())
+    )
+    tiny.write_corpus(cls.root)
+
+  def _config(self, **changes):
+    return tiny.config(self.root, **changes)
+
+  def test_loss_falls_on_learnable_text(self):
+    result = train.train(
+      self._config(
+        optim=dict(name="adamw", learning_rate=1e-2, clip_norm=1.0),
+        stop=dict(steps=150),
+        every=dict(log=50, checkpoint=150),
+        evals=dict(heldout=dict(every=150)),
+      ),
+      self.create_tempdir().full_path,
+    )
+    self.assertLess(
+      result.metrics["heldout/mlm_loss"],
+      result.metrics["heldout/unigram_loss"] - 0.2,
+    )
+
+  def test_dry_run_takes_two_steps_and_leaves_nothing(self):
+    folder = pathlib.Path(self.create_tempdir())
+    result = train.train(self._config(), folder, dry_run=True)
+    self.assertEqual(result.step, 2)
+    self.assertEmpty(list(folder.iterdir()))
+
+  def test_a_truncated_checkpoint_falls_back(self):
+    folder = pathlib.Path(self.create_tempdir())
+    first = train.train(self._config(), folder)
+    newest = folder / "checkpoints" / "6"
+    largest = max(newest.rglob("*"), key=lambda p: p.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    with self.assertLogs(level="WARNING") as logs:
+      again = train.train(self._config(), folder)
+    self.assertRegex("\n".join(logs.output), "checkpoints.*6")
+    self.assertEqual(again.step, 6)
+    jax.tree.map(
+      np.testing.assert_array_equal, first.state.params, again.state.params
+    )
+
+  def test_a_checkpoint_of_another_model_is_refused(self):
+    folder = pathlib.Path(self.create_tempdir())
+    train.train(self._config(stop=dict(steps=2)), folder)
+    with self.assertRaisesRegex(ValueError, "params/encoder/.*mlp"):
+      train.train(self._config(model=dict(mlp_dim=40)), folder)
+    self.assertTrue((folder / "checkpoints" / "2").exists())
+
+  def test_other_data_is_refused_on_resume(self):
+    folder = pathlib.Path(self.create_tempdir())
+    train.train(self._config(stop=dict(steps=2)), folder)
+    with self.assertRaisesRegex(ValueError, "belongs to other data"):
+      train.train(self._config(data=dict(masking=dict(rate=0.2))), folder)
+
+  def test_nan_ends_the_run_and_keeps_what_was_saved(self):
+    folder = pathlib.Path(self.create_tempdir())
+    train.train(self._config(stop=dict(steps=4)), folder)
+    broken = self._config(
+      optim=dict(name="sgd", learning_rate=1e30), every=dict(log=2)
+    )
+    other = pathlib.Path(self.create_tempdir())
+    with self.assertRaisesRegex(NonFiniteError, "steps \\d+ to \\d+"):
+      train.train(broken, other)
+    for step in (other / "checkpoints").glob("*"):
+      params, _ = load_params(other, int(step.name))
+      self.assertTrue(
+        all(np.isfinite(x).all() for x in jax.tree.leaves(params))
+      )
+
+  def test_stages_hand_over_parameters_and_optimizer(self):
+    stages = dict(
+      one=dict(stop=dict(steps=3)),
+      two=dict(
+        stop=dict(steps=5),
+        data=dict(seq_len=16),
+        init_from=dict(carry="optimizer", reset_schedule=False),
+      ),
+    )
+    folder = pathlib.Path(self.create_tempdir())
+    config = self._config(
+      horizon=9,
+      stages=stages,
+      optim=dict(schedule=dict(name="linear", warmup=0.0)),
+    )
+    result = train.train(config, folder)
+    self.assertEqual(result.step, 5)
+    rates = [
+      float(r["learning_rate"])
+      for name in ("one", "two")
+      for r in _rows(folder / name)
+      if r["learning_rate"]
+    ]
+    # One line over both stages: the counter went on.
+    np.testing.assert_allclose(rates, 1e-2 * (1 - np.arange(5) / 9), rtol=1e-5)
+    handed, _ = load_params(folder / "one")
+    self.assertEqual(
+      handed["encoder"]["embeddings"]["token"]["embedding"].shape,
+      result.state.params["encoder"]["embeddings"]["token"]["embedding"].shape,
+    )
+
+  def test_init_from_starts_with_the_other_runs_parameters(self):
+    folder = pathlib.Path(self.create_tempdir())
+    first = train.train(self._config(stop=dict(steps=2)), folder)
+    # A rate of (almost) nothing leaves what was handed over.
+    second = train.train(
+      self._config(
+        init_from=dict(path=str(folder)),
+        stop=dict(steps=1),
+        optim=dict(name="sgd", learning_rate=1e-30, clip_norm=1.0),
+      ),
+      self.create_tempdir().full_path,
+    )
+    jax.tree.map(
+      np.testing.assert_array_equal, first.state.params, second.state.params
+    )
+
+  @parameterized.parameters(
+    (dict(model=dict(max_positions=16)), "data.seq_len=32 exceeds .*=16"),
+    (dict(model=dict(vocab_size=5)), "model.vocab_size=5 is smaller than"),
+    (dict(model=dict(num_heads=5)), "num_heads=5 does not divide"),
+    (dict(model=dict(name="brt")), "model.name='brt' is unknown.*bert"),
+    (dict(model=dict(norm="rms")), "model.norm='rms' is unknown"),
+    (dict(model=dict(activation="gelo")), "model.activation='gelo'"),
+    (dict(model=dict(remat="all")), "model.remat='all' is unknown"),
+    (dict(model=dict(size="huge")), "model.size='huge' is unknown"),
+    (dict(objective=dict(name="clm")), "objective.name='clm' is unknown"),
+    (dict(objective=dict(pair_task="nps")), "objective.pair_task='nps'"),
+    (dict(optim=dict(name="lamp")), "optim.name='lamp' is unknown"),
+    (dict(optim=dict(schedule=dict(name="lin"))), "schedule.name='lin'"),
+    (dict(data=dict(batch_size=12)), "batch_size=12 .*8 batch shards"),
+    (dict(microbatches=3), "microbatches=3 does not divide"),
+    (dict(mesh=dict(model=3)), "does not divide 8 devices"),
+    (dict(data=dict(splitter="words")), "data.splitter='words' is unknown"),
+    (dict(data=dict(source=dict(name="txt"))), "data.source.name='txt'"),
+    (dict(data=dict(instances=dict(name="nps"))), "instances.name='nps'"),
+    (dict(data=dict(tokenizer=dict(name="hub"))), "tokenizer.name='hub'"),
+    (dict(evals=dict(heldout=dict(name="glue"))), "evals.heldout.name='glue'"),
+    (dict(evals=dict(heldout=dict(split="dev"))), "split='dev' is unknown"),
+    (dict(dtype="float16"), "dtype='float16' is unknown"),
+    (dict(prng="philox"), "prng='philox' is unknown"),
+    (dict(stop=dict(epochs=3)), "stop='epochs' is unknown"),
+    (dict(every=dict(save=3)), "every='save' is unknown"),
+    (dict(every=dict(log=0)), "every.log=0 must be a positive"),
+  )
+  def test_a_bad_config_is_refused_by_field(self, changes, message):
+    with self.assertRaisesRegex(ValueError, message):
+      train.train(
+        self._config(**changes), self.create_tempdir().full_path, dry_run=True
+      )
+
+  def test_an_empty_corpus_is_refused(self):
+    folder = pathlib.Path(self.create_tempdir())
+    (folder / "corpus.txt").write_text("\n\n")
+    with self.assertRaisesRegex(ValueError, "empty|no example|no text"):
+      train.train(tiny.config(folder), folder / "run")
+
+
+if __name__ == "__main__":
+  absltest.main()
