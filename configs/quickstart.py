@@ -13,7 +13,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   tiny = variant == "tiny"
   c = ml_collections.ConfigDict()
   c.seed = 0
-  c.model = dict(name="bert", size="tiny" if tiny else "mini")
+  c.dtype = "float32" if tiny else "bfloat16"
+  c.model = dict(name="bert", size="tiny" if tiny else "mini", scan=tiny)
   c.objective = dict(name="masked_lm")
   c.data = dict(
     source=dict(name="python_docs"),
@@ -31,16 +32,16 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     weight_decay=0.01,
     clip_norm=1.0,
   )
-  c.stop = dict(steps=8 if tiny else 1500)
+  c.stop = dict(steps=8 if tiny else 900, wall_clock_s=285)
   c.evals = dict(
     heldout=dict(
       name="objective",
       split="test",
       num_batches=2 if tiny else 20,
-      every=4 if tiny else 300,
+      every=4 if tiny else 150,
     )
   )
-  c.every = dict(log=2 if tiny else 20, checkpoint=4 if tiny else 300)
+  c.every = dict(log=2 if tiny else 20, checkpoint=4 if tiny else 150)
   c.samples = (
     "Return a new [MASK] with the given shape and dtype.",
     "If the file does not [MASK], an error is raised.",
