@@ -115,7 +115,8 @@ def _fill(
   masked = gather_positions(hidden, places)
   logits = objective.apply(variables, masked, method="mlm_logits")
   # Rows beyond the tokenizer's pieces pad the table for sharding.
-  return jax.lax.top_k(jax.nn.softmax(logits[..., :num_pieces]), top_k)
+  probabilities = jax.nn.softmax(logits[..., :num_pieces])
+  return tuple(jax.lax.top_k(probabilities, top_k))
 
 
 def _power_of_two(n: int) -> int:

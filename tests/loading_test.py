@@ -58,7 +58,7 @@ class LoadModelTest(LoadingTestCase):
       is_cast = name.endswith(("kernel", "token/embedding"))
       self.assertEqual(dtype == jnp.bfloat16, is_cast, name)
     # Kernels alone: the very numbers of the uncast model at this dtype.
-    batch = {"tokens": np.arange(12, dtype=np.int32).reshape(2, 6)}
+    batch = {"tokens": jnp.arange(12, dtype=np.int32).reshape(2, 6)}
     whole = loading.load_model(self.published)
     params = jax.tree.map(lambda x: x, whole.params)
     table = half.params["encoder"]["embeddings"]["token"]["embedding"]
@@ -74,7 +74,7 @@ class LoadModelTest(LoadingTestCase):
     model = loading.load_model(self.published, keep_layers=True)
     encoded = model.objective.apply(
       {"params": model.params},
-      {"tokens": np.zeros((1, 4), np.int32)},
+      {"tokens": jnp.zeros((1, 4), np.int32)},
       method=lambda m, b: m.encoder(b),
     )
     self.assertLen(encoded.layers, 4)

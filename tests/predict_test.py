@@ -49,7 +49,7 @@ class PredictTest(parameterized.TestCase):
     for text in PLAIN:
       ids = cls.tokenizer.encode(text)
       row = [cls.tokenizer.cls_id, *ids, cls.tokenizer.sep_id]
-      batch = {"tokens": np.array([row], np.int32)}
+      batch = {"tokens": jnp.array([row], np.int32)}
       variables = {"params": cls.model.params}
       found.append(
         cls.model.objective.apply(variables, batch, method="encode")[0]
@@ -62,7 +62,7 @@ class PredictTest(parameterized.TestCase):
     row = [self.tokenizer.cls_id, *ids, self.tokenizer.sep_id]
     variables = {"params": self.model.params}
     hidden = self.model.objective.apply(
-      variables, {"tokens": np.array([row], np.int32)}, method="encode"
+      variables, {"tokens": jnp.array([row], np.int32)}, method="encode"
     )
     logits = self.model.objective.apply(variables, hidden, method="mlm_logits")
     place = row.index(self.tokenizer.mask_id)

@@ -300,7 +300,7 @@ class TorchFileTest(FolderTestCase):
   def test_the_unpickler_admits_no_builtin(self):
     payload = io.BytesIO(pickle.dumps({"a": print}))
     with self.assertRaisesRegex(ValueError, "builtins.print"):
-      tensors._TensorUnpickler(payload, None, "FILE").load()
+      tensors._TensorUnpickler(payload, np.zeros, "FILE").load()
 
 
 class ReleaseTest(FolderTestCase):

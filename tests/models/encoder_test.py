@@ -26,7 +26,7 @@ def example(rows=3):
   rng = np.random.default_rng(0)
   lengths = np.array([T, 9, 5])[:rows]
   segment_ids = (np.arange(T) < lengths[:, None]).astype(np.int32)
-  return {
+  batch = {
     "tokens": rng.integers(5, V, (rows, T), np.int32) * segment_ids,
     "segment_ids": segment_ids,
     "type_ids": rng.integers(0, 2, (rows, T), np.int32),
@@ -34,6 +34,7 @@ def example(rows=3):
     "labels": np.array([[7, 9], [50, 6], [30, -1]], np.int32)[:rows],
     "pair_labels": np.array([0, 1, 1], np.int32)[:rows],
   }
+  return jax.tree.map(jnp.asarray, batch)
 
 
 def init(objective, seed=0):
@@ -290,6 +291,7 @@ class InitialisationTest(absltest.TestCase):
       "labels": rng.integers(0, 997, (16, 8), np.int32),
       "pair_labels": rng.integers(0, 2, (16,), np.int32),
     }
+    batch = jax.tree.map(jnp.asarray, batch)
     sums, metrics = jax.jit(
       lambda params: self.objective.apply(
         {"params": params}, batch, train=False

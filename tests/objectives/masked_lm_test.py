@@ -24,7 +24,7 @@ def objective(pair_task=None):
 
 def example():
   rng = np.random.default_rng(0)
-  return {
+  batch = {
     "tokens": rng.integers(0, V, (4, 7), np.int32),
     "masked_positions": np.array(
       [[0, 3, 5], [2, 0, 0], [0, 0, 0], [1, 6, 0]], np.int32
@@ -34,13 +34,16 @@ def example():
     ),
     "pair_labels": np.array([0, 1, -1, 1], np.int32),
   }
+  return jax.tree.map(jnp.asarray, batch)
 
 
 class CrossEntropyTest(absltest.TestCase):
   def test_equals_the_formula_over_valid_labels_only(self):
     logits = np.random.default_rng(0).normal(size=(3, 4, V)).astype("f4")
     labels = np.array([[1, -1, 2, 0], [-1] * 4, [30, 30, -1, 4]])
-    loss, correct, count = cross_entropy(jnp.asarray(logits), labels)
+    loss, correct, count = cross_entropy(
+      jnp.asarray(logits), jnp.asarray(labels)
+    )
     log_p = special.log_softmax(logits.astype("f8"), -1)
     valid = labels >= 0
     want = -np.take_along_axis(log_p, np.maximum(labels, 0)[..., None], -1)
@@ -107,8 +110,8 @@ class MaskedLMTest(parameterized.TestCase):
 
   def test_a_batch_without_labels_has_no_loss(self):
     batch = example()
-    batch["labels"] = np.full_like(batch["labels"], -1)
-    batch["pair_labels"] = np.full_like(batch["pair_labels"], -1)
+    batch["labels"] = jnp.full_like(batch["labels"], -1)
+    batch["pair_labels"] = jnp.full_like(batch["pair_labels"], -1)
     sums, _ = self.apply(self.variables, batch)
     total = total_loss(
       sums, self.objective.weights(batch), self.objective.coefficients
