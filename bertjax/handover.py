@@ -79,9 +79,11 @@ def initial_state(experiment: Experiment) -> TrainState:
     ignore=source.ignore,
   )
   placed = jax.tree.map(
-    lambda new, old: old
-    if new is None
-    else jax.device_put(new.astype(old.dtype), old.sharding),
+    lambda new, old: (
+      old
+      if new is None
+      else jax.device_put(new.astype(old.dtype), old.sharding)
+    ),
     params,
     state.params,
     is_leaf=lambda x: x is None,

@@ -1,7 +1,7 @@
 """Bidirectional attention of BERT (Devlin et al. 2018, arXiv:1810.04805)."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -14,6 +14,7 @@ from bertjax.layers.linear import Linear
 from bertjax.layers.matmul import einsum
 
 
+@runtime_checkable
 class Attend(Protocol):
   """Scores to outputs: what an attention implementation must accept.
 

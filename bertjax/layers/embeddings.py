@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from bertjax.layers.dropout import Dropout
@@ -79,7 +80,7 @@ class Embeddings(nn.Module):
     self.drop = Dropout(self.dropout_rate)
 
   def __call__(
-    self, batch: Mapping[str, jax.Array], *, train: bool
+    self, batch: Mapping[str, ArrayLike], *, train: bool
   ) -> Float[Array, "b t e"]:
     """Embeds `tokens`, `positions` and `type_ids` (where absent: 0, 1, ...).
 

@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from bertjax.parallel.sharding import constrain
@@ -91,7 +92,7 @@ class Encoder(nn.Module):
       self.final_norm = self.make_final_norm()
 
   def __call__(
-    self, batch: Mapping[str, jax.Array], *, train: bool = False
+    self, batch: Mapping[str, ArrayLike], *, train: bool = False
   ) -> Encoded:
     """Encodes `tokens` [b, t] with `segment_ids` (absent: one full segment)."""
     x = self.embeddings(batch, train=train)

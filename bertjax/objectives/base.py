@@ -5,6 +5,7 @@ from typing import Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 Terms = dict[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -23,12 +24,12 @@ class Objective(Protocol):
 
   coefficients: Mapping[str, float]
 
-  def weights(self, batch: Mapping[str, jax.Array]) -> Terms:
+  def weights(self, batch: Mapping[str, ArrayLike]) -> Terms:
     """Total weight of every term in the batch; scalars."""
     ...
 
   def __call__(
-    self, batch: Mapping[str, jax.Array], *, train: bool
+    self, batch: Mapping[str, ArrayLike], *, train: bool
   ) -> tuple[Terms, Metrics]:
     """Weighted sums of every term, and metrics as (sum, weight) pairs."""
     ...

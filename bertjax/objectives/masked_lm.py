@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax.typing import Dtype
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from bertjax.layers.linear import Linear
@@ -110,7 +111,7 @@ class MaskedLM(nn.Module):
     names = ["mlm"] + ([self.pair_task] if self.pair_task else [])
     return dict.fromkeys(names, 1.0)
 
-  def weights(self, batch: Mapping[str, jax.Array]) -> Terms:
+  def weights(self, batch: Mapping[str, ArrayLike]) -> Terms:
     weights = {"mlm": (batch["labels"] >= 0).sum().astype(jnp.float32)}
     if self.pair_task:
       valid = batch["pair_labels"] >= 0
@@ -127,7 +128,7 @@ class MaskedLM(nn.Module):
       )
 
   def __call__(
-    self, batch: Mapping[str, jax.Array], *, train: bool
+    self, batch: Mapping[str, ArrayLike], *, train: bool
   ) -> tuple[Terms, Metrics]:
     hidden = self.encoder(batch, train=train).hidden
     masked = gather_positions(hidden, batch["masked_positions"])
@@ -145,7 +146,7 @@ class MaskedLM(nn.Module):
       metrics[f"{self.pair_task}_accuracy"] = (correct, count)
     return sums, metrics
 
-  def encode(self, batch: Mapping[str, jax.Array]) -> Float[Array, "b t e"]:
+  def encode(self, batch: Mapping[str, ArrayLike]) -> Float[Array, "b t e"]:
     """Final hidden states, without dropout."""
     return self.encoder(batch, train=False).hidden
 

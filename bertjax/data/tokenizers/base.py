@@ -23,7 +23,7 @@ class Specials:
   cls: str = "[CLS]"
   sep: str = "[SEP]"
   mask: str = "[MASK]"
-  order: tuple[str, ...] = ("pad", "unk", "cls", "sep", "mask")
+  order: Sequence[str] = ("pad", "unk", "cls", "sep", "mask")
 
   def __post_init__(self):
     object.__setattr__(self, "order", tuple(self.order))

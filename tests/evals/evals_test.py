@@ -1,0 +1,133 @@
+"""Evaluators against counts and sums done by hand."""
+
+import math
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest
+
+from bertjax.evals import objective_eval, pseudo_perplexity, unigram_baseline
+from bertjax.evals.pseudo_perplexity import one_mask_each
+from bertjax.models import bert
+from bertjax.objectives import masked_lm
+from bertjax.parallel.mesh import make_mesh
+
+_TOKENIZER = types.SimpleNamespace(
+  mask_id=4, special_ids=np.arange(5, dtype=np.int32)
+)
+
+
+class _Data:
+  """Three rows in batches of two; the second batch is half empty."""
+
+  batch_size = 2
+  tokenizer = _TOKENIZER
+
+  def __init__(self):
+    rng = np.random.default_rng(0)
+    self.rows = dict(
+      tokens=rng.integers(5, 20, (4, 7)).astype(np.int32),
+      segment_ids=np.ones((4, 7), np.int32),
+      masked_positions=np.tile(np.int32([1, 3]), (4, 1)),
+      labels=rng.integers(5, 20, (4, 2)).astype(np.int32),
+    )
+    self.rows["tokens"][:, 0], self.rows["tokens"][:, -1] = 2, 3
+    self.rows["labels"][0, 1] = -1
+    self.rows["segment_ids"][3], self.rows["labels"][3] = 0, -1
+
+  def dataset(self, split):
+    del split
+    return self
+
+  def evaluation_batches(self, batch_size, num_batches, index, count):
+    del num_batches, index, count
+    for start in range(0, 4, batch_size):
+      yield {k: v[start : start + batch_size] for k, v in self.rows.items()}
+
+
+class EvaluatorsTest(absltest.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.objective = masked_lm(
+      encoder=bert(
+        vocab_size=20,
+        num_layers=1,
+        emb_dim=8,
+        num_heads=2,
+        mlp_dim=12,
+        max_positions=16,
+      )
+    )
+    cls.data = _Data()
+    cls.mesh = make_mesh(devices=jax.devices()[:1])
+    cls.variables = cls.objective.init(
+      jax.random.key(0), cls.data.rows, train=False
+    )
+    # Spread out, so that rows have different losses.
+    cls.variables = jax.tree.map(lambda x: 10 * x, cls.variables)
+
+  def _log_probs(self, rows):
+    hidden = self.objective.apply(self.variables, rows, method="encode")
+    logits = self.objective.apply(self.variables, hidden, method="mlm_logits")
+    return np.asarray(jax.nn.log_softmax(logits))
+
+  def test_objective_weighs_every_label_once(self):
+    evaluate = objective_eval(
+      objective=self.objective, data=self.data, mesh=self.mesh
+    )
+    values = evaluate(self.variables, jax.random.key(0))
+    log_probs = self._log_probs(self.data.rows)
+    losses = [
+      -log_probs[b, self.data.rows["masked_positions"][b, m], label]
+      for b, labels in enumerate(self.data.rows["labels"])
+      for m, label in enumerate(labels)
+      if label >= 0
+    ]
+    self.assertLen(losses, 5)
+    # float32 sums over a batch of another size.
+    self.assertAlmostEqual(values["mlm_loss"], np.mean(losses), places=5)
+
+  def test_pseudo_perplexity_masks_each_token_in_turn(self):
+    evaluate = pseudo_perplexity(
+      objective=self.objective, data=self.data, mesh=self.mesh, num_rows=2
+    )
+    values = evaluate(self.variables, jax.random.key(0))
+    rows = {k: v.copy() for k, v in self.data.rows.items()}
+    for b in range(2):  # back to the text before masking
+      for m, label in enumerate(rows["labels"][b]):
+        if label >= 0:
+          rows["tokens"][b, rows["masked_positions"][b, m]] = label
+    losses = []
+    for b in range(2):
+      for place in range(1, 6):
+        one = {k: jnp.asarray(v[b : b + 1]) for k, v in rows.items()}
+        one["tokens"] = one["tokens"].at[0, place].set(_TOKENIZER.mask_id)
+        losses.append(-self._log_probs(one)[0, place, rows["tokens"][b, place]])
+    self.assertEqual(values["scored_tokens"], 10)
+    self.assertAlmostEqual(
+      values["pseudo_perplexity"] / math.exp(np.mean(losses)), 1, places=4
+    )
+
+  def test_special_tokens_and_padding_are_not_scored(self):
+    row = {k: v[0] for k, v in self.data.rows.items()}
+    row["segment_ids"] = np.int32([1, 1, 1, 1, 0, 0, 0])
+    batch = one_mask_each(row, _TOKENIZER)
+    np.testing.assert_array_equal(batch["masked_positions"][:, 0], [1, 2, 3])
+
+  def test_unigram_baseline_by_hand(self):
+    batches = [{"labels": np.array([[0, 1], [0, -1]])}]
+    values = unigram_baseline(np.array([6, 1, 0]), batches)
+    self.assertAlmostEqual(values["unigram_accuracy"], 2 / 3)
+    expected = -(2 * math.log(7 / 10) + math.log(2 / 10)) / 3
+    self.assertAlmostEqual(values["unigram_loss"], expected)
+
+  def test_another_objective_is_refused(self):
+    with self.assertRaisesRegex(ValueError, "needs objective.name='masked_lm'"):
+      pseudo_perplexity(objective=object(), data=self.data, mesh=self.mesh)
+
+
+if __name__ == "__main__":
+  absltest.main()
