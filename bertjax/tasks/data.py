@@ -1,0 +1,224 @@
+"""`config.data` for a downstream task, and the dataset of its rows."""
+
+import collections
+import functools
+import hashlib
+import json
+import operator
+import pathlib
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from bertjax.data.dataset import RowDataset
+from bertjax.data.tokenizers import Tokenizer, build_tokenizer
+from bertjax.registry import lookup
+from bertjax.tasks import records
+from bertjax.tasks.inputs import PAIR_STYLES
+from bertjax.tasks.kinds import Features
+from bertjax.tasks.table import Task, build_task
+
+_ORDERS_KEPT = 2
+
+
+class TaskDataset(RowDataset):
+  """Features in memory, in another order every epoch.
+
+  A batch also has `index`, int32 [b]: which feature a row is, -1 for the rows
+  that fill the last batch of an evaluation.
+  """
+
+  def __init__(
+    self, features: Features, *, pad_id: int, seq_len: int, seed: int = 0
+  ):
+    """Args:
+    features: rows of a split.
+    pad_id: what fills rows.
+    seq_len: length t of a row.
+    seed: of shuffling.
+
+    Raises:
+      ValueError: no rows.
+    """
+    self.features = features
+    self.pad_id, self.seq_len = pad_id, seq_len
+    self.seed = operator.index(seed)
+    self._count = len(features.arrays["labels"])
+    if not self._count:
+      raise ValueError("data.task has no examples in this split.")
+    self._orders: collections.OrderedDict[int, np.ndarray] = (
+      collections.OrderedDict()
+    )
+    self._lock = threading.Lock()
+
+  @functools.cached_property
+  def row_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+    arrays = {**self.features.arrays, "index": np.zeros(1, np.int32)}
+    return {
+      k: jax.ShapeDtypeStruct(v.shape[1:], v.dtype) for k, v in arrays.items()
+    }
+
+  def rows_per_epoch(self, epoch: int) -> int:
+    return self._count
+
+  def epoch_of(self, row: int) -> tuple[int, int]:
+    return divmod(row, self._count)
+
+  def tokens_per_batch(self, batch_size: int) -> int:
+    return batch_size * self.features.arrays["tokens"][0].size
+
+  def rows(self, first: int, stop: int) -> dict[str, np.ndarray]:
+    """Rows `first:stop` of the endless stream of shuffled epochs."""
+    numbers = np.arange(first, stop)
+    index = np.empty(len(numbers), np.int32)
+    epochs, places = np.divmod(numbers, self._count)
+    for epoch in np.unique(epochs):
+      here = epochs == epoch
+      index[here] = self._order(int(epoch))[places[here]]
+    batch = {k: v[index] for k, v in self.features.arrays.items()}
+    return {**batch, "index": index}
+
+  def empty_rows(self, count: int) -> dict[str, np.ndarray]:
+    """Rows of padding without label; a number's missing label is NaN."""
+    rows = super().empty_rows(count)
+    rows["index"] = np.full(count, -1, np.int32)
+    if rows["labels"].dtype.kind == "f":
+      rows["labels"] = np.full_like(rows["labels"], np.nan)
+    return rows
+
+  def fingerprint(self) -> str:
+    return f"{self._content}-{self.seed}"
+
+  def reseeded(self, seed: int) -> "TaskDataset":
+    return TaskDataset(
+      self.features, pad_id=self.pad_id, seq_len=self.seq_len, seed=seed
+    )
+
+  @functools.cached_property
+  def _content(self) -> str:
+    digest = hashlib.sha256()
+    for name, array in sorted(self.features.arrays.items()):
+      digest.update(json.dumps([name, array.shape, array.dtype.str]).encode())
+      digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+  def _order(self, epoch: int) -> np.ndarray:
+    with self._lock:
+      if epoch not in self._orders:
+        rng = np.random.default_rng([self.seed, epoch])
+        self._orders[epoch] = rng.permutation(self._count)
+        if len(self._orders) > _ORDERS_KEPT:
+          self._orders.popitem(last=False)
+      return self._orders[epoch]
+
+
+class TaskData:
+  """Everything that fine-tuning reads, by split.
+
+  Attributes:
+    task: what is learned.
+    tokenizer: loaded, or trained on the task's own texts.
+    batch_size: rows of the global batch.
+    seq_len: length of a row.
+    train_split: the split that is trained on.
+  """
+
+  def __init__(
+    self,
+    *,
+    task: Mapping[str, Any],
+    tokenizer: Mapping[str, Any] | Tokenizer,
+    seq_len: int,
+    batch_size: int,
+    pair_style: str = "bert",
+    train_split: str = "train",
+    max_examples: int | None = None,
+    seed: int,
+    cache_dir: pathlib.Path,
+  ):
+    """Opens the source; a split is read when it is asked for.
+
+    Args:
+      task: a name of `TASKS` and its options.
+      tokenizer: a name of `TOKENIZERS` and its options, or a tokenizer.
+      seq_len: length of a row.
+      batch_size: rows of the global batch.
+      pair_style: key of `PAIR_STYLES`, as the encoder was pre-trained.
+      train_split: the split that is trained on.
+      max_examples: read at most so many of the training split (learning
+        curves, smoke tests); None reads all.
+      seed: of shuffling.
+      cache_dir: where a trained vocabulary lives.
+
+    Raises:
+      ValueError: names the field that does not fit.
+    """
+    self.batch_size, self.seq_len = batch_size, seq_len
+    self.train_split = train_split
+    self.task: Task = build_task(task)
+    self._style = lookup(PAIR_STYLES, pair_style, "data.pair_style")
+    if seq_len < 8:
+      raise ValueError(f"data.seq_len={seq_len} must be at least 8.")
+    self.source = records.build_source(
+      self.task.source, self.task.kind.fields, "data.task.source"
+    )
+    if not isinstance(tokenizer, Tokenizer):
+      tokenizer = build_tokenizer(
+        tokenizer,
+        lambda: (
+          text
+          for record in self.records(train_split)
+          for text in self.task.kind.texts(record)
+        ),
+        cache_dir,
+        self.source.fingerprint(),
+      )
+    self.tokenizer: Tokenizer = tokenizer
+    self._seed, self._max_examples = seed, max_examples
+    self._datasets: dict[str, TaskDataset] = {}
+
+  def records(self, split: str) -> list[dict[str, Any]]:
+    """The examples of a split.
+
+    Raises:
+      ValueError: a field that the task reads is missing.
+    """
+    found = list(self.source.examples(split))
+    for record in found:
+      for field in self.task.kind.fields:
+        if field not in record:
+          raise ValueError(
+            f"{self.source.name}, split {split!r}: example {record['id']!r}"
+            f" lacks {field!r}; it has {', '.join(sorted(record))}. The task"
+            f" reads {', '.join(self.task.kind.fields)} (null: no label)."
+          )
+    return found
+
+  def dataset(self, split: str | None = None) -> TaskDataset:
+    """The rows of a split, the training one by default."""
+    split = split or self.train_split
+    if split not in self._datasets:
+      examples = self.records(split)
+      if split == self.train_split:
+        examples = examples[: self._max_examples]
+      features = self.task.kind.features(
+        examples, self.tokenizer, self.seq_len, self._style
+      )
+      self._datasets[split] = TaskDataset(
+        features,
+        pad_id=self.tokenizer.pad_id,
+        seq_len=self.seq_len,
+        seed=self._seed,
+      )
+    return self._datasets[split]
+
+  def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a batch, without reading data."""
+    shapes = self.task.kind.row_shapes(self.seq_len) | {"index": ((), np.int32)}
+    return {
+      k: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
+      for k, (shape, dtype) in shapes.items()
+    }

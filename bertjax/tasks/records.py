@@ -1,0 +1,241 @@
+"""Labelled examples from files and TFDS: whole records, not documents.
+
+Pre-training sources give texts; a task wants several fields, also lists and
+nested ones. These sources keep every field and share the rest (patterns,
+splits, ids, fingerprints, errors) with `bertjax.data.sources`.
+"""
+
+import csv
+import functools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bertjax import registry
+from bertjax.data.sources import base, files
+from bertjax.data.sources.files import Record
+from bertjax.data.sources.tfds_source import TfdsSource
+
+Reader = Callable[..., Iterator[dict[str, Any]]]
+
+
+def _read(path: str, *, rows: Reader, **options: Any) -> Iterator[Record]:
+  for number, fields in enumerate(rows(path, **options), 1):
+    # The text only serves to divide a source by hash.
+    yield Record(number, json.dumps(fields, sort_keys=True), fields)
+
+
+def _jsonl(path: str, encoding: str) -> Iterator[dict[str, Any]]:
+  with files.open_text(path, encoding) as f:
+    for number, line in enumerate(f, 1):
+      if line.strip():
+        try:
+          yield dict(json.loads(line))
+        except (TypeError, ValueError) as err:
+          raise ValueError(
+            f"{path}, line {number} is no JSON object: {err}."
+          ) from err
+
+
+def _csv(
+  path: str,
+  encoding: str,
+  delimiter: str | None,
+  columns: Sequence[str] | None,
+) -> Iterator[dict[str, Any]]:
+  if delimiter is None:
+    delimiter = "\t" if ".tsv" in path or ".tab" in path else ","
+  # Tables with tabs, GLUE's among them, hold bare quotation marks.
+  quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+  with files.open_text(path, encoding) as f:
+    rows = csv.reader(f, delimiter=delimiter, quoting=quoting)
+    header = list(columns) if columns is not None else next(rows, [])
+    for row in rows:
+      if not row:
+        continue
+      if len(row) != len(header):
+        raise ValueError(
+          f"{path}, line {rows.line_num} has {len(row)} cells, not"
+          f" {len(header)} ({', '.join(header)}); is delimiter {delimiter!r}"
+          " right?"
+        )
+      yield dict(zip(header, row))
+
+
+def _columns(
+  path: str, encoding: str, word_column: int, label_column: int
+) -> Iterator[dict[str, Any]]:
+  words, labels = [], []
+  with files.open_text(path, encoding) as f:
+    for number, line in enumerate([*f, ""], 1):
+      cells = line.split()
+      if cells and cells[0] != "-DOCSTART-":
+        try:
+          words.append(cells[word_column])
+          labels.append(cells[label_column])
+        except IndexError as err:
+          raise ValueError(
+            f"{path}, line {number} has {len(cells)} columns, too few for"
+            f" word_column={word_column} and label_column={label_column}."
+          ) from err
+      elif words:
+        yield {"words": words, "labels": labels}
+        words, labels = [], []
+
+
+def _squad(path: str, encoding: str) -> Iterator[dict[str, Any]]:
+  with files.open_text(path, encoding) as f:
+    articles = json.load(f)["data"]
+  for article in articles:
+    for paragraph in article["paragraphs"]:
+      for question in paragraph["qas"]:
+        answers = question.get("answers", [])
+        yield {
+          "id": question["id"],
+          "context": paragraph["context"],
+          "question": question["question"],
+          "answers": {
+            key: [a[key] for a in answers] for key in ("text", "answer_start")
+          },
+        }
+
+
+def _files(name: str, rows: Reader, **options: Any) -> Callable[..., Any]:
+  """A builder over files, with the format's options and their defaults."""
+
+  def build(paths, fractions, licence, **given):
+    return files.file_source(
+      name,
+      paths,
+      functools.partial(_read, rows=rows),
+      {"encoding": "utf-8"} | options | given,
+      fractions,
+      licence,
+    )
+
+  return build
+
+
+def jsonl(paths, encoding="utf-8", fractions=None, licence="unknown"):
+  """One JSON object a line."""
+  return _files("jsonl", _jsonl)(paths, fractions, licence, encoding=encoding)
+
+
+def csv_table(
+  paths,
+  delimiter: str | None = None,
+  columns: Sequence[str] | None = None,
+  encoding: str = "utf-8",
+  fractions: Mapping[str, float] | None = None,
+  licence: str = "unknown",
+):
+  """Tables; `columns` names those of files without a header.
+
+  `delimiter=None` is a tab in .tsv and .tab files, else a comma.
+  """
+  options = dict(
+    delimiter=delimiter,
+    columns=None if columns is None else tuple(columns),
+    encoding=encoding,
+  )
+  return _files("csv", _csv)(paths, fractions, licence, **options)
+
+
+def columns(
+  paths,
+  word_column: int = 0,
+  label_column: int = -1,
+  encoding: str = "utf-8",
+  fractions: Mapping[str, float] | None = None,
+  licence: str = "unknown",
+):
+  """A word and its tag a line, blank lines between sentences (CoNLL)."""
+  options = dict(
+    word_column=word_column, label_column=label_column, encoding=encoding
+  )
+  return _files("columns", _columns)(paths, fractions, licence, **options)
+
+
+def squad_json(paths, encoding="utf-8", fractions=None, licence="unknown"):
+  """The JSON files of SQuAD 1.1 and 2.0."""
+  return _files("squad", _squad)(paths, fractions, licence, encoding=encoding)
+
+
+class TfdsRecords(TfdsSource):
+  """All fields of a prepared TFDS dataset."""
+
+  def __init__(
+    self,
+    builder: str,
+    fields: Sequence[str],
+    data_dir: str | None = None,
+    splits: Mapping[str, str] | None = None,
+    licence: str = "unknown",
+  ):
+    first, *rest = fields
+    super().__init__(builder, first, rest, data_dir, splits, licence)
+    self._fields = tuple(fields)
+
+  def examples(self, split: str) -> Iterator[base.Example]:
+    base.check_split(self, split)
+    config = self._tfds.ReadConfig(
+      interleave_cycle_length=1, add_tfds_id=True, try_autocache=False
+    )
+    try:
+      dataset = self._builder.as_dataset(
+        split=self._splits[split], shuffle_files=False, read_config=config
+      )
+    except AssertionError as err:
+      raise ValueError(self._unprepared()) from err
+    records = (
+      {"id": plain(r["tfds_id"])} | {k: plain(r[k]) for k in self._fields}
+      for r in self._tfds.as_numpy(dataset)
+    )
+    return base.nonempty(records, self.name, split)
+
+
+def tfds(
+  builder: str,
+  fields: Sequence[str],
+  data_dir: str | None = None,
+  splits: Mapping[str, str] | None = None,
+  licence: str = "unknown",
+) -> TfdsRecords:
+  """A dataset that TFDS has prepared; needs the extra `tfds`."""
+  return TfdsRecords(builder, fields, data_dir, splits, licence)
+
+
+def plain(value: Any) -> Any:
+  """TFDS's arrays and bytes as lists and strings."""
+  if isinstance(value, Mapping):
+    return {k: plain(v) for k, v in value.items()}
+  if isinstance(value, bytes):
+    return value.decode("utf-8")
+  if isinstance(value, np.ndarray):
+    return [plain(v) for v in value.tolist()]
+  return value.item() if isinstance(value, np.generic) else value
+
+
+READERS: dict[str, Callable[..., base.Source]] = {
+  "columns": columns,
+  "csv": csv_table,
+  "jsonl": jsonl,
+  "squad": squad_json,
+  "tfds": tfds,
+}
+
+
+def build_source(
+  spec: Mapping[str, Any], fields: Sequence[str], field: str
+) -> base.Source:
+  """The source of a task.
+
+  Args:
+    spec: a row of `READERS` and its options.
+    fields: what the task reads; TFDS is told.
+    field: the config field that holds `spec`, for messages.
+  """
+  context = {"fields": tuple(fields)} if spec.get("name") == "tfds" else {}
+  return registry.build(READERS, spec, field, **context)
