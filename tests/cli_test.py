@@ -1,0 +1,114 @@
+"""The commands as a user types them."""
+
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from absl.testing import absltest
+
+from tests import tiny
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_CONFIG = """
+import pathlib
+import ml_collections
+from tests import tiny
+def get_config():
+  return ml_collections.ConfigDict(tiny.config(pathlib.Path({!r})))
+"""
+
+
+def _run(*arguments, **environment):
+  return subprocess.run(
+    [sys.executable, "-m", *arguments],
+    cwd=_ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+class CommandsTest(absltest.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.root = pathlib.Path(
+      cls.enterClassContext(tempfile.TemporaryDirectory())
+    )
+    tiny.write_corpus(cls.root)
+    cls.config = cls.root / "config.py"
+    cls.config.write_text(_CONFIG.format(str(cls.root)))
+    cls.workdir = cls.root / "run"
+    cls.trained = _run(
+      "bertjax.train", f"--config={cls.config}", f"--workdir={cls.workdir}"
+    )
+
+  def test_train_prints_lines_and_results_without_noise(self):
+    self.assertEqual(self.trained.returncode, 0, self.trained.stderr)
+    self.assertIn("heldout/unigram_accuracy", self.trained.stdout)
+    self.assertIn("report.md", self.trained.stdout)
+    self.assertIn("Stopped at step 6: 6 steps are done.", self.trained.stderr)
+    self.assertNotIn("orbax", self.trained.stderr)
+
+  def test_evaluate_and_predict_use_the_workdir(self):
+    done = _run(
+      "bertjax.evaluate",
+      f"--model={self.workdir}",
+      "--split=validation",
+      "--num_rows=2",
+      BERTJAX_CACHE=str(self.root / "cache"),
+    )
+    self.assertEqual(done.returncode, 0, done.stderr)
+    for name in ("unigram_accuracy", "mlm_accuracy", "pseudo_perplexity"):
+      self.assertRegex(done.stdout, rf"{name}\s+[\d.]+")
+    done = _run(
+      "bertjax.predict",
+      "fill_mask",
+      f"--model={self.workdir}",
+      "--text=the [MASK] of room 3 sails every day .",
+    )
+    self.assertEqual(done.returncode, 0, done.stderr)
+    self.assertIn("of room 3 sails every day .", done.stdout)
+
+  def test_an_unknown_key_is_refused_with_a_suggestion(self):
+    done = _run(
+      "bertjax.train",
+      f"--config={self.config}",
+      "--config.sede=3",
+      "--dry_run",
+    )
+    self.assertNotEqual(done.returncode, 0)
+    self.assertIn('Did you mean "seed"', done.stderr)
+
+  def test_an_error_is_one_line(self):
+    done = _run(
+      "bertjax.train",
+      f"--config={self.config}",
+      "--config.optim.name=lamp",
+      "--dry_run",
+    )
+    self.assertEqual(done.returncode, 1)
+    self.assertNotIn("Traceback", done.stderr)
+    self.assertRegex(done.stderr, "Error: optim.name='lamp' is unknown")
+
+  def test_imports_are_light(self):
+    program = (
+      "import bertjax, bertjax.train, sys; "
+      "print([m for m in ('tensorflow', 'torch', 'transformers', 'seqio',"
+      " 'matplotlib', 'sklearn') if m in sys.modules])"
+    )
+    done = subprocess.run(
+      [sys.executable, "-c", program],
+      cwd=_ROOT,
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+    self.assertEqual(done.stdout.strip(), "[]")
+
+
+if __name__ == "__main__":
+  absltest.main()
