@@ -354,7 +354,7 @@ def _plot(
   panels = figure.subplots(2, 3).flat
   for axes, wanted in zip(
     panels,
-    ("loss", "accuracy", "lr", "grad_norm", "tokens_per_s", "mfu"),
+    ("loss", "accuracy", "learning_rate", "grad_norm", "tokens_per_s", "mfu"),
   ):
     for name in table:
       if name == wanted or name.rsplit("/", 1)[-1].endswith(wanted):

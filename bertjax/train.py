@@ -324,6 +324,7 @@ def _evaluations(
 
     def evaluate(step, state, evaluator=evaluator):
       key = jax.random.fold_in(state.key, step)
+      jax.block_until_ready(state)  # steps under way are no part of the pause
       with throughput.pause():
         return evaluator({"params": state.params, **state.extra}, key)
 

@@ -38,10 +38,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
       name="objective",
       split="test",
       num_batches=2 if tiny else 20,
-      every=4 if tiny else 150,
+      every=4 if tiny else 160,
     )
   )
-  c.every = dict(log=2 if tiny else 20, checkpoint=4 if tiny else 150)
+  c.every = dict(log=2 if tiny else 20, checkpoint=4 if tiny else 160)
   c.samples = (
     "Return a new [MASK] with the given shape and dtype.",
     "If the file does not [MASK], an error is raised.",
