@@ -182,8 +182,8 @@ class CheckpointHook:
       iterator_state: position of the data iterator now.
       config: resolved config.
       metrics: latest evaluation values, for the best checkpoint.
-      before: raises if the state is not worth saving, such as
-        `TrainLogger.check` after a non-finite loss.
+      before: called before each save, such as `TrainLogger.flush`; raises if
+        the state is not worth saving (a non-finite loss).
     """
     self._when = when
     self._checkpointer = checkpointer

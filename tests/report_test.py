@@ -41,7 +41,7 @@ def write_run(workdir, loss=curve, grad_norm=0.7):
     values = {
       "loss": loss(step),
       "accuracy": step / 1000,
-      "lr": 1e-3,
+      "learning_rate": 1e-3,
       "grad_norm": grad_norm,
       "tokens_per_s": 5e4 + step,
       "mfu": 0.3,

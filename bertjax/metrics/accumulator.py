@@ -51,12 +51,6 @@ class MetricAccumulator:
     self.last = step
     self.steps += 1
 
-  def check(self) -> None:
-    """Fetches what `finite` names and raises if it is not; keeps the sums."""
-    if self._sums is not None:
-      watched = {k: v for k, v in self._sums.items() if k in self._finite}
-      self._refuse(jax.device_get(watched))
-
   def read(self) -> dict[str, float]:
     """One fetch of everything; empties the accumulator.
 

@@ -1,6 +1,6 @@
 """The loop's `log(step, metrics)`: accumulate, check, write, show."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 
@@ -32,7 +32,6 @@ class TrainLogger:
     progress: Progress,
     accumulator: MetricAccumulator | None = None,
     tokens_seen: float = 0,
-    extra: Callable[[int], Mapping[str, float]] | None = None,
   ):
     """Silent until the first step.
 
@@ -44,8 +43,6 @@ class TrainLogger:
       progress: what a person sees.
       accumulator: by default one that refuses a non-finite loss or gradient.
       tokens_seen: of the restored run.
-      extra: more values for a row, from the number of finished steps, such as
-        the learning rate.
     """
     self._when = when
     self._writer = writer
@@ -53,7 +50,6 @@ class TrainLogger:
     self._throughput = throughput
     self._progress = progress
     self._sums = accumulator or MetricAccumulator()
-    self._extra = extra
     self._untimed = 0
     self.tokens_seen = tokens_seen
     self.latest: dict[str, float] = {}
@@ -91,8 +87,6 @@ class TrainLogger:
     values.update(
       self._throughput.read(timed, tokens * timed, self._slots_per_step * timed)
     )
-    if self._extra is not None:
-      values.update(self._extra(step))
     self.latest = values
     self._writer.write(step, values)
     self._progress.report(step, values)

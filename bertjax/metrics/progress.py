@@ -9,8 +9,9 @@ import jax
 # name in the metrics, label, format
 _SHOWN = (
   ("loss", "loss", "{:.4f}"),
+  ("mlm_accuracy", "acc", "{:.3f}"),
   ("accuracy", "acc", "{:.3f}"),
-  ("lr", "lr", "{:.2e}"),
+  ("learning_rate", "lr", "{:.2e}"),
   ("tokens_per_s", "tok/s", "{:,.0f}"),
   ("mfu", "mfu", "{:.1%}"),
 )
