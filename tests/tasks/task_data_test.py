@@ -1,0 +1,312 @@
+"""Tasks from files to scores: streams repeat, tiny models learn them."""
+
+import json
+import pathlib
+import random
+
+import jax
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from bertjax import registry, train_state, train_step
+from bertjax.data.tokenizers.words import WordTokenizer
+from bertjax.evals.task_metrics import task_metrics
+from bertjax.models import MODELS
+from bertjax.objectives.fine_tuning import FINE_TUNING
+from bertjax.optim import build_optimizer
+from bertjax.parallel.mesh import make_mesh
+from bertjax.parallel.sharding import put_batch
+from bertjax.tasks import READERS, TASKS, TaskData
+
+WORDS = [f"{a}{b}" for a in "bdfgk" for b in ("a", "e", "i", "o", "u")]
+MARKS = ("ka", "ke", "ki")  # what the labels of whole texts depend on
+PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "##n"]
+COUNT = 16
+STEPS = 200
+
+
+def tokenizer():
+  return WordTokenizer(PIECES, lowercase=True)
+
+
+def sentence(rng, count=6, mark=None):
+  """Words, among them `mark` at any place."""
+  others = [w for w in WORDS if w not in MARKS]
+  words = rng.sample(others, count)
+  if mark is not None:
+    words[rng.randrange(count)] = mark
+  return " ".join(words)
+
+
+def examples(make, seed=0):
+  rng = random.Random(seed)
+  return [make(rng, i) for i in range(COUNT)]
+
+
+def answer(rng, i):
+  context = " ".join(rng.sample(WORDS, 9))
+  word = rng.choice(context.split())
+  known = i % 4 > 0  # every fourth question has no answer
+  question = (
+    word if known else rng.choice(sorted({*WORDS} - {*context.split()}))
+  )
+  return {
+    "question": question,
+    "context": context,
+    "answers": {
+      "text": [word] if known else [],
+      "answer_start": [context.index(word)] if known else [],
+    },
+  }
+
+
+def tagged(rng, i):
+  words = [w + rng.choice(("", "n")) for w in sentence(rng).split()]
+  tags = [("B-X" if w[0] == "b" else "O") for w in words]
+  return {"words": words, "labels": tags}
+
+
+def choice(rng, i):
+  marks = [MARKS[0] if k == i % 3 else None for k in range(3)]
+  endings = {n: sentence(rng, 3, m) for n, m in zip("pqr", marks)}
+  return {"x": sentence(rng, 3), **endings, "label": i % 3}
+
+
+def pair(rng, i):
+  return {"x": sentence(rng), "y": sentence(rng, 6, MARKS[i % 3])}
+
+
+# Task, maker of examples, metrics of a model that learned them.
+KINDS = {
+  "classification": (
+    dict(labels=["no", "yes"], metrics=["accuracy", "f1", "matthews"]),
+    lambda rng, i: {
+      "text": sentence(rng, 6, MARKS[i % 2]),
+      "label": ("no", "yes")[i % 2],
+    },
+    {"accuracy": 1.0, "f1": 1.0, "matthews": 1.0},
+  ),
+  "pairs": (
+    dict(labels=["a", "b"], first="x", second="y"),
+    lambda rng, i: {**pair(rng, i % 2), "label": i % 2},
+    {"accuracy": 1.0},
+  ),
+  "regression": (
+    dict(first="x", second="y"),
+    lambda rng, i: {**pair(rng, i), "label": float(i % 3)},
+    {"pearson": 0.95},
+  ),
+  "tagging": (
+    dict(labels=["O", "B-X", "I-X"]),
+    tagged,
+    {"accuracy": 1.0, "entity_f1": 1.0},
+  ),
+  "questions": (dict(null=True), answer, {"exact": 100.0, "f1": 100.0}),
+  "choices": (
+    dict(first="x", endings=["p", "q", "r"], num_choices=3),
+    choice,
+    {"accuracy": 1.0},
+  ),
+}
+
+
+class TaskTestCase(parameterized.TestCase):
+  def folder(self):
+    return pathlib.Path(self.create_tempdir().full_path)
+
+  def data(self, name, *, seed=3, seq_len=16, records=None, **options):
+    spec, make, _ = KINDS[name]
+    path = self.folder() / "train.jsonl"
+    lines = map(json.dumps, records or examples(make))
+    path.write_text("\n".join(lines))
+    paths = {"train": str(path), "validation": str(path)}
+    return TaskData(
+      task=dict(name=name, source=dict(name="jsonl", paths=paths), **spec),
+      tokenizer=tokenizer(),
+      seq_len=seq_len,
+      batch_size=8,
+      seed=seed,
+      cache_dir=self.folder(),
+      **options,
+    )
+
+
+class LearningTest(TaskTestCase):
+  @parameterized.parameters(*KINDS)
+  def test_tiny_model_learns(self, name):
+    data = self.data(name)
+    encoder = registry.build(
+      MODELS,
+      dict(name="bert", vocab_size=len(PIECES), num_layers=1, emb_dim=32,
+           num_heads=2, max_positions=16, dropout_rate=0.0),
+      "model",
+    )  # fmt: skip
+    objective = registry.build(
+      FINE_TUNING, data.task.kind.objective, "objective", encoder=encoder
+    )
+    if hasattr(objective, "dropout_rate"):
+      objective = objective.clone(dropout_rate=0.0)
+    spec = data.dataset().batch_spec(data.batch_size)
+    params, axes = train_state.abstract_params(objective, spec)
+    optimizer = build_optimizer(
+      dict(
+        name="adam",
+        learning_rate=3e-3,
+        clip_norm=1.0,
+        schedule=dict(name="linear", warmup=20),
+      ),
+      total_steps=STEPS,
+      params=params,
+      logical_axes=axes,
+    )
+    mesh = make_mesh(devices=jax.devices()[: 2 if name == "choices" else 1])
+    key = jax.random.key(0)
+    _, shardings = train_state.state_shardings(
+      objective, optimizer.transform, spec, mesh, key
+    )
+    init = jax.jit(
+      lambda key: train_state.init_state(
+        objective, optimizer.transform, spec, key
+      ),
+      out_shardings=shardings,
+    )
+    state = init(key)
+    step = train_step.compile_step(objective, optimizer, mesh, shardings, spec)
+    for i in range(STEPS):
+      state, _ = step(state, put_batch(data.dataset().batch(i, 8), mesh))
+    # 16 rows do not divide into batches of 6: the last one is filled.
+    evaluate = task_metrics(
+      objective=objective, data=data, mesh=mesh, batch_size=6
+    )
+    scores = evaluate({"params": state.params}, key)
+    for metric, least in KINDS[name][2].items():
+      self.assertGreaterEqual(scores[metric], least - 1e-9, metric)
+
+
+class DatasetTest(TaskTestCase):
+  def test_stream_is_a_function_of_seed_and_step(self):
+    a, b = (self.data("pairs").dataset() for _ in range(2))
+    self.assertEqual(a.fingerprint(), b.fingerprint())
+    iterator = b.iterator(5, num_threads=1, prefetch=1)
+    for step in range(7):  # beyond two epochs of 16 rows
+      jax.tree.map(
+        np.testing.assert_array_equal, a.batch(step, 5), next(iterator)
+      )
+    iterator.close()
+    other = self.data("pairs", seed=4).dataset()
+    self.assertNotEqual(a.fingerprint(), other.fingerprint())
+    self.assertFalse(
+      np.array_equal(a.rows(0, COUNT)["index"], other.rows(0, COUNT)["index"])
+    )
+
+  def test_every_epoch_has_every_row_once_in_another_order(self):
+    dataset = self.data("classification").dataset()
+    orders = [
+      dataset.rows(e * COUNT, (e + 1) * COUNT)["index"] for e in range(3)
+    ]
+    for order in orders:
+      np.testing.assert_array_equal(np.sort(order), np.arange(COUNT))
+    self.assertFalse(np.array_equal(orders[0], orders[1]))
+    self.assertEqual(dataset.epoch_of(2 * COUNT + 3), (2, 3))
+
+  def test_processes_share_the_global_batch(self):
+    dataset = self.data("tagging").dataset()
+    parts = [dataset.batch(1, 6, p, 3) for p in range(3)]
+    whole = dataset.batch(1, 6)
+    for name, array in whole.items():
+      np.testing.assert_array_equal(
+        np.concatenate([p[name] for p in parts]), array
+      )
+
+  @parameterized.parameters(*KINDS)
+  def test_spec_is_that_of_the_batches(self, name):
+    data = self.data(name)
+    expected = data.batch_spec(8)
+    self.assertEqual(data.dataset().batch_spec(8), expected)
+    last = list(data.dataset().evaluation_batches(6))[-1]
+    self.assertEqual((last["index"] < 0).sum(), 2)
+    for k, v in data.dataset().batch(0, 8).items():
+      self.assertEqual(
+        (v.shape, v.dtype), (expected[k].shape, expected[k].dtype)
+      )
+
+  def test_examples_can_be_limited_in_training_only(self):
+    data = self.data("pairs", max_examples=5)
+    self.assertEqual(data.dataset().rows_per_epoch(0), 5)
+    self.assertEqual(data.dataset("validation").rows_per_epoch(0), COUNT)
+
+  def test_missing_field_is_named(self):
+    data = self.data("pairs", records=[{"x": "ba", "label": 0}])
+    with self.assertRaisesRegex(ValueError, "lacks 'y'"):
+      data.dataset()
+
+
+class ReaderTest(TaskTestCase):
+  def read(self, name, text, suffix, **options):
+    path = self.folder() / f"data{suffix}"
+    path.write_text(text)
+    source = READERS[name](paths=str(path), **options)
+    return list(source.examples("train"))
+
+  def test_columns(self):
+    found = self.read(
+      "columns",
+      "-DOCSTART- -X- O\n\nEU NNP B-ORG\nrejects VBZ O\n\n\nPeter NNP B-PER\n",
+      ".txt",
+    )
+    self.assertEqual(
+      [(r["words"], r["labels"]) for r in found],
+      [(["EU", "rejects"], ["B-ORG", "O"]), (["Peter"], ["B-PER"])],
+    )
+
+  def test_tables_with_tabs_keep_quotation_marks(self):
+    found = self.read("csv", 'text\tlabel\n"so\tyes\n', ".tsv")
+    self.assertEqual((found[0]["text"], found[0]["label"]), ('"so', "yes"))
+    found = self.read("csv", 'text,label\n"a,b",no\n', ".csv")
+    self.assertEqual((found[0]["text"], found[0]["label"]), ("a,b", "no"))
+
+  def test_squad_files(self):
+    question = {
+      "id": "q",
+      "question": "who?",
+      "answers": [{"text": "x", "answer_start": 2}],
+    }
+    paragraph = {"context": "a x", "qas": [question]}
+    text = json.dumps({"data": [{"paragraphs": [paragraph]}]})
+    (found,) = self.read("squad", text, ".json")
+    self.assertEqual(found["id"], "q")
+    self.assertEqual(found["answers"], {"text": ["x"], "answer_start": [2]})
+
+  def test_published_tasks_read_local_files_or_name_what_they_need(self):
+    path = self.folder() / "rte.jsonl"
+    record = {"sentence1": "ba", "sentence2": "be", "label": "entailment"}
+    path.write_text(json.dumps(record))
+    source = dict(name="jsonl", paths=str(path))
+    task = TASKS["glue/rte"](source=source)
+    self.assertEqual(task.kind.objective["num_classes"], 2)
+    with self.assertRaisesRegex(ValueError, "source is required.*ending3"):
+      TASKS["swag"]()
+
+  def test_table_agrees_with_tfds(self):
+    try:
+      import tensorflow_datasets
+    except ImportError:
+      self.skipTest("tensorflow_datasets is not installed")
+    from bertjax.tasks.table import _PUBLISHED
+
+    for name, (kind, builder) in _PUBLISHED.items():
+      if builder is None:
+        continue
+      features = tensorflow_datasets.builder(builder).info.features
+      for field in kind.fields:
+        self.assertIn(field, features, name)
+      label = features[kind.fields[-1]]
+      names = getattr(label, "names", None) or getattr(
+        getattr(label, "feature", None), "names", None
+      )
+      if names and getattr(kind, "labels", None):
+        self.assertEqual(list(kind.labels), names, name)
+
+
+if __name__ == "__main__":
+  absltest.main()
