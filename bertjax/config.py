@@ -30,7 +30,7 @@ class Settings:
   Attributes:
     model: name of `MODELS` and its options.
     objective: name of `OBJECTIVES` and its options.
-    data: options of `TextData`.
+    data: options of `TextData`; of `StaticData` with name="static".
     optim: name of `OPTIMIZERS`, its options, `schedule`, `clip_norm`...
     stop: rules that end the run; `steps` is required.
     horizon: steps that the schedule is drawn for; `stop.steps` by default.

@@ -22,7 +22,6 @@ from bertjax.config import cache_path
 from bertjax.data.text import TextData
 from bertjax.evals import EVALUATORS, unigram_baseline
 from bertjax.evals.objective import read_batches
-from bertjax.evals.unigram import token_counts
 from bertjax.loading import load_model
 from bertjax.parallel.mesh import make_mesh
 
@@ -64,8 +63,10 @@ def evaluate(
   model = load_model(path)
   saved = {}
   if model.origin == "workdir":
-    saved = json.loads((pathlib.Path(path) / "config.json").read_text())
-  spec = {**_DATA, **saved.get("data", {}), **(data or {})}
+    config = json.loads((pathlib.Path(path) / "config.json").read_text())
+    if config.get("data", {}).pop("name", "text") == "text":
+      saved = config.get("data", {})
+  spec = {**_DATA, **saved, **(data or {})}
   if source is not None:
     spec["source"] = dict(source)
   text = registry.call(
@@ -82,7 +83,7 @@ def evaluate(
     "pseudo_perplexity": {"num_rows": num_rows},
   }
   values = unigram_baseline(
-    token_counts(text.cache(split), model.tokenizer.vocab_size),
+    text.token_counts(split),
     read_batches(text, split, num_batches, None),
   )
   for name in evaluators:

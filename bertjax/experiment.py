@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from bertjax import registry, train_state, train_step
 from bertjax.config import Settings
+from bertjax.data.static import StaticData
 from bertjax.data.text import TextData
 from bertjax.evals import EVALUATORS, Evaluator
 from bertjax.metrics import meters
@@ -23,6 +24,7 @@ from bertjax.rules import path_name
 from bertjax.train_state import TrainState
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DATA = {"text": TextData, "static": StaticData}
 GENERATORS = ("threefry2x32", "rbg", "unsafe_rbg")
 
 
@@ -43,7 +45,7 @@ class Experiment:
 
   settings: Settings
   mesh: Mesh
-  data: TextData
+  data: TextData | StaticData
   objective: nn.Module
   optimizer: Optimizer
   batch_spec: dict[str, jax.ShapeDtypeStruct]
@@ -159,7 +161,10 @@ def build_objective(
 
 
 def build(
-  settings: Settings, *, devices: Any = None, data: TextData | None = None
+  settings: Settings,
+  *,
+  devices: Any = None,
+  data: TextData | StaticData | None = None,
 ) -> Experiment:
   """Everything that a run needs, from its config.
 
@@ -174,9 +179,9 @@ def build(
   mesh = registry.call(make_mesh, settings.mesh, "mesh", devices=devices)
   lookup(dict.fromkeys(GENERATORS), settings.prng, "prng")
   if data is None:
-    data = registry.call(
-      TextData,
-      settings.data,
+    data = registry.build(
+      DATA,
+      {"name": "text", **settings.data},
       "data",
       seed=settings.seed,
       cache_dir=settings.cache_path,

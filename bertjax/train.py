@@ -34,7 +34,6 @@ from bertjax.config import Settings, settings, stage_configs
 from bertjax.data import audit
 from bertjax.evals import unigram_baseline
 from bertjax.evals.objective import read_batches
-from bertjax.evals.unigram import token_counts
 from bertjax.experiment import Experiment
 from bertjax.handover import initial_state
 from bertjax.metrics import logger, meters, progress, writers
@@ -272,34 +271,32 @@ def _health(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float]:
     Accuracy and loss of the unigram baseline on each held-out split.
   """
   data = experiment.data
-  dataset, cache = data.dataset(), data.cache(data.train_split)
+  dataset = data.dataset()
   rows = min(dataset.rows_per_epoch(0), _AUDITED_BATCHES * data.batch_size)
   size = min(rows, data.batch_size)
   found = audit.audit(
     (dataset.batch(i, size) for i in range(rows // size)), data.tokenizer
   )
-  masking = dataset.masking
-  documents = len(cache.document_lengths)
-  health = {
+  health = data.facts() | {
     "masking_rate": found["masked_rate"],
-    "expected_masking_rate": masking.rate,
     "mask_share": found["mask_share"],
-    "expected_mask_share": masking.mask_share,
     "random_share": found["random_share"],
-    "expected_random_share": masking.random_share,
     "keep_share": found["kept_share"],
-    "expected_keep_share": 1 - masking.mask_share - masking.random_share,
     "selected": found["labels_per_batch"] * found["batches"],
-    "duplicate_share": cache.duplicates / (documents + cache.duplicates),
     "label_weight_min": found["labels_per_batch_min"],
     "label_weight_mean": found["labels_per_batch"],
     "vocab_size": data.tokenizer.vocab_size,
     "clip_norm": experiment.settings.optim.get("clip_norm"),
-    "documents": documents,
-    "tokens": int(cache.num_tokens),
     "fill": found["fill"],
   }
-  counts = token_counts(cache, data.tokenizer.vocab_size)
+  if (masking := data.masking) is not None:
+    health |= {
+      "expected_masking_rate": masking.rate,
+      "expected_mask_share": masking.mask_share,
+      "expected_random_share": masking.random_share,
+      "expected_keep_share": 1 - masking.mask_share - masking.random_share,
+    }
+  counts = data.token_counts()
   baseline = {}
   for name, spec in experiment.settings.evals.items():
     if spec["name"] == "objective":

@@ -4,9 +4,12 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from bertjax import registry
 from bertjax.data.cache import TokenCache, build_cache
 from bertjax.data.dataset import TextDataset
+from bertjax.data.masking import Masking
 from bertjax.data.sources import SOURCES
 from bertjax.data.tokenizers import Tokenizer, build_tokenizer
 
@@ -87,3 +90,48 @@ class TextData:
     """The rows of a split, the training one by default."""
     cache = self.cache(split or self.train_split)
     return TextDataset(cache, self.tokenizer, **self._rows)
+
+  @property
+  def masking(self) -> Masking | None:
+    """How training rows are masked."""
+    return self.dataset().masking
+
+  def token_counts(self, split: str | None = None) -> np.ndarray:
+    """How often each id occurs in a split (a sample of a large one)."""
+    cache = self.cache(split or self.train_split)
+    return token_counts(cache, self.tokenizer.vocab_size)
+
+  def facts(self) -> dict[str, float]:
+    """What the health report says of the corpus."""
+    cache = self.cache(self.train_split)
+    documents = cache.num_documents
+    return {
+      "documents": documents,
+      "tokens": cache.num_tokens,
+      "duplicate_share": cache.duplicates / (documents + cache.duplicates),
+    }
+
+
+def token_counts(
+  cache: Any, vocab_size: int, max_documents: int = 20_000
+) -> np.ndarray:
+  """How often each id occurs in (evenly spaced) documents of a token cache.
+
+  Args:
+    cache: a `TokenCache`.
+    vocab_size: length of the result.
+    max_documents: bounds the reading on large corpora.
+
+  Returns:
+    int64 [vocab_size].
+  """
+  count = len(cache.document_lengths)
+  chosen = np.unique(
+    np.linspace(0, count - 1, min(count, max_documents)).astype(np.int64)
+  )
+  totals = np.zeros(vocab_size, np.int64)
+  for start in range(0, len(chosen), 256):
+    documents = cache.documents(chosen[start : start + 256])
+    tokens = np.concatenate([d.tokens for d in documents])
+    totals += np.bincount(tokens, minlength=vocab_size)[:vocab_size]
+  return totals
