@@ -8,7 +8,7 @@ from jaxtyping import Int
 
 from bertjax.data.tokenizers import Tokenizer
 
-Ids = Int[np.ndarray, "n"]
+Ids = Int[np.ndarray, "_"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -138,7 +138,7 @@ class LearningTest(TaskTestCase):
     encoder = registry.build(
       MODELS,
       dict(name="bert", vocab_size=len(PIECES), num_layers=1, emb_dim=32,
-           num_heads=2, max_positions=16, dropout_rate=0.0),
+           num_heads=2, max_positions=16, dropout_rate=0.0, scan=False),
       "model",
     )  # fmt: skip
     objective = registry.build(
@@ -286,6 +286,63 @@ class ReaderTest(TaskTestCase):
     self.assertEqual(task.kind.objective["num_classes"], 2)
     with self.assertRaisesRegex(ValueError, "source is required.*ending3"):
       TASKS["swag"]()
+
+  def test_tfds_gives_nested_fields_lists_and_label_indices(self):
+    try:
+      import tensorflow_datasets as tfds
+    except ImportError:
+      self.skipTest("tensorflow_datasets is not installed")
+    features = tfds.features
+    numbers = {"text": features.Text(), "answer_start": np.int32}
+    answers = {"text": ["bi", "bo"], "answer_start": [3, 6]}
+    example = {
+      "context": "ba bi bo",
+      "question": "b\u00e9?",
+      "answers": answers,
+      "tokens": ["ba", "be"],
+      "ner": ["O", "B-X"],
+    }
+    folder = str(self.folder())
+    tfds.dataset_builders.store_as_tfds_dataset(
+      name="made_up",
+      version="1.0.0",
+      features=features.FeaturesDict(
+        {
+          "context": features.Text(),
+          "question": features.Text(),
+          "answers": features.Sequence(numbers),
+          "tokens": features.Sequence(features.Text()),
+          "ner": features.Sequence(features.ClassLabel(names=["O", "B-X"])),
+        }
+      ),
+      split_datasets={
+        "train": [
+          (0, example),
+          (1, example | {"answers": {"text": [], "answer_start": []}}),
+        ]
+      },
+      data_dir=folder,
+      disable_shuffling=True,
+    )
+    source = dict(name="tfds", builder="made_up", data_dir=folder)
+    common = dict(
+      tokenizer=tokenizer(), seq_len=16, batch_size=2, seed=0,
+      cache_dir=self.folder(),
+    )  # fmt: skip
+    data = TaskData(task=dict(name="squad_v2", source=source), **common)
+    first, second = data.records("train")
+    self.assertEqual(first["answers"], answers)
+    self.assertEqual(first["question"], "b\u00e9?")
+    self.assertEqual(second["answers"], {"text": [], "answer_start": []})
+    # [CLS] be ? [SEP] ba bi bo [SEP]: the first answer is token 5.
+    labels = data.dataset().features.arrays["labels"]
+    np.testing.assert_array_equal(labels, [[5, 5], [0, 0]])
+    tagging = dict(
+      name="tagging", words="tokens", tags="ner", labels=["O", "B-X"]
+    )
+    data = TaskData(task=dict(source=source, **tagging), **common)
+    labels = data.dataset().features.arrays["labels"]
+    np.testing.assert_array_equal(labels[0, :4], [-1, 0, 1, -1])
 
   def test_table_agrees_with_tfds(self):
     try:
