@@ -342,7 +342,9 @@ def _report(experiment: Experiment, workdir: pathlib.Path, state: Any) -> None:
   model = loading.from_experiment(experiment, state.params)
   samples = predict.samples(model, texts) if texts else []
   report.write_report(
-    workdir, reference=experiment.settings.reference_curve, samples=samples
+    workdir,
+    reference=experiment.settings.reference_curve or None,
+    samples=samples,
   )
 
 

@@ -4,9 +4,17 @@ Run:   python -m bertjax.train --config=configs/quickstart.py \
            --workdir=runs/quickstart
 Tiny:  --config=configs/quickstart.py:tiny   (seconds)
 Text:  the documentation and docstrings of the installed Python packages.
+Seen:  450 steps in the 285 s allowed, on two busy cores on the first version:
+       masked accuracy 0.130 on unseen packages, guessing by frequency
+       0.064; loss 8.06 -> 5.65, still falling. quickstart_reference.csv is that
+       run's curve, which the report compares with.
 """
 
+import pathlib
+
 import ml_collections
+
+_REFERENCE = pathlib.Path(__file__).with_name("quickstart_reference.csv")
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
@@ -42,6 +50,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     )
   )
   c.every = dict(log=2 if tiny else 20, checkpoint=4 if tiny else 160)
+  c.reference_curve = "" if tiny else str(_REFERENCE)
   c.samples = (
     "Return a new [MASK] with the given shape and dtype.",
     "If the file does not [MASK], an error is raised.",
