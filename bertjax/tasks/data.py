@@ -198,7 +198,12 @@ class TaskData:
     return found
 
   def dataset(self, split: str | None = None) -> TaskDataset:
-    """The rows of a split, the training one by default."""
+    """The rows of a split, the training one by default.
+
+    Raises:
+      ValueError: unknown split, records that do not fit the task, or nothing
+        to learn from in the training split.
+    """
     split = split or self.train_split
     if split not in self._datasets:
       examples = self.records(split)
@@ -207,6 +212,11 @@ class TaskData:
       features = self.task.kind.features(
         examples, self.tokenizer, self.seq_len, self._style
       )
+      if split == self.train_split and not features.labelled.any():
+        raise ValueError(
+          f"data.train_split={split!r} of {self.source.name} has no labels"
+          f" in {self.task.kind.fields[-1]!r}; nothing can be learned from it."
+        )
       self._datasets[split] = TaskDataset(
         features,
         pad_id=self.tokenizer.pad_id,

@@ -33,6 +33,12 @@ class Features:
   arrays: dict[str, np.ndarray]
   facts: Any = None
 
+  @property
+  def labelled(self) -> np.ndarray:
+    """Which entries of `labels` are known; bool, same shape."""
+    labels = self.arrays["labels"]
+    return ~np.isnan(labels) if labels.dtype.kind == "f" else labels >= 0
+
 
 class Kind(abc.ABC):
   """What is common to tasks that share a head."""
@@ -191,12 +197,11 @@ class Sentences(Kind):
     return Features(arrays)
 
   def score(self, logits, features) -> dict[str, float]:
-    labels = features.arrays["labels"]
+    labels, known = features.arrays["labels"], features.labelled
     if not self.labels:
-      known, guesses = ~np.isnan(labels), logits[:, 0]
+      guesses = logits[:, 0]
     else:
       _refuse_other_size(logits.shape[-1], self.labels)
-      known = labels >= 0
       guesses = (logits > 0).astype(np.int32)
       if self.multilabel:
         known = known.all(-1)
@@ -498,8 +503,7 @@ class Choices(Kind):
     return Features(arrays)
 
   def score(self, logits, features) -> dict[str, float]:
-    labels = features.arrays["labels"]
-    known = labels >= 0
+    labels, known = features.arrays["labels"], features.labelled
     _refuse_unlabelled(known)
     guesses = logits.argmax(-1)
     return {"accuracy": metrics.accuracy(labels[known], guesses[known])}

@@ -8,6 +8,7 @@ splits, ids, fingerprints, errors) with `bertjax.data.sources`.
 import csv
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,8 @@ def _csv(
   columns: Sequence[str] | None,
 ) -> Iterator[dict[str, Any]]:
   if delimiter is None:
-    delimiter = "\t" if ".tsv" in path or ".tab" in path else ","
+    name = os.path.basename(path)  # perhaps with .gz behind
+    delimiter = "\t" if ".tsv" in name or ".tab" in name else ","
   # Tables with tabs, GLUE's among them, hold bare quotation marks.
   quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
   with files.open_text(path, encoding) as f:

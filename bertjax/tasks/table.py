@@ -158,7 +158,7 @@ _NLI = ("entailment", "neutral", "contradiction")
 _SWAG_ENDINGS = ("ending0", "ending1", "ending2", "ending3")
 
 # Label names are in the order of TFDS's indices.
-_PUBLISHED: dict[str, tuple[Kind, str | None]] = {
+PUBLISHED: dict[str, tuple[Kind, str | None]] = {
   "glue/cola": (
     Sentences(
       "sentence",
@@ -253,7 +253,7 @@ _PUBLISHED: dict[str, tuple[Kind, str | None]] = {
 }
 
 TASKS: dict[str, Builder] = {
-  **{name: published(*row) for name, row in _PUBLISHED.items()},
+  **{name: published(*row) for name, row in PUBLISHED.items()},
   "classification": classification,
   "pairs": pairs,
   "regression": regression,

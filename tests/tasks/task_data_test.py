@@ -240,6 +240,14 @@ class DatasetTest(TaskTestCase):
     with self.assertRaisesRegex(ValueError, "lacks 'y'"):
       data.dataset()
 
+  @parameterized.parameters(*KINDS)
+  def test_training_split_without_labels_is_refused(self, name):
+    data = self.data(name)
+    field = data.task.kind.fields[-1]
+    records = [r | {field: None} for r in examples(KINDS[name][1])]
+    with self.assertRaisesRegex(ValueError, f"no labels in '{field}'"):
+      self.data(name, records=records).dataset()
+
 
 class ReaderTest(TaskTestCase):
   def read(self, name, text, suffix, **options):
@@ -349,9 +357,9 @@ class ReaderTest(TaskTestCase):
       import tensorflow_datasets
     except ImportError:
       self.skipTest("tensorflow_datasets is not installed")
-    from bertjax.tasks.table import _PUBLISHED
+    from bertjax.tasks.table import PUBLISHED
 
-    for name, (kind, builder) in _PUBLISHED.items():
+    for name, (kind, builder) in PUBLISHED.items():
       if builder is None:
         continue
       features = tensorflow_datasets.builder(builder).info.features
