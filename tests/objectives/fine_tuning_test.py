@@ -83,7 +83,7 @@ class ParityTest(absltest.TestCase):
     found = published(theirs)
     encoder = registry.build(MODELS, found.spec, "model")
     objective = registry.build(FINE_TUNING, spec, "objective", encoder=encoder)
-    return objective, {**found.params, **head}
+    return objective, jax.tree.map(jnp.asarray, {**found.params, **head})
 
   def compare(self, theirs, spec, head, batch, labels):
     """Logits are equal; returns both losses."""
@@ -91,7 +91,7 @@ class ParityTest(absltest.TestCase):
     objective, params = self.ours(theirs, spec, head)
     if spec["name"] in ("token_classification", "span_qa"):
       params.pop("pooler", None)
-    batch = {**batch, "labels": labels}
+    batch = jax.tree.map(jnp.asarray, {**batch, "labels": labels})
     found = objective.apply({"params": params}, batch, method="logits")
     # The tree has exactly the parameters that the objective makes.
     fresh = nn.meta.unbox(
@@ -224,6 +224,15 @@ class ParityTest(absltest.TestCase):
     self.assertAlmostEqual(loss, expected.loss.item(), delta=ATOL)
 
 
+def tiny_encoder():
+  return registry.build(
+    MODELS,
+    dict(name="bert", vocab_size=61, num_layers=1, emb_dim=8, num_heads=2,
+         max_positions=LENGTH),
+    "model",
+  )  # fmt: skip
+
+
 NO_LABEL = {
   "classification": (dict(num_classes=3), np.int32(-1), ()),
   "regression": (dict(num_classes=1), np.float32("nan"), ()),
@@ -239,13 +248,7 @@ class WeightTest(parameterized.TestCase):
   def test_rows_without_label_and_padding_count_nothing(self, name):
     options, missing, shape = NO_LABEL[name]
     head = "classification" if name in ("regression", "multilabel") else name
-    encoder = registry.build(
-      MODELS,
-      dict(name="bert", vocab_size=61, num_layers=1, emb_dim=8, num_heads=2,
-           max_positions=LENGTH),
-      "model",
-    )  # fmt: skip
-    objective = FINE_TUNING[head](encoder=encoder, **options)
+    objective = FINE_TUNING[head](encoder=tiny_encoder(), **options)
     rows = random_rows(*((3, 2) if head == "multiple_choice" else (3,)), LENGTH)
     real = rows["segment_ids"] > 0
     self.assertFalse(real.all())
@@ -255,14 +258,16 @@ class WeightTest(parameterized.TestCase):
     abstract = nn.meta.unbox(
       jax.eval_shape(
         lambda key: objective.init(
-          key, {**rows, "labels": labels}, train=False
+          key,
+          jax.tree.map(jnp.asarray, {**rows, "labels": labels}),
+          train=False,
         ),
         jax.random.key(0),
       )
     )["params"]
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-      lambda x: rng.normal(size=x.shape).astype(np.float32) / 2, abstract
+      lambda x: jnp.float32(rng.normal(size=x.shape) / 2), abstract
     )
 
     @jax.jit
@@ -311,7 +316,7 @@ class WeightTest(parameterized.TestCase):
   )
   def test_bad_options_are_refused(self, name, options, message):
     with self.assertRaisesRegex(ValueError, message):
-      FINE_TUNING[name](encoder=None, **options)
+      FINE_TUNING[name](encoder=tiny_encoder(), **options)
 
 
 if __name__ == "__main__":
