@@ -4,6 +4,8 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Whichever test imports TensorFlow first brings Keras along and fixes this.
+os.environ["KERAS_BACKEND"] = "jax"
 
 import jax
 from absl import flags
