@@ -44,7 +44,7 @@ class ConfigsTest(parameterized.TestCase):
   @parameterized.named_parameters((p.stem, p) for p in _CONFIGS)
   def test_the_full_variant_has_only_known_fields(self, path):
     for fields in stage_configs(_load(path, "")).values():
-      settings(fields)
+      self.assertEqual(settings(fields).model, fields["model"])
 
   def test_a_typo_is_refused_with_a_suggestion(self):
     with self.assertRaisesRegex(ValueError, "modle .*Did you mean 'model'"):
