@@ -14,6 +14,7 @@ from bertjax.config import Settings
 from bertjax.data.static import StaticData
 from bertjax.data.text import TextData
 from bertjax.evals import EVALUATORS, Evaluator
+from bertjax.hooks import StopRules, build_stop
 from bertjax.metrics import meters
 from bertjax.models import MODELS
 from bertjax.objectives import OBJECTIVES
@@ -38,6 +39,7 @@ class Experiment:
     data: what is read.
     objective: what is minimised.
     optimizer: how.
+    stop: when to end.
     batch_spec: shapes of the global batch.
     abstract_state: shapes of the train state, with shardings.
     key: the run's PRNG key.
@@ -48,6 +50,7 @@ class Experiment:
   data: TextData | StaticData
   objective: nn.Module
   optimizer: Optimizer
+  stop: StopRules
   batch_spec: dict[str, jax.ShapeDtypeStruct]
   abstract_state: TrainState
   key: jax.Array
@@ -178,6 +181,12 @@ def build(
   """
   mesh = registry.call(make_mesh, settings.mesh, "mesh", devices=devices)
   lookup(dict.fromkeys(GENERATORS), settings.prng, "prng")
+  stop = build_stop(settings.stop)
+  if "steps" not in settings.stop:
+    raise ValueError(
+      "stop.steps is required: the schedule is drawn for it, also when"
+      " stop.tokens or stop.wall_clock_s ends the run earlier."
+    )
   if data is None:
     data = registry.build(
       DATA,
@@ -192,11 +201,6 @@ def build(
   )
   batch_spec = data.dataset().batch_spec(data.batch_size)
   params, axes = train_state.abstract_params(objective, batch_spec)
-  if "steps" not in settings.stop:
-    raise ValueError(
-      "stop.steps is required: the schedule is drawn for it, also when"
-      " stop.tokens or stop.wall_clock_s ends the run earlier."
-    )
   optimizer = build_optimizer(
     settings.optim,
     total_steps=settings.horizon or settings.stop["steps"],
@@ -220,6 +224,7 @@ def build(
     data=data,
     objective=objective,
     optimizer=optimizer,
+    stop=stop,
     batch_spec=batch_spec,
     abstract_state=abstract,
     key=key,

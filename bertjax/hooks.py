@@ -144,6 +144,7 @@ class EvaluationHook:
     self._evaluate = evaluate
     self._write = write
     self._prefix = prefix
+    self._evaluated: int | None = None
     self.latest: dict[str, float] = {}
 
   def __call__(self, step: int, state: Any) -> None:
@@ -151,8 +152,11 @@ class EvaluationHook:
       self.run(step, state)
 
   def run(self, step: int, state: Any) -> dict[str, float]:
-    """Evaluates now, whatever `when` says."""
+    """Evaluates now, whatever `when` says, unless it has done so this step."""
+    if step == self._evaluated:
+      return self.latest
     values = self._evaluate(step, state)
+    self._evaluated = step
     self.latest = {self._prefix + k: float(v) for k, v in values.items()}
     self._write(step, self.latest)
     return self.latest
@@ -394,16 +398,15 @@ def build_stop(spec: Mapping[str, Any]) -> StopRules:
 
 
 class Stopwatch:
-  """Seconds of training, over all resumes."""
+  """Seconds of work on a run, over all resumes."""
 
-  def __init__(
-    self,
-    already_s: float = 0.0,
-    clock: Callable[[], float] = time.monotonic,
-  ):
-    """Runs at once, on top of `already_s` seconds from before the resume."""
+  def __init__(self, clock: Callable[[], float] = time.monotonic):
     self._clock = clock
-    self._start = clock() - already_s
+    self._start = clock()
+
+  def add(self, seconds: float) -> None:
+    """Counts the seconds of before a resume."""
+    self._start -= seconds
 
   def elapsed_s(self) -> float:
     return self._clock() - self._start

@@ -83,6 +83,10 @@ class HookTest(absltest.TestCase):
       written, [(2, {"heldout/loss": 12.0}), (4, {"heldout/loss": 14.0})]
     )
     self.assertEqual(hook.latest, {"heldout/loss": 14.0})
+    hook.run(4, 10)  # the end of the run, at a step that was evaluated
+    self.assertLen(written, 2)
+    hook.run(5, 10)
+    self.assertLen(written, 3)
 
   def test_checkpoint_holds_state_and_iterator_of_the_same_moment(self):
     workdir = temporary(self)
@@ -202,7 +206,8 @@ class StopTest(parameterized.TestCase):
     clock.now += 7
     self.assertEqual(first.elapsed_s(), 7)
     clock.now += 1000  # the machine was off
-    second = hooks.Stopwatch(first.elapsed_s() - 1000, clock=clock)
+    second = hooks.Stopwatch(clock=clock)
+    second.add(7)
     clock.now += 5
     self.assertEqual(second.elapsed_s(), 12)
 

@@ -1,6 +1,8 @@
 """Whole runs: resume after any kind of end, and refusal of what is wrong."""
 
+import contextlib
 import csv
+import io
 import json
 import os
 import pathlib
@@ -213,6 +215,20 @@ class TrainTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "params/encoder/.*mlp"):
       train.train(self._config(model=dict(mlp_dim=40)), folder)
     self.assertTrue((folder / "checkpoints" / "2").exists())
+
+  def test_a_resume_tells_what_changed_in_the_config(self):
+    folder = pathlib.Path(self.create_tempdir())
+    train.train(self._config(stop=dict(steps=2)), folder)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+      train.train(
+        self._config(stop=dict(steps=3), optim=dict(learning_rate=2e-2)),
+        folder,
+      )
+    changed = [x for x in said.getvalue().splitlines() if "Changed" in x]
+    self.assertLen(changed, 2)
+    self.assertIn("optim.learning_rate: 0.01 -> 0.02", changed[0])
+    self.assertIn("stop.steps: 2 -> 3", changed[1])
 
   def test_other_data_is_refused_on_resume(self):
     folder = pathlib.Path(self.create_tempdir())

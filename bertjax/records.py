@@ -1,0 +1,80 @@
+"""What a workdir says of its run: config, versions, tokenizer."""
+
+import importlib.metadata
+import json
+import pathlib
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+
+from bertjax.experiment import Experiment
+
+_LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_ABSENT = "absent"
+
+
+def record(experiment: Experiment, workdir: pathlib.Path) -> None:
+  """Writes what it takes to understand, repeat or use the run."""
+  if jax.process_index() != 0:
+    return
+  workdir.mkdir(parents=True, exist_ok=True)
+  facts = {
+    "python": platform.python_version(),
+    "libraries": {n: importlib.metadata.version(n) for n in _LIBRARIES},
+    "commit": _commit(),
+    "devices": [d.device_kind for d in experiment.mesh.devices.flat],
+    "mesh": dict(experiment.mesh.shape),
+  }
+  write_json(workdir / "run.json", facts)
+  write_json(workdir / "config.json", experiment.settings.to_json())
+  if not (workdir / "tokenizer").exists():
+    experiment.data.tokenizer.save(workdir / "tokenizer")
+
+
+def config_changes(experiment: Experiment, workdir: pathlib.Path) -> list[str]:
+  """Fields that differ from the config this workdir was started with.
+
+  Returns:
+    Lines such as `optim.learning_rate: 0.001 -> 0.002`; none for a fresh
+    workdir.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    return []
+  old = dict(_flat(json.loads(path.read_text())))
+  new = dict(_flat(experiment.settings.to_json()))
+  return [
+    f"{name}: {old.get(name, _ABSENT)} -> {new.get(name, _ABSENT)}"
+    for name in sorted({*old, *new})
+    if old.get(name, _ABSENT) != new.get(name, _ABSENT)
+  ]
+
+
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+  """Writes a file that is whole at any moment."""
+  partial = path.with_suffix(".partial")
+  partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+  partial.replace(path)
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+  if not isinstance(value, Mapping):
+    yield name, value
+    return
+  for key, inner in value.items():
+    yield from _flat(inner, f"{name}.{key}" if name else key)
+
+
+def _commit() -> str | None:
+  """The library's git commit, if it runs from a checkout."""
+  done = subprocess.run(
+    ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+    cwd=pathlib.Path(__file__).parent,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  return done.stdout.strip() or None
