@@ -13,6 +13,7 @@ from bertjax.layers.dropout import Dropout
 from bertjax.layers.linear import bert_init
 from bertjax.layers.matmul import einsum
 from bertjax.layers.norm import LayerNorm
+from bertjax.parallel.sharding import constrain
 
 
 class Embed(nn.Module):
@@ -38,11 +39,19 @@ class Embed(nn.Module):
 
   def __call__(self, ids: jax.Array) -> jax.Array:
     """Rows of `ids`; an id beyond the table gives NaN, never a wrong row."""
-    return jnp.take(self.embedding, ids, axis=0, mode="fill")
+    return jnp.take(self._gathered(), ids, axis=0, mode="fill")
 
   def logits(self, hidden: jax.Array, dtype: Dtype) -> Float[Array, "b m v"]:
     """Scores of every row against `hidden` [b, m, e], float32."""
-    return einsum("bme,ve->bmv", hidden, self.embedding, dtype)
+    return einsum("bme,ve->bmv", hidden, self._gathered(), dtype)
+
+  def _gathered(self) -> jax.Array:
+    """The table with its width whole on every device.
+
+    Left to itself the partitioner looks up slices of rows and then moves the
+    activations, which are larger, through a full copy.
+    """
+    return constrain(self.embedding, (self.axis, None))
 
 
 class Embeddings(nn.Module):
