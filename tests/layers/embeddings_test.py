@@ -1,4 +1,4 @@
-"""The token table on a mesh: looked up and scored without moving activations."""
+"""The token table on a mesh: looked up and scored without moving rows."""
 
 import os
 import subprocess
