@@ -18,7 +18,7 @@ import time
 import numpy as np
 
 from bertjax.data import cache as cache_lib
-from bertjax.data import dataset, instances, masking, sources, tokenizers
+from bertjax.data import instances, masking, sources, text_dataset, tokenizers
 
 _BATCH_SIZE = 64
 
@@ -40,7 +40,7 @@ class FirstDocuments:
 
 def measure(cache, tokenizer, name, unit, seq_len, seconds):
   """Rates of one mode, reading from the start for about `seconds`."""
-  data = dataset.TextDataset(
+  data = text_dataset.TextDataset(
     cache,
     tokenizer,
     instances=dict(name=name),

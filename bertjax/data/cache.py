@@ -5,7 +5,8 @@ decides its content: the source, the split, the tokenizer, the splitter, the
 limits and the version of this format.
 
     shard-00000.arrayrecord ...   one record a document, see `pack_record`
-    index.npz                     lengths of all documents and sentences
+    index.npz                     lengths of all documents and sentences, and
+                                  which part of a mixture a document is of
     manifest.json                 counts, checksums; written last
 
 Shard s holds what is left of the source's documents s*n .. (s+1)*n-1 once
@@ -38,6 +39,14 @@ _WRITER = "group_size:1,uncompressed"  # one record a chunk: random access
 _READER = "readahead_buffer_size:0,max_parallelism:0"
 _BATCH = 256  # documents that are tokenised together
 _BATCH_CHARS = 4_000_000  # and no more text than this, so books fit too
+
+
+class _Labelled(NamedTuple):
+  """A document with what its example says of it."""
+
+  document: "TokenizedDocument"
+  copy: int
+  component: int
 
 
 class TokenizedDocument(NamedTuple):
@@ -189,6 +198,15 @@ class TokenCache:
   def document_lengths(self) -> Int[np.ndarray, "documents"]:
     """Tokens of each document, int64."""
     return self._index["document_lengths"]
+
+  @property
+  def document_sources(self) -> Int[np.ndarray, "documents"] | None:
+    """Component of a mixture that each document is of, uint16.
+
+    All 0 when the source is no mixture; None in a cache built before they were
+    recorded.
+    """
+    return self._index.get("document_sources")
 
   @property
   def sentence_lengths(self) -> Int[np.ndarray, "sentences"]:
@@ -381,15 +399,21 @@ def _build(source, split, tokenizer, splitter, recipe, partial) -> None:
       f" {counts['empty']} documents, all of them empty. Check its paths,"
       " filters and fields."
     )
-  lengths = np.concatenate([s["document_lengths"] for s in shards])
-  sentence_counts = np.concatenate([s["sentence_counts"] for s in shards])
-  sentence_lengths = np.concatenate([s["sentence_lengths"] for s in shards])
+
+  def joined(name: str) -> np.ndarray:
+    return np.concatenate([shard[name] for shard in shards])
+
+  lengths, sentence_lengths = (
+    joined("document_lengths"),
+    joined("sentence_lengths"),
+  )
   with open(partial / "index.npz", "wb") as f:
     np.savez(
       f,
       document_lengths=lengths,
+      document_sources=joined("document_sources"),
       sentence_lengths=sentence_lengths,
-      sentence_offsets=np.append(0, np.cumsum(sentence_counts)),
+      sentence_offsets=np.append(0, np.cumsum(joined("sentence_counts"))),
       shard_offsets=np.append(0, np.cumsum(per_shard)),
     )
     _sync(f)
@@ -417,15 +441,17 @@ def _build(source, split, tokenizer, splitter, recipe, partial) -> None:
 
 def _tokenized(
   examples: Iterator[base.Example], tokenizer, splitter
-) -> Iterator[tuple[TokenizedDocument, int]]:
-  """(document, copy number) of each example, tokenised in batches."""
+) -> Iterator[_Labelled]:
+  """The document of each example, tokenised in batches."""
   batch: list[base.Example] = []
   chars = 0
 
   def flush():
     texts = [example["text"] for example in batch]
     documents = tokenize_documents(texts, tokenizer, splitter)
-    yield from zip(documents, [example.get("copy", 0) for example in batch])
+    for example, document in zip(batch, documents):
+      copy, component = example.get("copy", 0), example.get("component", 0)
+      yield _Labelled(document, copy, component)
 
   for example in examples:
     batch.append(example)
@@ -439,7 +465,7 @@ def _tokenized(
 def _write_shard(
   folder: pathlib.Path,
   shard: int,
-  documents: Iterator[tuple[TokenizedDocument, int]],
+  documents: Iterator[_Labelled],
   seen: set[bytes],
   max_tokens: int | None,
 ) -> dict[str, Any]:
@@ -447,10 +473,11 @@ def _write_shard(
   from array_record.python import array_record_module
 
   path = folder / _shard_name(shard)
-  lengths, sentence_counts, sentence_lengths, digests = [], [], [], []
+  lengths, sentence_counts, sentence_lengths = [], [], []
+  digests, components = [], []
   counts = {"empty": 0, "duplicates": 0, "truncated": 0}
   writer = array_record_module.ArrayRecordWriter(str(path), _WRITER)
-  for document, copy in documents:
+  for document, copy, component in documents:
     if not len(document.tokens):
       counts["empty"] += 1
       continue
@@ -464,12 +491,14 @@ def _write_shard(
     seen.add(digest)
     writer.write(pack_record(document))
     digests.append(np.frombuffer(digest, np.uint8))
+    components.append(component)
     lengths.append(len(document.tokens))
     sentence_counts.append(len(document.sentence_ends))
     sentence_lengths.append(np.diff(document.sentence_ends, prepend=0))
   writer.close()
   state = {
     "document_lengths": np.array(lengths, np.int64),
+    "document_sources": np.array(components, np.uint16),
     "sentence_counts": np.array(sentence_counts, np.int64),
     "sentence_lengths": np.concatenate(
       [np.zeros(0, np.int32), *sentence_lengths]
@@ -490,6 +519,7 @@ def _finished_shard(folder: pathlib.Path, shard: int) -> dict[str, Any] | None:
   try:
     with np.load(folder / _state_name(shard)) as arrays:
       state = {name: arrays[name] for name in arrays.files}
+    state["document_sources"]  # an earlier version did not record them
     whole = _sha256(folder / _shard_name(shard)) == str(state["sha256"])
   except (OSError, ValueError, KeyError):
     return None

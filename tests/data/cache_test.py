@@ -64,7 +64,8 @@ class FakeSource:
       if i == self.fail_after:
         raise KeyboardInterrupt
       copy = int(text.startswith("COPY"))
-      yield {"id": str(i), "text": text.removeprefix("COPY"), "copy": copy}
+      text = text.removeprefix("COPY")
+      yield {"id": str(i), "text": text, "copy": copy, "component": i % 3}
 
 
 def texts(count=23):
@@ -191,6 +192,13 @@ class TokenCacheTest(parameterized.TestCase):
     np.testing.assert_array_equal(
       cache.document_lengths, [len(t.split()) for t in (a, b, c)]
     )
+
+  def test_sources_of_documents_survive_what_is_dropped(self):
+    written = [*texts(6), "", *texts(9)[6:]]  # 9 documents, the 7th empty
+    cache = self.build(FakeSource([*written, written[0]]))
+    kept = [i % 3 for i in (0, 1, 2, 3, 4, 5, 7, 8, 9)]
+    np.testing.assert_array_equal(cache.document_sources, kept)
+    self.assertEqual(cache.document_sources.dtype, np.uint16)
 
   def test_a_shard_may_lose_all_its_documents(self):
     a, b = texts(2)

@@ -27,11 +27,14 @@ class BlockIndex:
     document_lengths: tokens per document.
     sentence_counts: sentences per document.
     sentence_lengths: tokens per sentence, all documents one after another.
+    sources: component of a mixture that each document is of; None if the mode
+      does not need it.
   """
 
   document_lengths: Int[np.ndarray, "documents"]
   sentence_counts: Int[np.ndarray, "documents"]
   sentence_lengths: Int[np.ndarray, "sentences"]
+  sources: Int[np.ndarray, "documents"] | None = None
 
   @property
   def num_documents(self) -> int:
@@ -103,11 +106,15 @@ class InstanceMode(Protocol):
     min_seq_len: the shortest row this mode can fill.
     min_documents: how many documents a corpus needs.
     has_pairs: whether batches carry `pair_labels`.
+    needs_sources: whether `plan` reads `BlockIndex.sources`.
   """
 
   min_seq_len: int
   min_documents: int
   has_pairs: bool
+
+  @property
+  def needs_sources(self) -> bool: ...
 
   def plan(
     self, block: BlockIndex, seq_len: int, rng: np.random.Generator

@@ -190,8 +190,15 @@ def file_source(
     licence: of the texts.
 
   Raises:
-    ValueError: splits given twice, by `paths` and by `fractions`.
+    ValueError: splits given twice, by `paths` and by `fractions`; a feature
+      whose name has a meaning of its own.
   """
+  for feature in options.get("features", ()):
+    if feature in ("copy", "component"):
+      raise ValueError(
+        f"source {name!r}: features may not hold {feature!r}, which says how"
+        " the document takes part in a mixture; rename the field."
+      )
   if hasattr(paths, "items"):
     if fractions is not None:
       raise ValueError(

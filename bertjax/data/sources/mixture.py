@@ -104,7 +104,10 @@ class Mixture:
     return self._resolved
 
   def examples(self, split: str) -> Iterator[base.Example]:
-    """Examples with `id` = "<position of the source>/<its id>"."""
+    """Examples with `id` = "<position of the source>/<its id>".
+
+    `component` is the position too; of nested mixtures the outermost counts.
+    """
     base.check_split(self, split)
 
     def mixed():
@@ -115,6 +118,6 @@ class Mixture:
           for example in source.examples(split):
             key = f"{i}/{example['id']}"
             for copy in range(copies(factor, key)):
-              yield {**example, "id": key, "copy": copy}
+              yield {**example, "id": key, "copy": copy, "component": i}
 
     return base.nonempty(mixed(), self.name, split)

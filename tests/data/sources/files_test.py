@@ -324,6 +324,11 @@ class FilesTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "already names splits"):
       self.source("text_files", {"test": path}, fractions={"test": 1.0})
 
+  def test_features_that_mean_something_else_are_refused(self):
+    path = self.write("a.jsonl", '{"text": "a", "copy": 7}')
+    with self.assertRaisesRegex(ValueError, "features may not hold 'copy'"):
+      self.source("jsonl", path, features=["copy"])
+
   def test_unknown_document_unit(self):
     with self.assertRaisesRegex(ValueError, "'file' or 'blank_line'"):
       self.source("text_files", self.write("a.txt", "a"), documents="page")
