@@ -1,11 +1,12 @@
 """Plain files as sources: text, JSON lines, CSV, Parquet, TFRecord.
 
 Each format is a function from a path to numbered records; `FileSource` does
-the rest: patterns, splits, ids, errors. Names that end in .gz, .bz2 or .xz are
-read compressed.
+the rest: patterns, splits, ids, errors. Names that end in .gz, .bz2, .xz or
+.zst are read compressed; a byte order mark at the start of UTF-8 is no text.
 """
 
 import bz2
+import codecs
 import csv as csv_lib
 import functools
 import glob
@@ -16,12 +17,26 @@ import json
 import lzma
 import os
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bertjax.data.sources import base
 
-_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+def _open_zstd(path: str, mode: str) -> io.BufferedIOBase:
+  """Reads Zstandard, of one frame or several; `mode` is "rb"."""
+  import pyarrow
+
+  return pyarrow.CompressedInputStream(pyarrow.OSFile(path, mode), "zstd")
+
+
+_OPENERS = {
+  ".gz": gzip.open,
+  ".bz2": bz2.open,
+  ".xz": lzma.open,
+  ".zst": _open_zstd,
+}
 _WHOLE = 64 * 2**20  # bytes up to which a file's full content is hashed
 _SAMPLES, _SAMPLE = 16, 2**20
 
@@ -53,6 +68,8 @@ def open_binary(path: str) -> io.BufferedIOBase:
 
 def open_text(path: str, encoding: str = "utf-8") -> io.TextIOWrapper:
   """Like `open_binary`, decoded; keeps the file's own line ends."""
+  if codecs.lookup(encoding).name == "utf-8":
+    encoding = "utf-8-sig"  # passes over a byte order mark
   return io.TextIOWrapper(open_binary(path), encoding=encoding, newline="")
 
 
@@ -101,9 +118,14 @@ class FileSource:
       if os.path.isfile(pattern):
         files.append(pattern)  # a name may hold brackets
       if not files:
+        found_instead = (
+          f"is a folder; write {os.path.join(pattern, '*')!r} for its files"
+          if os.path.isdir(pattern)
+          else f"matches no file (working folder {os.getcwd()})"
+        )
         raise ValueError(
           f"paths: {pattern!r} of source {self.name!r}, split {split!r},"
-          f" matches no file (working folder {os.getcwd()})."
+          f" {found_instead}."
         )
       found.update(files)
     return sorted(found)
@@ -138,14 +160,33 @@ class FileSource:
     try:
       yield from self._read(path)
     except UnicodeDecodeError as err:
+      where = _undecodable_line(path, err.encoding) or path
       raise ValueError(
-        f"{path} is not {err.encoding} text ({err.reason} at byte"
-        f" {err.start}); set `encoding`."
+        f"{where} is not {err.encoding} text ({err.reason}:"
+        f" {err.object[err.start : err.start + 4]!r}); repair it, or set"
+        " `encoding` if the file has another one."
       ) from err
-    except (gzip.BadGzipFile, lzma.LZMAError, EOFError) as err:
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as err:
+      # The system's own errors carry a number and name the file.
+      if getattr(err, "errno", None) is not None:
+        raise
       raise ValueError(
         f"{path} is not a whole compressed file: {err}."
       ) from err
+
+
+def _undecodable_line(path: str, encoding: str) -> str | None:
+  """Where the first line stands that is no text; None if lines are no bytes."""
+  if codecs.lookup(encoding).name.startswith(("utf-16", "utf-32")):
+    return None
+  # Latin-1 keeps each byte as it is, whatever kind of stream this is.
+  with io.TextIOWrapper(open_binary(path), "latin-1", newline="\n") as lines:
+    for number, line in enumerate(lines, 1):
+      try:
+        line.encode("latin-1").decode(encoding)
+      except UnicodeDecodeError:
+        return f"{path}, line {number}"
+  return None
 
 
 def _content_of(path: str) -> str:
@@ -193,6 +234,13 @@ def file_source(
     ValueError: splits given twice, by `paths` and by `fractions`; a feature
       whose name has a meaning of its own.
   """
+  try:
+    codecs.lookup(options.get("encoding", "utf-8"))
+  except LookupError as err:
+    raise ValueError(
+      f"source {name!r}: encoding={options['encoding']!r} is unknown to Python;"
+      " write utf-8, latin-1, utf-16, ..."
+    ) from err
   for feature in options.get("features", ()):
     if feature in ("copy", "component"):
       raise ValueError(
@@ -328,7 +376,11 @@ def read_parquet(
   """Rows of a Parquet file; reads only the columns it needs."""
   import pyarrow.parquet
 
-  with pyarrow.parquet.ParquetFile(path) as table:
+  try:
+    table = pyarrow.parquet.ParquetFile(path)
+  except pyarrow.ArrowInvalid as err:
+    raise ValueError(f"{path} is not a whole Parquet file: {err}") from err
+  with table:
     names = dict.fromkeys(table.schema_arrow.names)
     wanted = [n for n in (text_field, id_field, *features) if n is not None]
     for name in wanted:
