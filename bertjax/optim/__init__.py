@@ -103,6 +103,7 @@ def build_optimizer(
   params: Any,
   logical_axes: Any = None,
   param_specs: Any = None,
+  tokens_per_step: float | None = None,
 ) -> Optimizer:
   """The optimizer that a config's `optim` describes.
 
@@ -121,6 +122,8 @@ def build_optimizer(
       None says that no parameter is stacked.
     param_specs: tree like `params` of PartitionSpecs, when `update` runs inside
       `jax.shard_map`; None under jit, where norms are global by themselves.
+    tokens_per_step: tokens of a global batch, padding included, for schedules
+      that count in tokens.
 
   Raises:
     ValueError: names the field of an unknown option or a bad value; or a
@@ -154,6 +157,7 @@ def build_optimizer(
     spec.pop("schedule", {"name": "constant"}),
     learning_rate=spec.pop("learning_rate"),
     total_steps=total_steps,
+    tokens_per_step=tokens_per_step,
   )
   for field in ("no_decay", "no_adaptation"):
     if field in spec:
