@@ -37,6 +37,7 @@ def _mixture(
   sources: Sequence[Mapping[str, Any]],
   dupe_factors: Sequence[float] | None = None,
   weights: Sequence[float] | None = None,
+  alpha: float | None = None,
   unit: str = "characters",
 ) -> Mixture:
   """`Mixture` of sources that are themselves rows of `SOURCES`."""
@@ -44,7 +45,13 @@ def _mixture(
     registry.build(SOURCES, spec, f"data.source.sources[{i}]")
     for i, spec in enumerate(sources)
   ]
-  return Mixture(built, dupe_factors=dupe_factors, weights=weights, unit=unit)
+  return Mixture(
+    built,
+    dupe_factors=dupe_factors,
+    weights=weights,
+    alpha=alpha,
+    unit=unit,
+  )
 
 
 def _with_preprocess(builder: Callable[..., Source]) -> Callable[..., Source]:

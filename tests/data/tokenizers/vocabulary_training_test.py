@@ -256,6 +256,34 @@ class BuildTest(absltest.TestCase):
     with self.assertRaisesRegex(ValueError, "path=.*is not a file"):
       tokenizers.build_tokenizer(spec, self._texts, self.cache, "s")
 
+  def test_extended_row_keeps_old_ids_and_adds_in_order(self):
+    trained = self._build()
+    of = dict(name="train", kind="wordpiece", vocab_size=60)
+
+    def extended(**options):
+      return tokenizers.build_tokenizer(
+        dict(name="extended", of=of, **options), self._texts, self.cache, "s1"
+      )
+
+    size = trained.vocab_size
+    padded = extended(pad_to_multiple=64)
+    self.assertEqual(padded.vocab_size, 64)
+    self.assertEqual(padded.vocabulary[:size], trained.vocabulary)
+    both = extended(append=["zzyx", "##qq"], pad_to_multiple=64)
+    self.assertEqual(both.vocabulary[size : size + 2], ("zzyx", "##qq"))
+    self.assertEqual(both.encode("zzyx").tolist(), [size])
+    self.assertEqual(both.vocab_size, 64)
+    self.assertEqual(self.reads, 1)  # the one below is trained once
+    again = tokenizers.reuse_unused(both, ["covid"])
+    self.assertEqual(again.piece_id("covid"), size + 2)
+    with self.assertRaisesRegex(ValueError, "1 new pieces do not fit into the"):
+      extended(reuse=["covid"])
+    with self.assertRaisesRegex(ValueError, "data.tokenizer.of.name='trian'"):
+      tokenizers.build_tokenizer(
+        dict(name="extended", of=dict(name="trian")), self._texts,
+        self.cache, "s1",
+      )  # fmt: skip
+
   def test_unknown_rows_and_options_are_named(self):
     with self.assertRaisesRegex(ValueError, "data.tokenizer.name='trian'"):
       self._build(name="trian")
