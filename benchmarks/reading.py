@@ -17,8 +17,14 @@ import time
 
 import numpy as np
 
-from bertjax.data import cache as cache_lib
-from bertjax.data import instances, masking, sources, text_dataset, tokenizers
+from bertjax.data import (
+  cache_build,
+  instances,
+  masking,
+  sources,
+  text_dataset,
+  tokenizers,
+)
 
 _BATCH_SIZE = 64
 
@@ -84,7 +90,7 @@ def main():
   )
   rows = []
   with tempfile.TemporaryDirectory() as folder:
-    cache = cache_lib.build_cache(
+    cache = cache_build.build_cache(
       source, "train", tokenizer, "sentences", folder
     )
     print(f"{cache.num_documents} documents, {cache.num_tokens} tokens")

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from bertjax.data import cache as cache_lib
-from bertjax.data import sentences
+from bertjax.data import cache_build, sentences
 
 _REPOSITORY = pathlib.Path(__file__).parents[2]
 
@@ -144,7 +144,7 @@ class TokenCacheTest(parameterized.TestCase):
 
   def build(self, source, folder=None, tokenizer=None, **options):
     options = {"documents_per_shard": 5, **options}
-    return cache_lib.build_cache(
+    return cache_build.build_cache(
       source,
       "train",
       tokenizer or FakeTokenizer(),
@@ -234,10 +234,10 @@ class TokenCacheTest(parameterized.TestCase):
       self.build(source, tokenizer=FakeTokenizer(999)),
       self.build(source, max_tokens_per_document=5),
       self.build(source, documents_per_shard=7),
-      cache_lib.build_cache(
+      cache_build.build_cache(
         source, "test", FakeTokenizer(), "sentences", self.folder
       ),
-      cache_lib.build_cache(
+      cache_build.build_cache(
         source, "train", FakeTokenizer(), "lines", self.folder
       ),
     ]
@@ -246,7 +246,7 @@ class TokenCacheTest(parameterized.TestCase):
   def test_bytes_do_not_depend_on_batches_or_folder(self):
     source = FakeSource(texts())
     one = self.build(source)
-    with mock.patch.object(cache_lib, "_BATCH", 3):
+    with mock.patch.object(cache_build, "_BATCH", 3):
       other = self.build(source, self.folder / "elsewhere")
     self.assertEqual(files_of(one), files_of(other))
 
@@ -348,7 +348,7 @@ class TokenCacheTest(parameterized.TestCase):
               yield example
         source = Slow(t.texts())
         print("ready", flush=True)
-        cache = t.cache_lib.build_cache(
+        cache = t.cache_build.build_cache(
           source, "train", t.FakeTokenizer(), "sentences", sys.argv[2],
           documents_per_shard=5)
         print(cache.num_documents, flush=True)
@@ -384,11 +384,11 @@ class TokenCacheTest(parameterized.TestCase):
   def test_bad_arguments(self):
     source = FakeSource(texts())
     with self.assertRaisesRegex(ValueError, "split='dev'.*train, test"):
-      cache_lib.build_cache(
+      cache_build.build_cache(
         source, "dev", FakeTokenizer(), "sentences", self.folder
       )
     with self.assertRaisesRegex(ValueError, "data.splitter='word'.*paragraphs"):
-      cache_lib.build_cache(
+      cache_build.build_cache(
         source, "train", FakeTokenizer(), "word", self.folder
       )
     with self.assertRaisesRegex(ValueError, "max_tokens_per_document=0"):

@@ -11,7 +11,7 @@ import pyarrow.parquet
 from absl.testing import absltest, parameterized
 
 from bertjax import registry
-from bertjax.data import cache as cache_lib
+from bertjax.data import cache_build
 from bertjax.data.sources import CORPORA, PREPROCESSORS, SOURCES
 from bertjax.data.sources import mixture as mixture_lib
 
@@ -105,7 +105,7 @@ class MixtureTest(SourceTestCase):
   def test_components_reach_the_cache(self):
     nested = dict(name="mixture", sources=[self.a, self.b])
     source = self.build(name="mixture", sources=[self.b, nested])
-    cache = cache_lib.build_cache(
+    cache = cache_build.build_cache(
       source, "train", _Words(), "none", self.folder / "cache"
     )
     # The nested copy of b is all duplicates; the outermost position counts.
@@ -115,7 +115,7 @@ class MixtureTest(SourceTestCase):
 
   def test_copies_survive_the_removal_of_duplicates(self):
     source = self.build(name="mixture", sources=[self.b], dupe_factors=[3])
-    cache = cache_lib.build_cache(
+    cache = cache_build.build_cache(
       source, "train", _Words(), "none", self.folder / "cache"
     )
     self.assertEqual((cache.num_documents, cache.duplicates), (600, 0))
