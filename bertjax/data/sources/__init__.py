@@ -11,7 +11,13 @@ from typing import Any
 from bertjax import registry
 from bertjax.data.sources.base import Example, HashSplit, Source
 from bertjax.data.sources.corpora import CORPORA, corpus
-from bertjax.data.sources.files import csv, jsonl, parquet, text_files, tfrecord
+from bertjax.data.sources.formats import (
+  csv,
+  jsonl,
+  parquet,
+  text_files,
+  tfrecord,
+)
 from bertjax.data.sources.mixture import Mixture
 from bertjax.data.sources.preprocess import PREPROCESSORS, Preprocessed
 from bertjax.data.sources.pubmed import pubmed_xml
