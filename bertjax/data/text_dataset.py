@@ -15,7 +15,7 @@ import json
 import operator
 import threading
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -31,6 +31,7 @@ _DOCUMENT_ORDER, _ROWS = 0, 1  # what a random generator is for
 _BLOCKS_KEPT = 4
 
 
+@runtime_checkable
 class Cache(Protocol):
   """What is needed of a token cache (`bertjax.data.cache.TokenCache`)."""
 

@@ -103,7 +103,7 @@ def build_optimizer(
   params: Any,
   logical_axes: Any = None,
   param_specs: Any = None,
-  tokens_per_step: float | None = None,
+  tokens_per_step: int | float | None = None,
 ) -> Optimizer:
   """The optimizer that a config's `optim` describes.
 

@@ -32,7 +32,7 @@ def steps_of(amount: int | float, total_steps: int, field: str) -> int:
   return amount
 
 
-def in_steps(spec: Any, tokens_per_step: float | None, field: str) -> Any:
+def in_steps(spec: Any, tokens_per_step: int | float | None, field: str) -> Any:
   """A spec with every `dict(tokens=n)` in it replaced by a number of steps.
 
   Rounded to the nearest step, at least one. Tokens are the slots of a batch,
@@ -63,7 +63,7 @@ def in_steps(spec: Any, tokens_per_step: float | None, field: str) -> Any:
 
 
 def _steps_of_tokens(
-  tokens: Any, tokens_per_step: float | None, field: str
+  tokens: Any, tokens_per_step: int | float | None, field: str
 ) -> int:
   number = isinstance(tokens, int | float) and not isinstance(tokens, bool)
   if not (number and tokens > 0 and math.isfinite(tokens)):

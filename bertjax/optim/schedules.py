@@ -406,7 +406,7 @@ def build_schedule(
   *,
   learning_rate: float,
   total_steps: int,
-  tokens_per_step: float | None = None,
+  tokens_per_step: int | float | None = None,
   field: str = "optim.schedule",
 ) -> Schedule:
   """The schedule that a config's sub-dict names.

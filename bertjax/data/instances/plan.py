@@ -126,7 +126,9 @@ class InstanceMode(Protocol):
     ...
 
 
-def offsets(counts: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n_plus_1"]:
+def offsets(
+  counts: Int[np.ndarray, "n"] | Bool[np.ndarray, "n"],
+) -> Int[np.ndarray, "n_plus_1"]:
   """Exclusive prefix sums with the total at the end."""
   result = np.zeros(len(counts) + 1, np.int64)
   np.cumsum(counts, out=result[1:])

@@ -52,7 +52,7 @@ def add_literals(
   backend: tokenizers.Tokenizer,
   specials: base.Specials,
   user_tokens: Sequence[str] = (),
-  strips_left: Sequence[str] = (),
+  strips_left: Collection[str] = (),
 ) -> tokenizers.Tokenizer:
   """Tells a tokenizer.json which pieces other programs shall find in text."""
   backend.add_special_tokens(
