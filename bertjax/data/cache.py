@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt
 
 from bertjax.data.sources import base
 
@@ -179,7 +179,7 @@ class TokenCache:
     return self._index["document_lengths"]
 
   @property
-  def document_sources(self) -> Int[np.ndarray, "documents"] | None:
+  def document_sources(self) -> UInt[np.ndarray, "documents"] | None:
     """Component of a mixture that each document is of, uint16.
 
     All 0 when the source is no mixture; None in a cache built before they were

@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from bertjax import registry
 from bertjax.data import instances as instances_lib
@@ -47,7 +47,7 @@ class Cache(Protocol):
   def sentence_offsets(self) -> Int[np.ndarray, "documents_plus_1"]: ...
 
   @property
-  def document_sources(self) -> Int[np.ndarray, "documents"] | None: ...
+  def document_sources(self) -> Integer[np.ndarray, "documents"] | None: ...
 
   def documents(self, indices) -> list[Any]: ...
 

@@ -11,7 +11,7 @@ in the reference's own order of random draws.
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Integer
 
 from bertjax.data.instances import plan as plan_lib
 
@@ -239,7 +239,7 @@ def _reach(
 
 
 def _other_documents(
-  groups: Int[np.ndarray, "documents"],
+  groups: Integer[np.ndarray, "documents"],
   documents: Int[np.ndarray, "n"],
   rng: np.random.Generator,
 ) -> Int[np.ndarray, "n"]:

@@ -16,7 +16,7 @@ import functools
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Integer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class BlockIndex:
   document_lengths: Int[np.ndarray, "documents"]
   sentence_counts: Int[np.ndarray, "documents"]
   sentence_lengths: Int[np.ndarray, "sentences"]
-  sources: Int[np.ndarray, "documents"] | None = None
+  sources: Integer[np.ndarray, "documents"] | None = None
 
   @property
   def num_documents(self) -> int:
