@@ -20,6 +20,7 @@ CORE = [
   "numpy==2.4.6",
   "optax==0.2.8",
   "orbax-checkpoint==0.12.8",
+  "protobuf==7.36.2",
   "pyarrow==26.0.1",
   "safetensors==0.8.0",
   "scikit-learn==1.9.1",

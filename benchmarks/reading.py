@@ -17,8 +17,14 @@ import time
 
 import numpy as np
 
-from bertjax.data import cache as cache_lib
-from bertjax.data import dataset, instances, masking, sources, tokenizers
+from bertjax.data import (
+  cache_build,
+  instances,
+  masking,
+  sources,
+  text_dataset,
+  tokenizers,
+)
 
 _BATCH_SIZE = 64
 
@@ -40,7 +46,7 @@ class FirstDocuments:
 
 def measure(cache, tokenizer, name, unit, seq_len, seconds):
   """Rates of one mode, reading from the start for about `seconds`."""
-  data = dataset.TextDataset(
+  data = text_dataset.TextDataset(
     cache,
     tokenizer,
     instances=dict(name=name),
@@ -84,7 +90,7 @@ def main():
   )
   rows = []
   with tempfile.TemporaryDirectory() as folder:
-    cache = cache_lib.build_cache(
+    cache = cache_build.build_cache(
       source, "train", tokenizer, "sentences", folder
     )
     print(f"{cache.num_documents} documents, {cache.num_tokens} tokens")

@@ -181,7 +181,7 @@ def build(
   """
   mesh = registry.call(make_mesh, settings.mesh, "mesh", devices=devices)
   lookup(dict.fromkeys(GENERATORS), settings.prng, "prng")
-  stop = build_stop(settings.stop)
+  stop = build_stop(settings.stop, settings.evals)
   if "steps" not in settings.stop:
     raise ValueError(
       "stop.steps is required: the schedule is drawn for it, also when"
@@ -206,6 +206,7 @@ def build(
     total_steps=settings.horizon or settings.stop["steps"],
     params=params,
     logical_axes=axes,
+    tokens_per_step=data.dataset().tokens_per_batch(data.batch_size),
   )
   key = jax.random.key(settings.seed, impl=settings.prng)
   abstract, shardings = train_state.state_shardings(

@@ -335,11 +335,33 @@ class Target:
     del step, tokens_seen, elapsed_s
     found = metrics.get(self.metric)
     if found is None:
+      self._check_known(metrics)
       return None
     sign = 1 if self.mode == "max" else -1
     if sign * found >= sign * self.value:
       return f"{self.metric} = {found:.4g} reached the target {self.value:g}"
     return None
+
+  def _check_known(self, metrics: Mapping[str, float]) -> None:
+    """Refuses a name that its evaluator, having run, did not report."""
+    prefix = self.metric.rpartition("/")[0]
+    known = [name for name in metrics if name.rpartition("/")[0] == prefix]
+    if known:
+      raise ValueError(
+        f"stop.target.metric={self.metric!r} is not reported; choose from"
+        f" {', '.join(sorted(known))}."
+      )
+
+  def check_evaluated(self, evals: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuses a metric that no evaluation of the run will report."""
+    prefix = self.metric.rpartition("/")[0]
+    if prefix:
+      spec = registry.lookup(evals, prefix, "stop.target.metric: evals")
+      if not spec.get("every"):
+        raise ValueError(
+          f"evals.{prefix}.every must be set: stop.target.metric="
+          f"{self.metric!r} waits for evaluations during the run."
+        )
 
 
 def _target(spec: Mapping[str, Any]) -> Target:
@@ -374,15 +396,20 @@ class StopRules:
     return None
 
 
-def build_stop(spec: Mapping[str, Any]) -> StopRules:
+def build_stop(
+  spec: Mapping[str, Any],
+  evals: Mapping[str, Mapping[str, Any]] | None = None,
+) -> StopRules:
   """Rules from a config, `dict(steps=900, target=dict(metric=..., value=...))`.
 
   Args:
     spec: keys of `STOP_RULES`; None switches a rule off.
+    evals: the config's evaluators, one of which reports a target's metric.
 
   Raises:
-    ValueError: an unknown rule, a value out of range, or no rule that is sure
-      to end the run (a target may never be reached).
+    ValueError: an unknown rule, a value out of range, a target that nothing
+      reports, or no rule that is sure to end the run (a target may never be
+      reached).
   """
   built = {
     name: registry.lookup(STOP_RULES, name, "stop")(value)
@@ -394,6 +421,8 @@ def build_stop(spec: Mapping[str, Any]) -> StopRules:
       "stop has no rule that is sure to end the run; set stop.steps,"
       " stop.tokens or stop.wall_clock_s."
     )
+  if evals is not None and "target" in built:
+    built["target"].check_evaluated(evals)
   return StopRules(tuple(built.values()))
 
 

@@ -6,7 +6,7 @@ import pathlib
 import jax
 from absl.testing import absltest, parameterized
 
-from bertjax import train
+from bertjax import hooks, train
 from bertjax.config import plain, settings, stage_configs
 from tests import tiny
 
@@ -45,6 +45,27 @@ class ConfigsTest(parameterized.TestCase):
   def test_the_full_variant_has_only_known_fields(self, path):
     for fields in stage_configs(_load(path, "")).values():
       self.assertEqual(settings(fields).model, fields["model"])
+
+  @parameterized.parameters(
+    (448, 150_000, 335), (3_072, 175_000, 57), (14_336, 300_000, 21)
+  )
+  def test_mlperf_evaluates_after_as_many_samples_as_its_logs(
+    self, batch_size, samples, steps
+  ):
+    path = next(p for p in _CONFIGS if p.stem == "lamb")
+    config = settings(_load(path, f"mlperf_{batch_size}"))
+    evaluation = config.evals["heldout"]
+    self.assertEqual(evaluation["every"], steps)
+    # The first step at which the logged number of samples has been seen.
+    self.assertBetween(steps * batch_size, samples, samples + batch_size - 1)
+    self.assertEqual(
+      evaluation["batch_size"] * evaluation["num_batches"], 10_000
+    )
+    stop = hooks.build_stop(config.stop, config.evals)
+    found = {"heldout/mlm_accuracy": 0.7199}
+    self.assertIsNone(stop(steps, 0, 0, found))
+    found["heldout/mlm_accuracy"] = 0.72
+    self.assertIn("reached the target", stop(steps, 0, 0, found))
 
   def test_a_typo_is_refused_with_a_suggestion(self):
     with self.assertRaisesRegex(ValueError, "modle .*Did you mean 'model'"):

@@ -1,5 +1,6 @@
 """Conversions are exact, checked, and need no torch."""
 
+import io
 import json
 import os
 import pathlib
@@ -9,9 +10,12 @@ import tempfile
 from unittest import mock
 
 import numpy as np
+import sentencepiece
 from absl.testing import absltest, parameterized
 
 from bertjax import convert, interop, loading
+from bertjax.data.tokenizers import Specials, train_tokenizer
+from bertjax.data.tokenizers.unigram import SentencePieceTokenizer
 from bertjax.interop import published
 from tests.interop import toy
 
@@ -128,15 +132,41 @@ class ConvertTest(parameterized.TestCase):
       convert.convert(source, source, format="huggingface")
     self.assertFalse((self.root / "out").exists())
 
-  def test_a_byte_tokenizer_has_no_published_form(self):
-    from bertjax.data.tokenizers import train_tokenizer
-
-    tokenizer = train_tokenizer("bytes", [])
+  @parameterized.parameters("unigram", "bytes")
+  def test_tokenizers_that_the_peers_lack_come_back_with_their_ids(self, kind):
+    texts = ["The quick brown fox, 12.5% café.", "don't 東京 jump"] * 9
+    options = {"vocab_size": 70} if kind == "unigram" else {}
+    tokenizer = train_tokenizer(kind, texts, **options)
     spec = toy.spec(vocab_size=tokenizer.vocab_size)
-    model = loading.load_model(self.source())
-    with self.assertRaisesRegex(ValueError, "'bytes' has no tokenizer.json"):
+    params = toy.params(spec, ("mlm_head",))
+    interop.write_huggingface(self.root / "a", spec, params, tokenizer)
+    convert.convert(self.root / "a", self.root / "b", format="bertjax")
+    convert.convert(self.root / "b", self.root / "c", format="huggingface")
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(str(self.root / "c"))
+    for text in texts[:2]:
+      ids = tokenizer.encode(text).tolist()
+      self.assertEqual(
+        theirs(text)["input_ids"], [tokenizer.cls_id, *ids, tokenizer.sep_id]
+      )
+
+  def test_a_sentencepiece_bpe_has_no_published_form(self):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(["the quick brown fox"] * 9), model_writer=model,
+      model_type="bpe", vocab_size=30, pad_id=3, minloglevel=2,
+    )  # fmt: skip
+    specials = Specials("<pad>", "<unk>", "<s>", "</s>", "[MASK]")
+    tokenizer = SentencePieceTokenizer(
+      model.getvalue(), specials, tail=["[MASK]"]
+    )
+    spec = toy.spec(vocab_size=tokenizer.vocab_size)
+    with self.assertRaisesRegex(
+      ValueError, "no tokenizer.json.*not of type unigram.*ship spiece.model"
+    ):
       interop.write_huggingface(
-        self.root / "out", spec, model.params, tokenizer
+        self.root / "out", spec, toy.params(spec, ("mlm_head",)), tokenizer
       )
     self.assertFalse((self.root / "out").exists())
 

@@ -167,6 +167,26 @@ class StopTest(parameterized.TestCase):
     else:
       self.assertIn(reason, found)
 
+  def test_a_target_that_nothing_reports_is_refused(self):
+    def spec(metric):
+      return {"steps": 9, "target": {"metric": metric, "value": 0.7}}
+
+    evals = {"heldout": {"every": 5}, "final": {"every": 0}, "last": {}}
+    for name, message in (
+      ("heldot/accuracy", "evals='heldot' is unknown.*Did you mean 'heldout'"),
+      ("final/accuracy", "evals.final.every must be set: stop.target.metric="),
+      ("last/accuracy", "evals.last.every must be set"),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        hooks.build_stop(spec(name), evals)
+    hooks.build_stop(spec("loss"), evals)  # a training metric
+    stop = hooks.build_stop(spec("heldout/acuracy"), evals)
+    self.assertIsNone(stop(1, 0, 0, {"loss": 2.0}))  # not evaluated yet
+    with self.assertRaisesRegex(
+      ValueError, "'heldout/acuracy' is not reported; choose from heldout/acc"
+    ):
+      stop(5, 0, 0, {"loss": 2.0, "heldout/accuracy": 0.5})
+
   def test_target_from_above_and_rules_switched_off(self):
     stop = hooks.build_stop(
       {

@@ -31,7 +31,15 @@ def _batch():
 
 
 @functools.cache
-def _run(num_devices=1, microbatches=1, dropout_rate=0.0, local=False, **axes):
+def _run(
+  num_devices=1,
+  microbatches=1,
+  dropout_rate=0.0,
+  local=False,
+  clip_norm=1.0,
+  clip_scope="global",
+  **axes,
+):
   """Losses of three steps, and the parameters after them."""
   mesh = make_mesh(**axes, devices=jax.devices()[:num_devices])
   encoder = bert(
@@ -47,7 +55,12 @@ def _run(num_devices=1, microbatches=1, dropout_rate=0.0, local=False, **axes):
   spec = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
   params, names = train_state.abstract_params(objective, spec)
   optimizer = optim.build_optimizer(
-    dict(name="lamb", learning_rate=1e-2, clip_norm=1.0),
+    dict(
+      name="lamb",
+      learning_rate=1e-2,
+      clip_norm=clip_norm,
+      clip_scope=clip_scope,
+    ),
     total_steps=9,
     params=params,
     logical_axes=names,
@@ -118,6 +131,13 @@ class TrainStepTest(parameterized.TestCase):
 
   def test_local_gradients_add_up(self):
     self._assert_same(_run(), _run(local=True, num_devices=4))
+
+  def test_clipping_per_shard_above_every_norm_is_none(self):
+    per_shard = _run(clip_norm=1e6, clip_scope="per_shard", num_devices=4)
+    self._assert_same(_run(clip_norm=1e6), per_shard)
+    # The shards' own gradients are longer than their mean.
+    self.assertGreater(per_shard[2]["grad_norm"][0],
+                       _run(clip_norm=1e6)[2]["grad_norm"][0])  # fmt: skip
 
   def test_metrics_count_the_whole_batch(self):
     _, _, metrics = _run(num_devices=8)

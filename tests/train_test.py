@@ -16,8 +16,9 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from bertjax import train
+from bertjax import experiment, train
 from bertjax.checkpoint import load_params
+from bertjax.config import settings
 from bertjax.metrics.accumulator import NonFiniteError
 from tests import tiny
 
@@ -189,6 +190,27 @@ class TrainTest(parameterized.TestCase):
       result.metrics["heldout/unigram_loss"] - 0.2,
     )
 
+  def test_a_target_ends_the_run_at_the_evaluation_that_reaches_it(self):
+    folder = self.create_tempdir().full_path
+    config = self._config(
+      stop=dict(target=dict(metric="heldout/mlm_accuracy", value=0.0))
+    )
+    for _ in range(2):  # the same command again goes no further
+      result = train.train(config, folder)
+      self.assertEqual(result.step, 3)
+      self.assertRegex(result.reason, "heldout/mlm_accuracy = .* reached")
+
+  def test_warm_up_in_tokens_knows_the_batch(self):
+    warmup = dict(tokens=4 * 8 * 32)  # steps of 8 rows of 32
+    built = experiment.build(
+      settings(
+        self._config(optim=dict(schedule=dict(name="constant", warmup=warmup)))
+      )
+    )
+    rate = built.optimizer.schedule
+    np.testing.assert_allclose(rate(1), rate.peak / 4, rtol=1e-6)
+    np.testing.assert_allclose(rate(4), rate.peak, rtol=1e-6)
+
   def test_dry_run_takes_two_steps_and_leaves_nothing(self):
     folder = pathlib.Path(self.create_tempdir())
     result = train.train(self._config(), folder, dry_run=True)
@@ -323,6 +345,10 @@ class TrainTest(parameterized.TestCase):
     (dict(dtype="float16"), "dtype='float16' is unknown"),
     (dict(prng="philox"), "prng='philox' is unknown"),
     (dict(stop=dict(epochs=3)), "stop='epochs' is unknown"),
+    (
+      dict(stop=dict(target=dict(metric="held/x", value=1))),
+      "evals='held' is unknown.*'heldout'",
+    ),
     (dict(every=dict(save=3)), "every='save' is unknown"),
     (dict(every=dict(log=0)), "every.log=0 must be a positive"),
   )

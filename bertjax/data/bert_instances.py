@@ -370,7 +370,8 @@ def read_documents(paths: Sequence[str], tokenizer) -> list[list[list[int]]]:
   """Sentences as ids, from text files in the reference's format."""
   documents = [[]]
   for path in paths:
-    with open(path, encoding="utf-8") as lines:
+    # A line feed alone ends a line, as in the reference.
+    with open(path, encoding="utf-8", newline="\n") as lines:
       for line in lines:
         line = line.strip()
         if not line:

@@ -5,39 +5,27 @@ decides its content: the source, the split, the tokenizer, the splitter, the
 limits and the version of this format.
 
     shard-00000.arrayrecord ...   one record a document, see `pack_record`
-    index.npz                     lengths of all documents and sentences
+    index.npz                     lengths of all documents and sentences, and
+                                  which part of a mixture a document is of
     manifest.json                 counts, checksums; written last
-
-Shard s holds what is left of the source's documents s*n .. (s+1)*n-1 once
-empty documents and exact duplicates of earlier ones are dropped. Given the
-digests of earlier documents a shard is a pure function of that range.
 """
 
-import contextlib
 import functools
 import hashlib
 import itertools
 import json
 import os
 import pathlib
-import shutil
-import socket
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import logging
-from jaxtyping import Int
+from jaxtyping import Int, UInt
 
-from bertjax import registry
-from bertjax.data import sentences as sentences_lib
 from bertjax.data.sources import base
 
 FORMAT = 1
-_WRITER = "group_size:1,uncompressed"  # one record a chunk: random access
 _READER = "readahead_buffer_size:0,max_parallelism:0"
-_BATCH = 256  # documents that are tokenised together
-_BATCH_CHARS = 4_000_000  # and no more text than this, so books fit too
 
 
 class TokenizedDocument(NamedTuple):
@@ -140,7 +128,7 @@ class TokenCache:
     """Opens a cache and checks its files.
 
     Args:
-      path: a folder that `build_cache` made.
+      path: a folder that `cache_build.build_cache` made.
       verify: "checksums" reads every file once (1-2 GB/s); "sizes" reads only
         the manifest and the index, for caches too large to read at each start;
         None trusts what an earlier open in another process has checked.
@@ -191,6 +179,15 @@ class TokenCache:
     return self._index["document_lengths"]
 
   @property
+  def document_sources(self) -> UInt[np.ndarray, "documents"] | None:
+    """Component of a mixture that each document is of, uint16.
+
+    All 0 when the source is no mixture; None in a cache built before they were
+    recorded.
+    """
+    return self._index.get("document_sources")
+
+  @property
   def sentence_lengths(self) -> Int[np.ndarray, "sentences"]:
     """Tokens of each sentence, document after document, int32."""
     return self._index["sentence_lengths"]
@@ -234,7 +231,7 @@ class TokenCache:
   def _read(self, shard: int, records: list[int]) -> list[bytes]:
     from array_record.python import array_record_module
 
-    path = self.path / _shard_name(shard)
+    path = self.path / shard_name(shard)
     # A reader must not be shared with a forked child: the file offset is one.
     key = (os.getpid(), shard)
     try:
@@ -247,253 +244,6 @@ class TokenCache:
       raise CorruptCacheError(
         f"cannot read {path}: {err}. Start again to have the cache rebuilt."
       ) from err
-
-
-def build_cache(
-  source: base.Source,
-  split: str,
-  tokenizer: Any,
-  splitter: str,
-  cache_dir: str | os.PathLike,
-  *,
-  max_tokens_per_document: int | None = None,
-  documents_per_shard: int = 65_536,
-  verify: str = "checksums",
-) -> TokenCache:
-  """The token cache of a split: opened when it exists, built when it does not.
-
-  Several processes may ask at once: one builds, the others wait for it. A
-  build that was interrupted goes on after its last finished shard. A corrupt
-  cache is rebuilt with a warning.
-
-  Memory: one batch of documents, the lengths of one shard's sentences, and
-  about 100 bytes a document for finding duplicates.
-
-  Args:
-    source: where documents come from.
-    split: one of `source.splits`.
-    tokenizer: a `bertjax.data.tokenizers.Tokenizer`.
-    splitter: key of `SPLITTERS`.
-    cache_dir: folder of all caches.
-    max_tokens_per_document: longer documents are cut off and counted.
-    documents_per_shard: documents of the source that one shard covers.
-    verify: how to check an existing cache, see `TokenCache`.
-
-  Raises:
-    ValueError: unknown split or splitter, limits below 1, or no document.
-  """
-  base.check_split(source, split)
-  registry.lookup(sentences_lib.SPLITTERS, splitter, "data.splitter")
-  for field, value in (
-    ("max_tokens_per_document", max_tokens_per_document),
-    ("documents_per_shard", documents_per_shard),
-  ):
-    if value is not None and value < 1:
-      raise ValueError(f"{field}={value} must be at least 1.")
-  recipe = {
-    "format": FORMAT,
-    "source": source.name,
-    "source_fingerprint": source.fingerprint(),
-    "split": split,
-    "tokenizer": tokenizer.fingerprint(),
-    "splitter": splitter,
-    "splitter_version": sentences_lib.VERSION,
-    "max_tokens_per_document": max_tokens_per_document,
-    "documents_per_shard": documents_per_shard,
-  }
-  folder = pathlib.Path(cache_dir)
-  folder.mkdir(parents=True, exist_ok=True)
-  path = folder / f"tokens-{base.fingerprint_of(recipe)}"
-  with contextlib.suppress(CorruptCacheError):
-    return TokenCache(path, verify)
-  with _lock(path.with_suffix(".lock")) as locked:
-    if (cache := _open(path, verify)) is not None:
-      return cache  # another process has built it while this one waited
-    # Only the holder of the lock may go on with what a dead process left.
-    partial = path.with_suffix(
-      ".partial" if locked else f".partial-{socket.gethostname()}-{os.getpid()}"
-    )
-    _build(source, split, tokenizer, splitter, recipe, partial)
-    try:
-      if path.exists():
-        shutil.rmtree(path)  # corrupt: `_open` has said so
-      partial.rename(path)
-    except OSError:  # without a lock another process may have been first
-      if _open(path, verify) is None:
-        raise
-      shutil.rmtree(partial)
-  return TokenCache(path, verify)
-
-
-def _open(path: pathlib.Path, verify: str) -> TokenCache | None:
-  """The cache at `path`; None when there is none or it must be rebuilt."""
-  if not path.exists():
-    return None
-  try:
-    return TokenCache(path, verify)
-  except CorruptCacheError as err:
-    logging.warning("corrupt cache: %s Rebuilding it.", err)
-    return None
-
-
-@contextlib.contextmanager
-def _lock(path: pathlib.Path) -> Iterator[bool]:
-  """Holds an exclusive lock; yields False where the file system has none."""
-  import fcntl
-
-  with open(path, "w") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as err:
-      logging.warning("no file locks on %s (%s).", path.parent, err)
-      yield False
-      return
-    yield True  # closing the file releases the lock, and so does a kill
-
-
-def _build(source, split, tokenizer, splitter, recipe, partial) -> None:
-  """Writes all files of a cache into `partial`."""
-  split_text = sentences_lib.SPLITTERS[splitter]
-  size, limit = recipe["documents_per_shard"], recipe["max_tokens_per_document"]
-  partial.mkdir(exist_ok=True)
-  seen: set[bytes] = set()
-  shards = []
-  while (done := _finished_shard(partial, len(shards))) is not None:
-    seen.update(row.tobytes() for row in done["digests"])
-    shards.append(done)
-  if shards:
-    logging.info("%s: going on after %d shards.", partial, len(shards))
-  examples = iter(source.examples(split))
-  examples = itertools.islice(examples, len(shards) * size, None)
-  while block := list(itertools.islice(examples, 1)):
-    rest = itertools.islice(examples, size - 1)
-    documents = _tokenized(itertools.chain(block, rest), tokenizer, split_text)
-    shards.append(_write_shard(partial, len(shards), documents, seen, limit))
-  counts = {
-    name: int(sum(int(shard[name]) for shard in shards))
-    for name in ("empty", "duplicates", "truncated")
-  }
-  per_shard = [len(shard["document_lengths"]) for shard in shards]
-  if not sum(per_shard):
-    shutil.rmtree(partial)
-    raise ValueError(
-      f"source {source.name!r} has no text in split {split!r}:"
-      f" {counts['empty']} documents, all of them empty. Check its paths,"
-      " filters and fields."
-    )
-  lengths = np.concatenate([s["document_lengths"] for s in shards])
-  sentence_counts = np.concatenate([s["sentence_counts"] for s in shards])
-  sentence_lengths = np.concatenate([s["sentence_lengths"] for s in shards])
-  with open(partial / "index.npz", "wb") as f:
-    np.savez(
-      f,
-      document_lengths=lengths,
-      sentence_lengths=sentence_lengths,
-      sentence_offsets=np.append(0, np.cumsum(sentence_counts)),
-      shard_offsets=np.append(0, np.cumsum(per_shard)),
-    )
-    _sync(f)
-  manifest = {
-    **recipe,
-    "documents": len(lengths),
-    "tokens": int(lengths.sum()),
-    "sentences": len(sentence_lengths),
-    **counts,
-    "files": {
-      name: {
-        "bytes": (partial / name).stat().st_size,
-        "sha256": _sha256(partial / name),
-      }
-      for name in ["index.npz", *map(_shard_name, range(len(shards)))]
-    },
-  }
-  manifest["checksum"] = base.fingerprint_of(manifest)
-  with open(partial / "manifest.json", "w", encoding="utf-8") as f:
-    json.dump(manifest, f, indent=2)
-    _sync(f)
-  for shard in range(len(shards)):
-    (partial / _state_name(shard)).unlink()
-
-
-def _tokenized(
-  examples: Iterator[base.Example], tokenizer, splitter
-) -> Iterator[tuple[TokenizedDocument, int]]:
-  """(document, copy number) of each example, tokenised in batches."""
-  batch: list[base.Example] = []
-  chars = 0
-
-  def flush():
-    texts = [example["text"] for example in batch]
-    documents = tokenize_documents(texts, tokenizer, splitter)
-    yield from zip(documents, [example.get("copy", 0) for example in batch])
-
-  for example in examples:
-    batch.append(example)
-    chars += len(example["text"])
-    if len(batch) == _BATCH or chars > _BATCH_CHARS:
-      yield from flush()
-      batch, chars = [], 0
-  yield from flush()
-
-
-def _write_shard(
-  folder: pathlib.Path,
-  shard: int,
-  documents: Iterator[tuple[TokenizedDocument, int]],
-  seen: set[bytes],
-  max_tokens: int | None,
-) -> dict[str, Any]:
-  """Writes a shard, then its state, whose presence says that it is whole."""
-  from array_record.python import array_record_module
-
-  path = folder / _shard_name(shard)
-  lengths, sentence_counts, sentence_lengths, digests = [], [], [], []
-  counts = {"empty": 0, "duplicates": 0, "truncated": 0}
-  writer = array_record_module.ArrayRecordWriter(str(path), _WRITER)
-  for document, copy in documents:
-    if not len(document.tokens):
-      counts["empty"] += 1
-      continue
-    if max_tokens is not None and len(document.tokens) > max_tokens:
-      counts["truncated"] += 1
-      document = truncate(document, max_tokens)
-    digest = document_digest(document, copy)
-    if digest in seen:
-      counts["duplicates"] += 1
-      continue
-    seen.add(digest)
-    writer.write(pack_record(document))
-    digests.append(np.frombuffer(digest, np.uint8))
-    lengths.append(len(document.tokens))
-    sentence_counts.append(len(document.sentence_ends))
-    sentence_lengths.append(np.diff(document.sentence_ends, prepend=0))
-  writer.close()
-  state = {
-    "document_lengths": np.array(lengths, np.int64),
-    "sentence_counts": np.array(sentence_counts, np.int64),
-    "sentence_lengths": np.concatenate(
-      [np.zeros(0, np.int32), *sentence_lengths]
-    ).astype(np.int32),
-    "digests": np.array(digests, np.uint8).reshape(-1, 16),
-    "sha256": np.array(_sha256(path)),
-    **{name: np.array(count) for name, count in counts.items()},
-  }
-  with open(folder / "state.tmp", "wb") as f:
-    np.savez(f, **state)
-    _sync(f)
-  os.replace(folder / "state.tmp", folder / _state_name(shard))
-  return state
-
-
-def _finished_shard(folder: pathlib.Path, shard: int) -> dict[str, Any] | None:
-  """State of a shard that an interrupted build has finished, or None."""
-  try:
-    with np.load(folder / _state_name(shard)) as arrays:
-      state = {name: arrays[name] for name in arrays.files}
-    whole = _sha256(folder / _shard_name(shard)) == str(state["sha256"])
-  except (OSError, ValueError, KeyError):
-    return None
-  return state if whole else None
 
 
 def _read_manifest(path: pathlib.Path) -> dict[str, Any]:
@@ -527,23 +277,16 @@ def _verify(path: pathlib.Path, files: dict[str, Any], shards: bool) -> None:
       raise CorruptCacheError(
         f"{file} has {size} bytes instead of {wanted['bytes']}."
       )
-    if (shards or name == "index.npz") and _sha256(file) != wanted["sha256"]:
+    if (shards or name == "index.npz") and sha256(file) != wanted["sha256"]:
       raise CorruptCacheError(f"{file} does not match its checksum.")
 
 
-def _shard_name(shard: int) -> str:
+def shard_name(shard: int) -> str:
+  """File of a shard."""
   return f"shard-{shard:05d}.arrayrecord"
 
 
-def _state_name(shard: int) -> str:
-  return f"shard-{shard:05d}.state.npz"
-
-
-def _sync(file) -> None:
-  file.flush()
-  os.fsync(file.fileno())
-
-
-def _sha256(path: pathlib.Path) -> str:
+def sha256(path: pathlib.Path) -> str:
+  """Hex digest of a file."""
   with open(path, "rb") as f:
     return hashlib.file_digest(f, "sha256").hexdigest()

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 
 from bertjax import registry
-from bertjax.data.cache import TokenCache, build_cache
-from bertjax.data.dataset import TextDataset
+from bertjax.data.cache import TokenCache
+from bertjax.data.cache_build import build_cache
 from bertjax.data.masking import Masking
 from bertjax.data.sources import SOURCES
+from bertjax.data.text_dataset import TextDataset
 from bertjax.data.tokenizers import Tokenizer, build_tokenizer
 
 

@@ -242,9 +242,11 @@ def tokenizer_files(
   files = dict(tokenizer.files())
   if "tokenizer.json" not in files:
     raise ValueError(
-      f"A tokenizer of kind {tokenizer.kind!r} has no tokenizer.json, which"
-      " Hugging Face's AutoTokenizer needs; export the model with"
-      " tokenizer=None (--tokenizer=false) and ship the tokenizer's own files."
+      "This tokenizer has no tokenizer.json, which Hugging Face's AutoTokenizer"
+      " needs: its SentencePiece model is not of type unigram, or treats"
+      " whitespace in a way that the tokenizers library does not. Export the"
+      " model with tokenizer=None (--tokenizer=false) and ship"
+      f" {', '.join(sorted(files))}, which the sentencepiece library reads."
     )
   s = tokenizer.specials
   between = [s.sep, s.sep] if spec["name"] == "roberta" else [s.sep]

@@ -103,6 +103,7 @@ def build_optimizer(
   params: Any,
   logical_axes: Any = None,
   param_specs: Any = None,
+  tokens_per_step: int | float | None = None,
 ) -> Optimizer:
   """The optimizer that a config's `optim` describes.
 
@@ -111,7 +112,7 @@ def build_optimizer(
   Args:
     spec: `name`, that row's options, and the options of `_surround`:
       `learning_rate` (the peak, required), `schedule` (a row of `SCHEDULES`),
-      `clip_norm`, `lr_multipliers`, `layerwise_decay`, `freeze`,
+      `clip_norm`, `clip_scope`, `lr_multipliers`, `layerwise_decay`, `freeze`,
       `freeze_lowest`.
     total_steps: steps of the run, for the schedule.
     params: parameters, possibly abstract (`jax.ShapeDtypeStruct`); only paths,
@@ -121,6 +122,8 @@ def build_optimizer(
       None says that no parameter is stacked.
     param_specs: tree like `params` of PartitionSpecs, when `update` runs inside
       `jax.shard_map`; None under jit, where norms are global by themselves.
+    tokens_per_step: tokens of a global batch, padding included, for schedules
+      that count in tokens.
 
   Raises:
     ValueError: names the field of an unknown option or a bad value; or a
@@ -154,6 +157,7 @@ def build_optimizer(
     spec.pop("schedule", {"name": "constant"}),
     learning_rate=spec.pop("learning_rate"),
     total_steps=total_steps,
+    tokens_per_step=tokens_per_step,
   )
   for field in ("no_decay", "no_adaptation"):
     if field in spec:
@@ -176,7 +180,8 @@ def build_optimizer(
       **options,
     ),
     schedule=schedule,
-    local_gradients=isinstance(transform, LocalGradientTransformation),
+    local_gradients=isinstance(transform, LocalGradientTransformation)
+    or options.get("clip_scope") == "per_shard",
   )
 
 
@@ -220,6 +225,7 @@ def _surround(
   global_norm_axes: trust_ratio.MeshAxesFn | None,
   *,
   clip_norm: float | None = None,
+  clip_scope: str = "global",
   lr_multipliers: Sequence[tuple[str, float]] = (),
   layerwise_decay: float | None = None,
   freeze: selection.Rule = (),
@@ -234,6 +240,8 @@ def _surround(
     global_norm_axes: mesh axes of the gradient's norm, inside shard_map.
     clip_norm: clips the global gradient norm; None only records it. With an
       optimizer that takes local gradients this clips each worker's own.
+    clip_scope: "global" clips the gradient of the batch; "per_shard" that of
+      each data shard before they are averaged, as BERT was trained on TPU.
     lr_multipliers: `[(regex, factor)]`, first match wins, 1 for the rest.
     layerwise_decay: factor per layer counted from the top.
     freeze: parameters that stay as they are and have no state.
@@ -266,7 +274,7 @@ def _surround(
 
   wrapped = optax.chain(
     rates.scale_by_factors(partly),
-    clip.clip_by_global_norm(clip_norm, global_norm_axes),
+    _clipping(transform, clip_norm, clip_scope, global_norm_axes),
     transform,
     rates.scale_by_factors(factors),
     rates.scale_by_factors(partly),
@@ -274,3 +282,24 @@ def _surround(
   if not frozen:
     return wrapped
   return rates.freeze(wrapped, lambda name, leaf: name in frozen)
+
+
+def _clipping(
+  transform: optax.GradientTransformation,
+  clip_norm: float | None,
+  clip_scope: str,
+  global_norm_axes: trust_ratio.MeshAxesFn | None,
+) -> optax.GradientTransformationExtraArgs:
+  """What stands before the optimizer; see `_surround`."""
+  scopes = dict.fromkeys(("global", "per_shard"))
+  registry.lookup(scopes, clip_scope, "optim.clip_scope")
+  if clip_scope == "global":
+    return clip.clip_by_global_norm(clip_norm, global_norm_axes)
+  if clip_norm is None:
+    raise ValueError("optim.clip_scope='per_shard' needs optim.clip_norm.")
+  if isinstance(transform, LocalGradientTransformation):
+    raise ValueError(
+      "optim.clip_scope='per_shard' averages the gradients, which this"
+      " optimizer does itself; leave it out: clip_norm is per shard anyway."
+    )
+  return clip.clip_per_shard(clip_norm)

@@ -2,10 +2,8 @@
 
 Where the clip stands is a choice of algorithm. BERT's own code clips the
 gradient of each replica before the all-reduce; everybody else clips the
-averaged gradient. Here the *caller* decides: the transformation clips what it
-is given, so inside `jax.shard_map`, before the reduction, it is the first form,
-and after it the second. `clip_tree` is the same thing without a state, for a
-step builder that clips per shard.
+averaged gradient. `clip_per_shard` is the first form, `clip_by_global_norm` the
+second. `clip_tree` is the same thing without a state.
 """
 
 from collections.abc import Callable
@@ -106,6 +104,32 @@ def clip_by_global_norm(
       f"optim.clip_norm={max_norm} must be positive, or None for no clipping."
     )
   return _remembering(lambda tree: clip_tree(tree, max_norm, norm_axes))
+
+
+def clip_per_shard(
+  max_norm: float, axis: str = "data"
+) -> optax.GradientTransformationExtraArgs:
+  """Clips the gradient of each of n shards, then averages: BERT's own order.
+
+  It must run inside `jax.shard_map` over `axis`, on gradients that add up to
+  that of the batch, so that n times each is the gradient of a shard's own mean
+  (exactly so when all shards have equally many labels). Without a gradient
+  above `max_norm` it is the plain sum. The norm that it keeps is the mean one.
+
+  Raises:
+    ValueError: `max_norm` is not positive.
+
+  Reference: Devlin et al. 2018, arXiv:1810.04805, their code on TPU; MLPerf.
+  """
+  clipper = clip_by_global_norm(max_norm)
+
+  def rescale(grads):
+    count = jax.lax.axis_size(axis)
+    own = _scaled(grads, jnp.float32(count))
+    clipped, state = clipper.update(own, None)
+    return jax.lax.pmean((clipped, state.norm), axis)
+
+  return _remembering(rescale)
 
 
 def normalize_by_global_norm(

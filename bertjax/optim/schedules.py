@@ -1,9 +1,9 @@
 """Learning rate as a function of the step.
 
 A schedule is warm-up times decay. Warm-up is the same for all: a ramp from 0 at
-step 0 to the peak, in steps (int) or as a fraction of the phase (float below
-1), optionally begun part-way up. Steps count from 0, so with a warm-up the very
-first update of BERT has rate 0.
+step 0 to the peak, in steps (int), as a fraction of the phase (float below 1)
+or in tokens (`dict(tokens=10**9)`), optionally begun part-way up. Steps count
+from 0, so with a warm-up the very first update of BERT has rate 0.
 
 Two families differ in where the decay is drawn from. `linear`, `polynomial` and
 `cosine` leave the peak where warm-up ends and are continuous. The `*_reference`
@@ -21,6 +21,7 @@ import optax
 from jaxtyping import Array, Float
 
 from bertjax import registry
+from bertjax.optim import durations
 
 # Step (int32 scalar, traced or not) -> float32 scalar.
 Shape = Callable[[Any], Float[Array, ""]]
@@ -59,34 +60,6 @@ def peak(learning_rate: float | optax.Schedule) -> float:
   return value
 
 
-def steps_of(amount: int | float, total_steps: int, field: str) -> int:
-  """Steps that `amount` means: an int is steps, a float a fraction.
-
-  A positive fraction is rounded to the nearest step and is at least one.
-
-  Raises:
-    ValueError: negative, a float of 1 or more, or more than `total_steps`.
-  """
-  if isinstance(amount, bool) or not isinstance(amount, int | float):
-    raise ValueError(
-      f"{field}={amount!r} must be a number of steps (int) or a fraction of"
-      " them (float below 1)."
-    )
-  if isinstance(amount, float):
-    if not 0 <= amount < 1:
-      raise ValueError(
-        f"{field}={amount} is a float, hence a fraction, and must be in"
-        " [0, 1); write an int for a number of steps."
-      )
-    return max(1, round(amount * total_steps)) if amount else 0
-  if not 0 <= amount <= total_steps:
-    raise ValueError(
-      f"{field}={amount} must be between 0 and the {total_steps} steps of the"
-      " phase."
-    )
-  return amount
-
-
 @dataclasses.dataclass(frozen=True)
 class _Ramp:
   """The warm-up: multiplier min(1, (t - start) / steps)."""
@@ -103,7 +76,7 @@ class _Ramp:
 def _ramp(warmup: int | float, warmup_start: int, total_steps: int) -> _Ramp:
   if isinstance(total_steps, bool) or not total_steps >= 1:
     raise ValueError(f"total_steps={total_steps} must be at least 1.")
-  steps = steps_of(warmup, total_steps, "optim.schedule.warmup")
+  steps = durations.steps_of(warmup, total_steps, "optim.schedule.warmup")
   if not -steps <= warmup_start <= 0:
     raise ValueError(
       f"optim.schedule.warmup_start={warmup_start} must be between"
@@ -177,7 +150,7 @@ def polynomial(
     total_steps: length of the phase; the rate stays put afterwards.
     power: 1 in the LAMB paper, 0.5 in NVIDIA-derived scripts.
     warmup: length of the ramp: steps (int) or fraction of `total_steps`
-      (float).
+      (float); in a config also `dict(tokens=n)`.
     warmup_start: s <= 0; the ramp is (t - s) / warmup, so training begins at
       |s| / warmup of the peak and reaches it at step warmup + s. The decay
       still counts steps from 0.
@@ -326,7 +299,7 @@ def trapezoid(
   Reference: Haegele et al. 2024, arXiv:2405.18392 (cooldown, "1-sqrt").
   """
   ramp = _ramp(warmup, warmup_start, total_steps)
-  length = steps_of(decay, total_steps, "optim.schedule.decay")
+  length = durations.steps_of(decay, total_steps, "optim.schedule.decay")
   if ramp.end + length > total_steps:
     raise ValueError(
       f"optim.schedule: warm-up of {ramp.end} steps and decay of {length} do"
@@ -381,7 +354,7 @@ def two_phase(
     steps = (
       total_steps - start
       if steps is None
-      else steps_of(steps, total_steps, f"{field}[{i}].steps")
+      else durations.steps_of(steps, total_steps, f"{field}[{i}].steps")
     )
     if steps < 1:
       raise ValueError(
@@ -433,14 +406,17 @@ def build_schedule(
   *,
   learning_rate: float,
   total_steps: int,
+  tokens_per_step: int | float | None = None,
   field: str = "optim.schedule",
 ) -> Schedule:
   """The schedule that a config's sub-dict names.
 
   Args:
-    spec: `name` and the arguments of a row of `SCHEDULES`.
+    spec: `name` and the arguments of a row of `SCHEDULES`; any length in it may
+      be `dict(tokens=n)`.
     learning_rate: the peak.
     total_steps: steps of the phase.
+    tokens_per_step: tokens of a global batch, padding included.
     field: the config field that holds `spec`, for messages.
 
   Raises:
@@ -449,7 +425,7 @@ def build_schedule(
   peak(learning_rate)
   return registry.build(
     SCHEDULES,
-    dict(spec),
+    durations.in_steps(spec, tokens_per_step, field),
     field,
     learning_rate=learning_rate,
     total_steps=total_steps,

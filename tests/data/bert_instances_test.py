@@ -109,6 +109,16 @@ class GeneratorTest(parameterized.TestCase):
       hashlib.sha256(text.encode()).hexdigest()[:16], "34c8b21a56fba8fe"
     )
 
+  def test_only_a_line_feed_ends_a_sentence(self):
+    class Lengths:
+      def encode(self, line):
+        return np.arange(len(line.split()))
+
+    path = Path(self.create_tempdir().full_path) / "docs.txt"
+    path.write_bytes(b"a b\rc\r\nd\x0ce f\xe2\x80\xa8g\n \t\n\nh")
+    found = bert_instances.read_documents([str(path)], Lengths())
+    self.assertEqual([[len(s) for s in d] for d in found], [[3, 4], [1]])
+
   def test_limits_and_masking_rates(self):
     lengths = [len(i.tokens) for i in self.instances]
     self.assertLessEqual(max(lengths), 32)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from bertjax.data import cache as cache_lib
-from bertjax.data import sentences
+from bertjax.data import cache_build, sentences
 
 _REPOSITORY = pathlib.Path(__file__).parents[2]
 
@@ -64,7 +64,8 @@ class FakeSource:
       if i == self.fail_after:
         raise KeyboardInterrupt
       copy = int(text.startswith("COPY"))
-      yield {"id": str(i), "text": text.removeprefix("COPY"), "copy": copy}
+      text = text.removeprefix("COPY")
+      yield {"id": str(i), "text": text, "copy": copy, "component": i % 3}
 
 
 def texts(count=23):
@@ -143,7 +144,7 @@ class TokenCacheTest(parameterized.TestCase):
 
   def build(self, source, folder=None, tokenizer=None, **options):
     options = {"documents_per_shard": 5, **options}
-    return cache_lib.build_cache(
+    return cache_build.build_cache(
       source,
       "train",
       tokenizer or FakeTokenizer(),
@@ -192,6 +193,13 @@ class TokenCacheTest(parameterized.TestCase):
       cache.document_lengths, [len(t.split()) for t in (a, b, c)]
     )
 
+  def test_sources_of_documents_survive_what_is_dropped(self):
+    written = [*texts(6), "", *texts(9)[6:]]  # 9 documents, the 7th empty
+    cache = self.build(FakeSource([*written, written[0]]))
+    kept = [i % 3 for i in (0, 1, 2, 3, 4, 5, 7, 8, 9)]
+    np.testing.assert_array_equal(cache.document_sources, kept)
+    self.assertEqual(cache.document_sources.dtype, np.uint16)
+
   def test_a_shard_may_lose_all_its_documents(self):
     a, b = texts(2)
     cache = self.build(FakeSource([a, a, a, a, b]), documents_per_shard=2)
@@ -226,10 +234,10 @@ class TokenCacheTest(parameterized.TestCase):
       self.build(source, tokenizer=FakeTokenizer(999)),
       self.build(source, max_tokens_per_document=5),
       self.build(source, documents_per_shard=7),
-      cache_lib.build_cache(
+      cache_build.build_cache(
         source, "test", FakeTokenizer(), "sentences", self.folder
       ),
-      cache_lib.build_cache(
+      cache_build.build_cache(
         source, "train", FakeTokenizer(), "lines", self.folder
       ),
     ]
@@ -238,7 +246,7 @@ class TokenCacheTest(parameterized.TestCase):
   def test_bytes_do_not_depend_on_batches_or_folder(self):
     source = FakeSource(texts())
     one = self.build(source)
-    with mock.patch.object(cache_lib, "_BATCH", 3):
+    with mock.patch.object(cache_build, "_BATCH", 3):
       other = self.build(source, self.folder / "elsewhere")
     self.assertEqual(files_of(one), files_of(other))
 
@@ -340,7 +348,7 @@ class TokenCacheTest(parameterized.TestCase):
               yield example
         source = Slow(t.texts())
         print("ready", flush=True)
-        cache = t.cache_lib.build_cache(
+        cache = t.cache_build.build_cache(
           source, "train", t.FakeTokenizer(), "sentences", sys.argv[2],
           documents_per_shard=5)
         print(cache.num_documents, flush=True)
@@ -376,11 +384,11 @@ class TokenCacheTest(parameterized.TestCase):
   def test_bad_arguments(self):
     source = FakeSource(texts())
     with self.assertRaisesRegex(ValueError, "split='dev'.*train, test"):
-      cache_lib.build_cache(
+      cache_build.build_cache(
         source, "dev", FakeTokenizer(), "sentences", self.folder
       )
     with self.assertRaisesRegex(ValueError, "data.splitter='word'.*paragraphs"):
-      cache_lib.build_cache(
+      cache_build.build_cache(
         source, "train", FakeTokenizer(), "word", self.folder
       )
     with self.assertRaisesRegex(ValueError, "max_tokens_per_document=0"):

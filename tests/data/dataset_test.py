@@ -12,22 +12,27 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 import fakes
 
-from bertjax.data import audit, dataset, instances, packing
+from bertjax.data import audit, instances, packing, text_dataset
 from bertjax.data.instances import pairs
 
 _MODES = [(name, name) for name in instances.INSTANCES]
 _WHOLE = ("single_segment", "packed", "full_sentences", "doc_sentences")
 
 
-def make(cache, name="packed", seq_len=32, masking=(), **options):
+def make(
+  cache, name="packed", seq_len=32, masking=(), negatives=None, **options
+):
+  mode = dict(name=name)
+  if negatives is not None:
+    mode["negatives"] = negatives
   vocab_size = 200
   if isinstance(cache, tuple):
     cache, vocab_size = cache
   kwargs = dict(block_tokens=2_000, block_documents=8) | options
-  return dataset.TextDataset(
+  return text_dataset.TextDataset(
     cache,
     fakes.FakeTokenizer(vocab_size),
-    instances=dict(name=name),
+    instances=mode,
     masking=masking if masking is None else dict(masking),
     seq_len=seq_len,
     **kwargs,
@@ -150,6 +155,45 @@ class InstancesTest(parameterized.TestCase):
       if label == 0 and len(a) + len(b) < 45:  # not truncated
         self.assertEqual(b[0], a[-1] + 1)
 
+  def test_negatives_of_the_same_source(self):
+    cache, vocab_size = fakes.distinct_cache(400)
+    sources = np.random.default_rng(3).integers(0, 5, 400)
+    sources[sources == 4] = 3  # uneven shares
+    sources[[7, 9]] = [8, 6]  # no document shares these
+    cache.document_sources = sources
+    data = make(
+      (cache, vocab_size), "nsp", 48, masking=None, negatives="same_source"
+    )
+    owner = np.repeat(np.arange(400), cache.document_lengths)
+    batch = data.rows(0, data.rows_per_epoch(0))
+    partners = set()
+    for row, label in enumerate(batch["pair_labels"]):
+      a, b = self.parts(batch, row)
+      if label < 0:  # one sentence, nowhere to take another from
+        self.assertEmpty(b)
+        continue
+      first, second = owner[a[0] - 5], owner[b[0] - 5]
+      self.assertEqual(first == second, label == 0)
+      self.assertEqual(sources[first], sources[second])
+      partners.add((int(first), int(second)))
+    # A negative is drawn from all of a source, not from its neighbour.
+    steps = {(b - a) % 400 for a, b in partners if a != b}
+    self.assertGreater(len(steps), 100)
+    lonely = np.isin(owner, [7, 9])
+    rows = [
+      label
+      for row, label in enumerate(batch["pair_labels"])
+      if lonely[self.parts(batch, row)[0][0] - 5]
+    ]
+    self.assertNotEmpty(rows)
+    self.assertNotIn(1, rows)
+
+  def test_negatives_need_a_cache_that_knows_sources(self):
+    with self.assertRaisesRegex(
+      ValueError, "negatives='same_source' needs the source.*Delete that folder"
+    ):
+      make(fakes.random_cache(20), "nsp", negatives="same_source")
+
   def test_next_sentence_rate(self):
     several = fakes.FakeCache([[[7] * 3] * 40 for _ in range(400)])
     single = fakes.FakeCache([[[7] * 60] * 5 for _ in range(50)])
@@ -166,7 +210,7 @@ class InstancesTest(parameterized.TestCase):
     # Without put back (real) a document of two sentences is one chunk; after a
     # random B its second sentence is left and gets a random B as well.
     cache = fakes.FakeCache([[[7] * 3] * 2 for _ in range(4000)])
-    data = dataset.TextDataset(
+    data = text_dataset.TextDataset(
       cache,
       fakes.FakeTokenizer(),
       instances=dict(name="nsp", short_seq_prob=0.0),
@@ -308,6 +352,23 @@ class BadInputTest(parameterized.TestCase):
   def test_bad_options_are_named(self, options, message):
     with self.assertRaisesRegex(ValueError, message):
       make(fakes.random_cache(20), **options)
+
+  def test_bad_options_of_pairs_are_named(self):
+    cache = fakes.random_cache(20)
+    for name, options, message in (
+      ("nsp", dict(random_rate=1.5), "instances.random_rate=1.5 must lie in"),
+      ("sop", dict(swap_rate=-1), "instances.swap_rate=-1 must lie in 0..1"),
+      ("sop", dict(short_seq_prob=2), "instances.short_seq_prob=2 must lie"),
+      ("nsp", dict(negatives="same"), "negatives='same' must be one of any_do"),
+      ("sop", dict(negatives="same"), "negatives is not an option"),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        text_dataset.TextDataset(
+          cache,
+          fakes.FakeTokenizer(),
+          instances=dict(name=name, **options),
+          seq_len=32,
+        )
 
   def test_empty_corpus(self):
     with self.assertRaisesRegex(ValueError, "data.source gave 0 documents"):

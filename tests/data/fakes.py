@@ -30,7 +30,8 @@ class FakeTokenizer:
 class FakeCache:
   """Documents as lists of sentences, which are arrays of ids."""
 
-  def __init__(self, documents):
+  def __init__(self, documents, sources=None):
+    self.document_sources = sources if sources is None else np.array(sources)
     self._documents = [[np.asarray(s, np.int32) for s in d] for d in documents]
     self.manifest = {"tokenizer": {"fingerprint": "fake"}}
     self.sentence_lengths = np.array(

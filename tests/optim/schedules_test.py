@@ -13,9 +13,12 @@ from bertjax.optim import SCHEDULES, build_schedule, square_root_scaling
 RTOL = 1e-6
 
 
-def build(total_steps, learning_rate=1.0, **spec):
+def build(total_steps, learning_rate=1.0, tokens_per_step=None, **spec):
   return build_schedule(
-    spec, learning_rate=learning_rate, total_steps=total_steps
+    spec,
+    learning_rate=learning_rate,
+    total_steps=total_steps,
+    tokens_per_step=tokens_per_step,
   )
 
 
@@ -125,6 +128,45 @@ class SchedulesTest(parameterized.TestCase):
     }
     for step, value in expected.items():
       np.testing.assert_allclose(schedule(step), value, rtol=1e-5, atol=1e-8)
+
+  def test_lengths_in_tokens_are_those_steps(self):
+    # 1,000 tokens a step: 19.6 steps round to 20, and next to none to one.
+    for options, steps in (
+      (dict(warmup=dict(tokens=19_600)), dict(warmup=20)),
+      (dict(warmup=dict(tokens=2e4), decay=dict(tokens=3e4)),
+       dict(warmup=20, decay=30)),
+      (dict(warmup=dict(tokens=3)), dict(warmup=1)),
+    ):  # fmt: skip
+      found = build(100, tokens_per_step=1_000, name="trapezoid", **options)
+      wanted = build(100, name="trapezoid", **steps)
+      for step in (0, 1, 10, 19, 20, 21, 71, 80, 95, 100):
+        self.assertEqual(float(found(step)), float(wanted(step)))
+
+  def test_phases_may_be_as_long_as_so_many_tokens(self):
+    def phases(unit):
+      first = dict(name="linear", steps=unit(60), warmup=unit(20))
+      return [first, dict(name="constant", warmup=unit(10))]
+
+    found = build(
+      100,
+      tokens_per_step=512,
+      name="two_phase",
+      phases=phases(lambda n: dict(tokens=512 * n)),
+    )
+    wanted = build(100, name="two_phase", phases=phases(lambda n: n))
+    for step in range(0, 101, 5):
+      self.assertEqual(float(found(step)), float(wanted(step)))
+
+  @parameterized.parameters(
+    (dict(tokens=0), 512, "warmup.tokens=0 must be a positive number"),
+    (dict(tokens="1B"), 512, "warmup.tokens='1B' must be a positive number"),
+    (dict(tokens=1e9), 512, "warmup=1953125 must be between 0 and the 100 st"),
+    (dict(tokens=1e9), None, "warmup.tokens=1000000000.0 needs tokens_per_st"),
+    (dict(tokns=1e9), 512, "warmup={'tokns': 1000000000.0} must be a number"),
+  )
+  def test_bad_tokens_are_refused(self, warmup, tokens_per_step, message):
+    with self.assertRaisesRegex(ValueError, message):
+      build(100, name="linear", warmup=warmup, tokens_per_step=tokens_per_step)
 
   def test_square_root_scaling_is_the_table_of_the_paper(self):
     for i, batch_size in enumerate((32768, 16384, 8192, 4096, 2048, 1024, 512)):

@@ -28,6 +28,7 @@ class FullSentences:
   min_seq_len = 3
   min_documents = 1
   has_pairs = False
+  needs_sources = False
 
   def plan(
     self,
@@ -52,6 +53,7 @@ class DocSentences:
   min_seq_len = 3
   min_documents = 1
   has_pairs = False
+  needs_sources = False
 
   def plan(
     self,

@@ -29,6 +29,7 @@ class Packed:
   min_seq_len = 3
   min_documents = 1
   has_pairs = False
+  needs_sources = False
 
   def plan(
     self,

@@ -9,13 +9,13 @@ in the reference's own order of random draws.
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Integer
 
 from bertjax.data.instances import plan as plan_lib
 
+NEGATIVES = ("any_document", "same_source")
 _SPECIALS = 3  # [CLS] A [SEP] B [SEP]
 
 
@@ -51,7 +51,68 @@ class _Pairs:
 
 
 @dataclasses.dataclass(frozen=True)
-class NextSentence:
+class _PairMode:
+  """What the modes share: chunks, their parting, truncation, checks.
+
+  A mode adds the rates of its own and `_pair`, which decides what becomes of a
+  chunk.
+  """
+
+  short_seq_prob: float = 0.1
+
+  min_seq_len = _SPECIALS + 2
+  min_documents = 1
+  has_pairs = True
+  needs_sources = False
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if isinstance(field.default, float) and not 0 <= value <= 1:
+        raise ValueError(
+          f"data.instances.{field.name}={value} must lie in 0..1: it is a"
+          " probability."
+        )
+
+  def plan(
+    self,
+    block: plan_lib.BlockIndex,
+    seq_len: int,
+    rng: np.random.Generator,
+  ) -> plan_lib.Plan:
+    max_tokens = seq_len - _SPECIALS
+    count = block.num_documents
+    short = rng.random(count) < self.short_seq_prob
+    targets = np.where(
+      short, rng.integers(2, max_tokens + 1, size=count), max_tokens
+    )
+    at = block.sentence_offsets
+    last = block.first_sentences[1:]
+    cursor = block.first_sentences[:-1].copy()
+    rounds = []
+    active = np.flatnonzero(cursor < last)
+    while len(active):
+      first = cursor[active]
+      end = _reach(at, first, targets[active], last[active])
+      size = end - first
+      split = first + np.where(
+        size == 1, 1, rng.integers(1, np.maximum(size, 2))
+      )
+      chunks = _Chunks(active, targets[active], first, split, end)
+      pairs = self._pair(block, chunks, rng)
+      rounds.append(_truncated(pairs, max_tokens, rng))
+      cursor[active] = pairs.following
+      active = active[pairs.following < last[active]]
+    return _rows(rounds)
+
+  def _pair(
+    self, block: plan_lib.BlockIndex, chunks: _Chunks, rng: np.random.Generator
+  ) -> _Pairs:
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True)
+class NextSentence(_PairMode):
   """[CLS] A [SEP] B [SEP], B the continuation (label 0) or random (label 1).
 
   A chunk of one sentence always gets a random B; otherwise B is random with
@@ -61,57 +122,69 @@ class NextSentence:
   meet every other. An overlong pair loses tokens from its longer part, each
   time from a random side.
 
+  With `negatives="same_source"` a random B comes from a document of the same
+  component of a mixture, so that the register of a text does not give the
+  answer away. A document that is the only one of its component in the block
+  then gets no random B: its chunks continue, and those of one sentence become
+  [CLS] A [SEP] with label -1, which trains the masked words only.
+
   Cost: vectorised over the documents of a block, about 0.5 us per row (more
   when a few documents are very much longer than the others).
 
   Attributes:
     short_seq_prob: probability that a document aims at a random shorter length.
     random_rate: probability of a random B for chunks of two sentences or more.
+    negatives: which documents a random B may come from: `any_document` or
+      `same_source`.
   """
 
-  short_seq_prob: float = 0.1
   random_rate: float = 0.5
+  negatives: str = "any_document"
 
-  min_seq_len = _SPECIALS + 2
   min_documents = 2
-  has_pairs = True
 
   def __post_init__(self):
-    _check_rate("short_seq_prob", self.short_seq_prob)
-    _check_rate("random_rate", self.random_rate)
+    super().__post_init__()
+    if self.negatives not in NEGATIVES:
+      raise ValueError(
+        f"data.instances.negatives={self.negatives!r} must be one of"
+        f" {', '.join(NEGATIVES)}."
+      )
 
-  def plan(
-    self,
-    block: plan_lib.BlockIndex,
-    seq_len: int,
-    rng: np.random.Generator,
-  ) -> plan_lib.Plan:
+  @property
+  def needs_sources(self) -> bool:
+    return self.negatives == "same_source"
+
+  def _pair(
+    self, block: plan_lib.BlockIndex, chunks: _Chunks, rng: np.random.Generator
+  ) -> _Pairs:
     at = block.sentence_offsets
-
-    def pair(chunks: _Chunks) -> _Pairs:
-      count = len(chunks.documents)
-      alone = chunks.end - chunks.first == 1
-      random = alone | (rng.random(count) < self.random_rate)
-      a_lengths = at[chunks.split] - at[chunks.first]
-      start, end = _elsewhere(
-        block, chunks.documents, chunks.targets - a_lengths, rng
-      )
-      b_first = np.where(random, start, chunks.split)
-      b_end = np.where(random, end, chunks.end)
-      return _Pairs(
-        a_starts=at[chunks.first],
-        a_lengths=a_lengths,
-        b_starts=at[b_first],
-        b_lengths=at[b_end] - at[b_first],
-        labels=random.astype(np.int32),
-        following=np.where(random, chunks.split, chunks.end),
-      )
-
-    return _plan(block, seq_len, self.short_seq_prob, rng, pair)
+    documents = chunks.documents
+    alone = chunks.end - chunks.first == 1
+    wanted = alone | (rng.random(len(alone)) < self.random_rate)
+    groups = (
+      block.sources
+      if self.needs_sources
+      else np.zeros_like(block.document_lengths)
+    )
+    other = _other_documents(groups, documents, rng)
+    random = wanted & (other != documents)
+    a_lengths = at[chunks.split] - at[chunks.first]
+    start, end = _run(block, other, chunks.targets - a_lengths, rng)
+    b_first = np.where(random, start, chunks.split)
+    b_end = np.where(random, end, chunks.end)
+    return _Pairs(
+      a_starts=at[chunks.first],
+      a_lengths=a_lengths,
+      b_starts=at[b_first],
+      b_lengths=at[b_end] - at[b_first],
+      labels=np.where(alone & ~random, -1, random).astype(np.int32),
+      following=np.where(random, chunks.split, chunks.end),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
-class SentenceOrder:
+class SentenceOrder(_PairMode):
   """[CLS] A [SEP] B [SEP], consecutive (label 0) or swapped (label 1).
 
   A chunk of one sentence has no order: it becomes [CLS] A [SEP] with label -1,
@@ -122,39 +195,23 @@ class SentenceOrder:
     swap_rate: probability of swapping the parts.
   """
 
-  short_seq_prob: float = 0.1
   swap_rate: float = 0.5
 
-  min_seq_len = _SPECIALS + 2
-  min_documents = 1
-  has_pairs = True
-
-  def __post_init__(self):
-    _check_rate("short_seq_prob", self.short_seq_prob)
-    _check_rate("swap_rate", self.swap_rate)
-
-  def plan(
-    self,
-    block: plan_lib.BlockIndex,
-    seq_len: int,
-    rng: np.random.Generator,
-  ) -> plan_lib.Plan:
+  def _pair(
+    self, block: plan_lib.BlockIndex, chunks: _Chunks, rng: np.random.Generator
+  ) -> _Pairs:
     at = block.sentence_offsets
-
-    def pair(chunks: _Chunks) -> _Pairs:
-      alone = chunks.end - chunks.first == 1
-      swap = ~alone & (rng.random(len(alone)) < self.swap_rate)
-      first, split, end = at[chunks.first], at[chunks.split], at[chunks.end]
-      return _Pairs(
-        a_starts=np.where(swap, split, first),
-        a_lengths=np.where(swap, end - split, split - first),
-        b_starts=np.where(swap, first, split),
-        b_lengths=np.where(swap, split - first, end - split),
-        labels=np.where(alone, -1, swap).astype(np.int32),
-        following=chunks.end,
-      )
-
-    return _plan(block, seq_len, self.short_seq_prob, rng, pair)
+    alone = chunks.end - chunks.first == 1
+    swap = ~alone & (rng.random(len(alone)) < self.swap_rate)
+    first, split, end = at[chunks.first], at[chunks.split], at[chunks.end]
+    return _Pairs(
+      a_starts=np.where(swap, split, first),
+      a_lengths=np.where(swap, end - split, split - first),
+      b_starts=np.where(swap, first, split),
+      b_lengths=np.where(swap, split - first, end - split),
+      labels=np.where(alone, -1, swap).astype(np.int32),
+      following=chunks.end,
+    )
 
 
 def truncate_pair(
@@ -170,36 +227,6 @@ def truncate_pair(
   return a, np.minimum(b_lengths, max_tokens - a)
 
 
-def _plan(
-  block: plan_lib.BlockIndex,
-  seq_len: int,
-  short_seq_prob: float,
-  rng: np.random.Generator,
-  pair: Callable[[_Chunks], _Pairs],
-) -> plan_lib.Plan:
-  max_tokens = seq_len - _SPECIALS
-  count = block.num_documents
-  short = rng.random(count) < short_seq_prob
-  targets = np.where(
-    short, rng.integers(2, max_tokens + 1, size=count), max_tokens
-  )
-  at = block.sentence_offsets
-  last = block.first_sentences[1:]
-  cursor = block.first_sentences[:-1].copy()
-  rounds = []
-  active = np.flatnonzero(cursor < last)
-  while len(active):
-    first = cursor[active]
-    end = _reach(at, first, targets[active], last[active])
-    size = end - first
-    split = first + np.where(size == 1, 1, rng.integers(1, np.maximum(size, 2)))
-    pairs = pair(_Chunks(active, targets[active], first, split, end))
-    rounds.append(_truncated(pairs, max_tokens, rng))
-    cursor[active] = pairs.following
-    active = active[pairs.following < last[active]]
-  return _rows(rounds)
-
-
 def _reach(
   at: Int[np.ndarray, "sentences_plus_1"],
   first: Int[np.ndarray, "n"],
@@ -211,21 +238,37 @@ def _reach(
   return np.minimum(np.maximum(end, first + 1), last)
 
 
-def _elsewhere(
+def _other_documents(
+  groups: Integer[np.ndarray, "documents"],
+  documents: Int[np.ndarray, "n"],
+  rng: np.random.Generator,
+) -> Int[np.ndarray, "n"]:
+  """A random other document of the same group; itself if there is none."""
+  order = np.argsort(groups, kind="stable")
+  _, first, member_of, sizes = np.unique(
+    groups[order], return_index=True, return_inverse=True, return_counts=True
+  )
+  rank = np.empty_like(order)
+  rank[order] = np.arange(len(order)) - first[member_of]
+  group = np.empty_like(order)
+  group[order] = member_of
+  size = sizes[group[documents]]
+  shift = np.where(size > 1, rng.integers(1, np.maximum(size, 2)), 0)
+  return order[first[group[documents]] + (rank[documents] + shift) % size]
+
+
+def _run(
   block: plan_lib.BlockIndex,
   documents: Int[np.ndarray, "n"],
   tokens: Int[np.ndarray, "n"],
   rng: np.random.Generator,
 ) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
-  """A run of sentences, from a random place of a random other document."""
-  count = block.num_documents
-  shift = rng.integers(1, count, size=len(documents))
-  other = (documents + shift) % count
-  start = block.first_sentences[other] + rng.integers(
-    0, block.sentence_counts[other]
+  """A run of sentences of about that many tokens, from a random place."""
+  start = block.first_sentences[documents] + rng.integers(
+    0, block.sentence_counts[documents]
   )
   end = _reach(
-    block.sentence_offsets, start, tokens, block.first_sentences[other + 1]
+    block.sentence_offsets, start, tokens, block.first_sentences[documents + 1]
   )
   return start, end
 
@@ -264,10 +307,3 @@ def _rows(rounds: list[_Pairs]) -> plan_lib.Plan:
     opens=is_b[keep] == 0,
     pair_labels=joined("labels"),
   )
-
-
-def _check_rate(name: str, value: float) -> None:
-  if not 0 <= value <= 1:
-    raise ValueError(
-      f"data.instances.{name}={value} must lie in 0..1: it is a probability."
-    )

@@ -16,7 +16,7 @@ import functools
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Integer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,11 +27,14 @@ class BlockIndex:
     document_lengths: tokens per document.
     sentence_counts: sentences per document.
     sentence_lengths: tokens per sentence, all documents one after another.
+    sources: component of a mixture that each document is of; None if the mode
+      does not need it.
   """
 
   document_lengths: Int[np.ndarray, "documents"]
   sentence_counts: Int[np.ndarray, "documents"]
   sentence_lengths: Int[np.ndarray, "sentences"]
+  sources: Integer[np.ndarray, "documents"] | None = None
 
   @property
   def num_documents(self) -> int:
@@ -103,11 +106,15 @@ class InstanceMode(Protocol):
     min_seq_len: the shortest row this mode can fill.
     min_documents: how many documents a corpus needs.
     has_pairs: whether batches carry `pair_labels`.
+    needs_sources: whether `plan` reads `BlockIndex.sources`.
   """
 
   min_seq_len: int
   min_documents: int
   has_pairs: bool
+
+  @property
+  def needs_sources(self) -> bool: ...
 
   def plan(
     self, block: BlockIndex, seq_len: int, rng: np.random.Generator
@@ -119,7 +126,9 @@ class InstanceMode(Protocol):
     ...
 
 
-def offsets(counts: Int[np.ndarray, "n"]) -> Int[np.ndarray, "n_plus_1"]:
+def offsets(
+  counts: Int[np.ndarray, "n"] | Bool[np.ndarray, "n"],
+) -> Int[np.ndarray, "n_plus_1"]:
   """Exclusive prefix sums with the total at the end."""
   result = np.zeros(len(counts) + 1, np.int64)
   np.cumsum(counts, out=result[1:])

@@ -21,6 +21,7 @@ class SingleSegment:
   min_seq_len = 3
   min_documents = 1
   has_pairs = False
+  needs_sources = False
 
   def plan(
     self,

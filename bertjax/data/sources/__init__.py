@@ -11,7 +11,13 @@ from typing import Any
 from bertjax import registry
 from bertjax.data.sources.base import Example, HashSplit, Source
 from bertjax.data.sources.corpora import CORPORA, corpus
-from bertjax.data.sources.files import csv, jsonl, parquet, text_files, tfrecord
+from bertjax.data.sources.formats import (
+  csv,
+  jsonl,
+  parquet,
+  text_files,
+  tfrecord,
+)
 from bertjax.data.sources.mixture import Mixture
 from bertjax.data.sources.preprocess import PREPROCESSORS, Preprocessed
 from bertjax.data.sources.pubmed import pubmed_xml
@@ -37,6 +43,7 @@ def _mixture(
   sources: Sequence[Mapping[str, Any]],
   dupe_factors: Sequence[float] | None = None,
   weights: Sequence[float] | None = None,
+  alpha: float | None = None,
   unit: str = "characters",
 ) -> Mixture:
   """`Mixture` of sources that are themselves rows of `SOURCES`."""
@@ -44,7 +51,13 @@ def _mixture(
     registry.build(SOURCES, spec, f"data.source.sources[{i}]")
     for i, spec in enumerate(sources)
   ]
-  return Mixture(built, dupe_factors=dupe_factors, weights=weights, unit=unit)
+  return Mixture(
+    built,
+    dupe_factors=dupe_factors,
+    weights=weights,
+    alpha=alpha,
+    unit=unit,
+  )
 
 
 def _with_preprocess(builder: Callable[..., Source]) -> Callable[..., Source]:

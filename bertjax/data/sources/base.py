@@ -14,7 +14,8 @@ class Source(Protocol):
   """A corpus: named splits of examples in an order that never changes.
 
   A text example is `{"id": str, "text": str}`, one document; a source may add
-  features. An optional `copy` counts deliberate repetitions of one document.
+  features. An optional `copy` counts deliberate repetitions of one document; an
+  optional `component`, below 65536, numbers the part of a mixture it is of.
   """
 
   name: str

@@ -10,16 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from bertjax import registry
-from bertjax.data.sources import base, files, pubmed, tfds_source
+from bertjax.data.sources import base, formats, pubmed, tfds_source
 
 _READERS = {
-  "csv": files.csv,
-  "jsonl": files.jsonl,
-  "parquet": files.parquet,
+  "csv": formats.csv,
+  "jsonl": formats.jsonl,
+  "parquet": formats.parquet,
   "pubmed_xml": pubmed.pubmed_xml,
-  "text_files": files.text_files,
+  "text_files": formats.text_files,
   "tfds": tfds_source.tfds,
-  "tfrecord": files.tfrecord,
+  "tfrecord": formats.tfrecord,
 }
 # Corpora that come as one split: documents are dealt out by hash.
 _HELD_OUT = {"train": 0.98, "validation": 0.01, "test": 0.01}

@@ -1,27 +1,39 @@
-"""Plain files as sources: text, JSON lines, CSV, Parquet, TFRecord.
+"""Files as sources: patterns, splits, ids, fingerprints, errors.
 
-Each format is a function from a path to numbered records; `FileSource` does
-the rest: patterns, splits, ids, errors. Names that end in .gz, .bz2 or .xz are
-read compressed.
+A format (`formats.py`) is a function from a path to numbered records;
+`FileSource` does the rest. Names that end in .gz, .bz2, .xz or .zst are read
+compressed; a byte order mark at the start of UTF-8 is no text.
 """
 
 import bz2
-import csv as csv_lib
+import codecs
 import functools
 import glob
 import gzip
 import hashlib
 import io
-import json
 import lzma
 import os
-import sys
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bertjax.data.sources import base
 
-_OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+def _open_zstd(path: str, mode: str) -> io.BufferedIOBase:
+  """Reads Zstandard, of one frame or several; `mode` is "rb"."""
+  import pyarrow
+
+  return pyarrow.CompressedInputStream(pyarrow.OSFile(path, mode), "zstd")
+
+
+OPENERS = {
+  ".gz": gzip.open,
+  ".bz2": bz2.open,
+  ".xz": lzma.open,
+  ".zst": _open_zstd,
+}
 _WHOLE = 64 * 2**20  # bytes up to which a file's full content is hashed
 _SAMPLES, _SAMPLE = 16, 2**20
 
@@ -47,12 +59,14 @@ Read = Callable[[str], Iterator[Record]]
 
 def open_binary(path: str) -> io.BufferedIOBase:
   """Opens a file for reading, decompressed by its suffix."""
-  opener = _OPENERS.get(os.path.splitext(path)[1], open)
+  opener = OPENERS.get(os.path.splitext(path)[1], open)
   return opener(path, "rb")
 
 
 def open_text(path: str, encoding: str = "utf-8") -> io.TextIOWrapper:
   """Like `open_binary`, decoded; keeps the file's own line ends."""
+  if codecs.lookup(encoding).name == "utf-8":
+    encoding = "utf-8-sig"  # passes over a byte order mark
   return io.TextIOWrapper(open_binary(path), encoding=encoding, newline="")
 
 
@@ -101,9 +115,14 @@ class FileSource:
       if os.path.isfile(pattern):
         files.append(pattern)  # a name may hold brackets
       if not files:
+        found_instead = (
+          f"is a folder; write {os.path.join(pattern, '*')!r} for its files"
+          if os.path.isdir(pattern)
+          else f"matches no file (working folder {os.getcwd()})"
+        )
         raise ValueError(
           f"paths: {pattern!r} of source {self.name!r}, split {split!r},"
-          f" matches no file (working folder {os.getcwd()})."
+          f" {found_instead}."
         )
       found.update(files)
     return sorted(found)
@@ -138,14 +157,33 @@ class FileSource:
     try:
       yield from self._read(path)
     except UnicodeDecodeError as err:
+      where = _undecodable_line(path, err.encoding) or path
       raise ValueError(
-        f"{path} is not {err.encoding} text ({err.reason} at byte"
-        f" {err.start}); set `encoding`."
+        f"{where} is not {err.encoding} text ({err.reason}:"
+        f" {err.object[err.start : err.start + 4]!r}); repair it, or set"
+        " `encoding` if the file has another one."
       ) from err
-    except (gzip.BadGzipFile, lzma.LZMAError, EOFError) as err:
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as err:
+      # The system's own errors carry a number and name the file.
+      if getattr(err, "errno", None) is not None:
+        raise
       raise ValueError(
         f"{path} is not a whole compressed file: {err}."
       ) from err
+
+
+def _undecodable_line(path: str, encoding: str) -> str | None:
+  """Where the first line stands that is no text; None if lines are no bytes."""
+  if codecs.lookup(encoding).name.startswith(("utf-16", "utf-32")):
+    return None
+  # Latin-1 keeps each byte as it is, whatever kind of stream this is.
+  with io.TextIOWrapper(open_binary(path), "latin-1", newline="\n") as lines:
+    for number, line in enumerate(lines, 1):
+      try:
+        line.encode("latin-1").decode(encoding)
+      except UnicodeDecodeError:
+        return f"{path}, line {number}"
+  return None
 
 
 def _content_of(path: str) -> str:
@@ -190,8 +228,22 @@ def file_source(
     licence: of the texts.
 
   Raises:
-    ValueError: splits given twice, by `paths` and by `fractions`.
+    ValueError: splits given twice, by `paths` and by `fractions`; a feature
+      whose name has a meaning of its own.
   """
+  try:
+    codecs.lookup(options.get("encoding", "utf-8"))
+  except LookupError as err:
+    raise ValueError(
+      f"source {name!r}: encoding={options['encoding']!r} is unknown to Python;"
+      " write utf-8, latin-1, utf-16, ..."
+    ) from err
+  for feature in options.get("features", ()):
+    if feature in ("copy", "component"):
+      raise ValueError(
+        f"source {name!r}: features may not hold {feature!r}, which says how"
+        " the document takes part in a mixture; rename the field."
+      )
   if hasattr(paths, "items"):
     if fractions is not None:
       raise ValueError(
@@ -243,215 +295,4 @@ def pick(
     text,
     None if key is None else str(key),
     {name: record[name] for name in features},
-  )
-
-
-# Formats.
-
-
-def read_text(path: str, documents: str, encoding: str) -> Iterator[Record]:
-  """One document a file, or documents between blank lines."""
-  with open_text(path, encoding) as f:
-    if documents == "file":
-      yield Record(0, f.read())
-      return
-    begin, lines = 1, []
-    for number, line in enumerate(f, 1):
-      if line.strip():
-        begin = begin if lines else number
-        lines.append(line.rstrip("\r\n"))
-      elif lines:
-        yield Record(begin, "\n".join(lines))
-        lines = []
-    if lines:
-      yield Record(begin, "\n".join(lines))
-
-
-def read_jsonl(path: str, encoding: str, **fields: Any) -> Iterator[Record]:
-  """One JSON object a line; blank lines are passed over."""
-  with open_text(path, encoding) as f:
-    for number, line in enumerate(f, 1):
-      if not line.strip():
-        continue
-      where = f"{path}, line {number}"
-      try:
-        record = json.loads(line)
-      except json.JSONDecodeError as err:
-        raise ValueError(f"{where} is not JSON: {err}.") from err
-      if not isinstance(record, dict):
-        raise ValueError(f"{where} holds no JSON object: {line[:40]!r}.")
-      text, key, features = pick(record, where, **fields)
-      yield Record(number, text, features, key)
-
-
-def read_csv(
-  path: str,
-  encoding: str,
-  delimiter: str | None,
-  columns: Sequence[str] | None,
-  **fields: Any,
-) -> Iterator[Record]:
-  """Rows under a header, or under given column names."""
-  bare = path
-  while os.path.splitext(bare)[1] in _OPENERS:
-    bare = os.path.splitext(bare)[0]
-  if delimiter is None:
-    delimiter = "\t" if bare.endswith((".tsv", ".tab")) else ","
-  # A document may be longer than csv's 128 kB; the limit is the library's own.
-  csv_lib.field_size_limit(min(sys.maxsize, 2**31 - 1))
-  with open_text(path, encoding) as f:
-    rows = csv_lib.reader(f, delimiter=delimiter)
-    header = list(columns) if columns is not None else next(rows, None)
-    for row in rows:
-      if not row:
-        continue
-      where = f"{path}, line {rows.line_num}"
-      if len(row) != len(header):
-        raise ValueError(
-          f"{where} has {len(row)} cells, not {len(header)}"
-          f" ({', '.join(header)}); is delimiter {delimiter!r} right?"
-        )
-      text, key, features = pick(dict(zip(header, row)), where, **fields)
-      yield Record(rows.line_num, text, features, key)
-
-
-def read_parquet(
-  path: str, text_field: str, id_field: str | None, features: Sequence[str]
-) -> Iterator[Record]:
-  """Rows of a Parquet file; reads only the columns it needs."""
-  import pyarrow.parquet
-
-  with pyarrow.parquet.ParquetFile(path) as table:
-    names = dict.fromkeys(table.schema_arrow.names)
-    wanted = [n for n in (text_field, id_field, *features) if n is not None]
-    for name in wanted:
-      if name not in names:
-        raise ValueError(
-          f"{path} has no column {name!r}; it has {', '.join(sorted(names))}."
-        )
-    number = 0
-    for batch in table.iter_batches(
-      batch_size=1024, columns=list(dict.fromkeys(wanted))
-    ):
-      for record in batch.to_pylist():
-        where = f"{path}, row {number}"
-        text, key, rest = pick(record, where, text_field, id_field, features)
-        yield Record(number, text, rest, key)
-        number += 1
-
-
-def read_tfrecord(path: str, **fields: Any) -> Iterator[Record]:
-  """tf.Example records; a feature of one value is that value."""
-  from bertjax.data.sources import tensorflow_io
-
-  for number, record in enumerate(tensorflow_io.read_examples(path)):
-    text, key, features = pick(record, f"{path}, record {number}", **fields)
-    yield Record(number, text, features, key)
-
-
-# Builders: rows of `SOURCES`.
-
-
-def text_files(
-  paths,
-  documents: str = "file",
-  encoding: str = "utf-8",
-  fractions: Mapping[str, float] | None = None,
-  licence: str = "unknown",
-) -> base.Source:
-  """Plain text.
-
-  Args:
-    paths: patterns, or patterns by split.
-    documents: "file": one document a file; "blank_line": documents between
-      blank lines, one sentence a line, as in BERT's input files (use the
-      splitter "lines").
-    encoding: of the files.
-    fractions: share of each split, by hash of the text.
-    licence: of the texts.
-  """
-  if documents not in ("file", "blank_line"):
-    raise ValueError(f"documents={documents!r} must be 'file' or 'blank_line'.")
-  options = dict(documents=documents, encoding=encoding)
-  return file_source(
-    "text_files", paths, read_text, options, fractions, licence
-  )
-
-
-def jsonl(
-  paths,
-  text_field: str = "text",
-  id_field: str | None = None,
-  features: Sequence[str] = (),
-  encoding: str = "utf-8",
-  fractions: Mapping[str, float] | None = None,
-  licence: str = "unknown",
-) -> base.Source:
-  """One JSON object a line; `features` are further fields to keep."""
-  options = dict(
-    text_field=text_field,
-    id_field=id_field,
-    features=tuple(features),
-    encoding=encoding,
-  )
-  return file_source("jsonl", paths, read_jsonl, options, fractions, licence)
-
-
-def csv(
-  paths,
-  text_field: str = "text",
-  id_field: str | None = None,
-  features: Sequence[str] = (),
-  delimiter: str | None = None,
-  columns: Sequence[str] | None = None,
-  encoding: str = "utf-8",
-  fractions: Mapping[str, float] | None = None,
-  licence: str = "unknown",
-) -> base.Source:
-  """Tables; `delimiter=None` is a tab in .tsv and .tab files, else a comma.
-
-  `columns` names the columns of files without a header.
-  """
-  options = dict(
-    text_field=text_field,
-    id_field=id_field,
-    features=tuple(features),
-    delimiter=delimiter,
-    columns=None if columns is None else tuple(columns),
-    encoding=encoding,
-  )
-  return file_source("csv", paths, read_csv, options, fractions, licence)
-
-
-def parquet(
-  paths,
-  text_field: str = "text",
-  id_field: str | None = None,
-  features: Sequence[str] = (),
-  fractions: Mapping[str, float] | None = None,
-  licence: str = "unknown",
-) -> base.Source:
-  """Parquet files, read in batches of rows."""
-  options = dict(
-    text_field=text_field, id_field=id_field, features=tuple(features)
-  )
-  return file_source(
-    "parquet", paths, read_parquet, options, fractions, licence
-  )
-
-
-def tfrecord(
-  paths,
-  text_field: str = "text",
-  id_field: str | None = None,
-  features: Sequence[str] = (),
-  fractions: Mapping[str, float] | None = None,
-  licence: str = "unknown",
-) -> base.Source:
-  """TFRecord files of tf.Example; needs the extra `tfds`."""
-  options = dict(
-    text_field=text_field, id_field=id_field, features=tuple(features)
-  )
-  return file_source(
-    "tfrecord", paths, read_tfrecord, options, fractions, licence
   )

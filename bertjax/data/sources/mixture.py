@@ -33,6 +33,7 @@ class Mixture:
     *,
     dupe_factors: Sequence[float] | None = None,
     weights: Sequence[float] | None = None,
+    alpha: float | None = None,
     unit: str = "characters",
   ):
     """Args:
@@ -42,17 +43,28 @@ class Mixture:
     weights: instead of factors, each source's share of the training split.
       The source that is scarcest for its share appears once, the others are
       subsampled. Costs one pass over the training splits.
+    alpha: instead of weights, shares proportional to size^alpha, the size of
+      each training split: 1 is as they are, 0.7 favours the small ones, 0
+      makes all alike (Conneau & Lample 2019, arXiv:1901.07291, eq. 1).
     unit: what shares are measured in: "documents" or "characters".
 
     Raises:
-      ValueError: factors and weights together, of another number than the
-        sources, or not positive; unknown unit; no source.
+      ValueError: more than one of factors, weights and alpha; numbers out of
+        range or of another number than the sources; unknown unit; no source.
     """
     self._sources = list(sources)
     if not self._sources:
       raise ValueError("sources=[] of source 'mixture' needs at least one.")
-    if dupe_factors is not None and weights is not None:
-      raise ValueError("source 'mixture' takes dupe_factors or weights.")
+    given = [x for x in (dupe_factors, weights, alpha) if x is not None]
+    if len(given) > 1:
+      raise ValueError(
+        "source 'mixture' takes one of dupe_factors, weights and alpha."
+      )
+    if alpha is not None and not 0 <= alpha <= 1:
+      raise ValueError(
+        f"alpha={alpha} of source 'mixture' must lie in 0..1: 1 leaves the"
+        " sizes as they are, 0 makes them equal."
+      )
     if unit not in _UNITS:
       raise ValueError(f"unit={unit!r} must be one of {', '.join(_UNITS)}.")
     for field, values in (("dupe_factors", dupe_factors), ("weights", weights)):
@@ -67,6 +79,7 @@ class Mixture:
       [1.0] * len(self._sources) if dupe_factors is None else list(dupe_factors)
     )
     self._weights = None if weights is None else list(weights)
+    self._alpha = alpha
     self._unit = unit
     self._resolved: list[float] | None = None
     self.licence = "; ".join(
@@ -74,7 +87,7 @@ class Mixture:
     )
     present = dict.fromkeys(split for s in self._sources for split in s.splits)
     self.splits = tuple(present)
-    if self._weights is not None:
+    if self._weights is not None or alpha is not None:
       for source in self._sources:
         base.check_split(source, "train")
 
@@ -85,11 +98,12 @@ class Mixture:
       self._factors,
       self._weights,
       self._unit,
+      *([] if self._alpha is None else [self._alpha]),
     )
 
   def factors(self) -> list[float]:
-    """Each source's factor, after weights have been turned into factors."""
-    if self._weights is None:
+    """Each source's factor; weights and alpha are turned into factors."""
+    if self._weights is None and self._alpha is None:
       return self._factors
     if self._resolved is None:
       sizes = [
@@ -99,12 +113,16 @@ class Mixture:
         )
         for source in self._sources
       ]
-      wanted = [w / size for w, size in zip(self._weights, sizes)]
+      weights = self._weights or [size**self._alpha for size in sizes]
+      wanted = [w / size for w, size in zip(weights, sizes)]
       self._resolved = [w / max(wanted) for w in wanted]
     return self._resolved
 
   def examples(self, split: str) -> Iterator[base.Example]:
-    """Examples with `id` = "<position of the source>/<its id>"."""
+    """Examples with `id` = "<position of the source>/<its id>".
+
+    `component` is the position too; of nested mixtures the outermost counts.
+    """
     base.check_split(self, split)
 
     def mixed():
@@ -115,6 +133,6 @@ class Mixture:
           for example in source.examples(split):
             key = f"{i}/{example['id']}"
             for copy in range(copies(factor, key)):
-              yield {**example, "id": key, "copy": copy}
+              yield {**example, "id": key, "copy": copy, "component": i}
 
     return base.nonempty(mixed(), self.name, split)

@@ -10,7 +10,7 @@ A config's `data.tokenizer` is `dict(name=...)` with a row of TOKENIZERS.
 import logging
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from bertjax import registry
@@ -121,7 +121,42 @@ def _vocab_file(
   )
 
 
+def _extended(
+  of: Mapping[str, Any],
+  append: Sequence[str] = (),
+  reuse: Sequence[str] = (),
+  pad_to_multiple: int = 1,
+  *,
+  texts: Texts,
+  cache_dir: str | os.PathLike,
+  source_fingerprint: str,
+) -> Tokenizer:
+  """Another row's tokenizer with further pieces.
+
+  Args:
+    of: a name of `TOKENIZERS` and its options.
+    append: pieces that get rows after the last one; a model that is there
+      already needs as many further embeddings.
+    reuse: pieces that take the place of [unusedN] rows.
+    pad_to_multiple: add [unusedN] rows up to a multiple of this.
+    texts: as in `build_tokenizer`; likewise what follows.
+    cache_dir: where trained vocabularies live.
+    source_fingerprint: changes when the texts do.
+  """
+  tokenizer = registry.build(
+    TOKENIZERS,
+    of,
+    "data.tokenizer.of",
+    texts=texts,
+    cache_dir=cache_dir,
+    source_fingerprint=source_fingerprint,
+  )
+  tokenizer = append_pieces(reuse_unused(tokenizer, reuse), append)
+  return pad_vocabulary(tokenizer, pad_to_multiple)
+
+
 TOKENIZERS: dict[str, Callable[..., Tokenizer]] = {
+  "extended": _extended,
   "train": _trained,
   "folder": _folder,
   "vocab_file": _vocab_file,

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from bertjax.data.tokenizers import base
+from bertjax.data.tokenizers import base, library
 
 
 class ByteTokenizer(base.Tokenizer):
@@ -57,7 +57,26 @@ class ByteTokenizer(base.Tokenizer):
     return int(piece[1:-1], 16) not in b" \t\n\v\f\r"
 
   def files(self) -> dict[str, bytes]:
-    return {}
+    """A tokenizer.json with the same ids: byte-level BPE without merges.
+
+    Its pieces have the library's names for bytes (`Ġ` for a space); ByT5's own
+    class has other special tokens and so other ids.
+    """
+    letters = byte_letters()
+    pieces = list(self._pieces)
+    pieces[self._first : self._first + 256] = letters
+    exported = library.byte_bpe(
+      pieces,
+      [],
+      self.specials,
+      user_tokens=self.user_tokens,
+      mask_strips_left=False,
+    )
+    return {
+      name: content
+      for name, content in exported.files().items()
+      if name in ("tokenizer.json", "tokenizer_config.json")
+    }
 
   def options(self) -> dict[str, Any]:
     return {"tail": self._tail}
@@ -80,3 +99,14 @@ class ByteTokenizer(base.Tokenizer):
       tail=pieces[self._first + 256 :],
       user_tokens=user_tokens,
     )
+
+
+def byte_letters() -> list[str]:
+  """The printable character that byte-level BPE writes for each byte.
+
+  Reference: Radford et al. 2019; a byte that is a printable Latin-1 character
+  stands for itself, the others follow from U+0100 on.
+  """
+  shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+  others = iter(range(0x100, 0x200))
+  return [chr(b) if b in shown else chr(next(others)) for b in range(256)]

@@ -6,7 +6,7 @@ its ids are those of `transformers`' fast tokenizers by construction.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ def add_literals(
   backend: tokenizers.Tokenizer,
   specials: base.Specials,
   user_tokens: Sequence[str] = (),
-  strips_left: Sequence[str] = (),
+  strips_left: Collection[str] = (),
 ) -> tokenizers.Tokenizer:
   """Tells a tokenizer.json which pieces other programs shall find in text."""
   backend.add_special_tokens(
@@ -75,8 +75,12 @@ def byte_bpe(
   add_prefix_space: bool = False,
   lowercase: bool = False,
   user_tokens: Sequence[str] = (),
+  mask_strips_left: bool = True,
 ) -> "LibraryTokenizer":
-  """Byte-level BPE: every text has ids and decodes to itself."""
+  """Byte-level BPE: every text has ids and decodes to itself.
+
+  Parsed in a prompt, RoBERTa's mask swallows the whitespace before it.
+  """
   vocab = {piece: i for i, piece in enumerate(pieces)}
   backend = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
   if lowercase:
@@ -85,7 +89,8 @@ def byte_bpe(
     add_prefix_space=add_prefix_space
   )
   backend.decoder = decoders.ByteLevel()
-  add_literals(backend, specials, user_tokens, (specials.mask,))
+  strips_left = (specials.mask,) if mask_strips_left else ()
+  add_literals(backend, specials, user_tokens, strips_left)
   return LibraryTokenizer(backend, specials, user_tokens)
 
 
@@ -141,10 +146,12 @@ class LibraryTokenizer(base.Tokenizer):
     self._spec = spec
     self._backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
     # Texts are split at tokens by the base class, so the library must not.
-    plain = tokenizers.Tokenizer.from_str(
-      json.dumps(spec | {"added_tokens": []})
+    names = {token["content"] for token in added.values()}
+    self._plain = tokenizers.Tokenizer.from_str(
+      json.dumps(
+        spec | {"added_tokens": [], "model": _unspelt(spec["model"], names)}
+      )
     )
-    self._plain = plain
     vocab = backend.get_vocab(with_added_tokens=True)
     if sorted(vocab.values()) != list(range(len(vocab))):
       raise ValueError(
@@ -167,8 +174,8 @@ class LibraryTokenizer(base.Tokenizer):
 
   def _continues(self, piece: str) -> bool:
     if self.kind == "byte_bpe":
-      # Byte-level BPE writes space, newline, tab and return as these letters.
-      return not piece.startswith(("Ġ", "Ċ", "ĉ", "č"))
+      # How byte-level BPE writes " \n\t\r\v\f".
+      return not piece.startswith(("Ġ", "Ċ", "ĉ", "č", "ċ", "Č"))
     model = self._spec["model"]
     if model.get("end_of_word_suffix"):
       raise ValueError(
@@ -217,15 +224,32 @@ class LibraryTokenizer(base.Tokenizer):
     spec = json.loads(json.dumps(self._spec))
     model = spec["model"]
     if self.kind == "unigram":
-      # No text takes a row of this score; its literal spelling finds it.
       rows = model["vocab"]
-      rows += [[piece, -1e4] for piece in pieces[len(rows) :]]
+      # A lower score would change the price of unknown characters.
+      lowest = min(score for _, score in rows)
+      rows += [[piece, lowest] for piece in pieces[len(rows) :]]
       model["vocab"] = [[p, score] for p, (_, score) in zip(pieces, rows)]
     else:
       model["vocab"] = {piece: i for i, piece in enumerate(pieces)}
     backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
     add_literals(backend, self.specials, user_tokens, self._strips_left)
     return LibraryTokenizer(backend, self.specials, user_tokens)
+
+
+def _unspelt(model: Mapping[str, Any], names: Collection[str]) -> Any:
+  """A unigram model whose tokens and [unusedN] rows no text can spell.
+
+  Unigram takes every row of its table wherever the letters stand; other models
+  reach only what their merges or their words make.
+  """
+  if model.get("type") != "Unigram":
+    return model
+  # What the model sees has no spaces: they are word marks by then.
+  vocab = [
+    [f"{p} " if p in names or base.unused_slot(p) is not None else p, score]
+    for p, score in model["vocab"]
+  ]
+  return {**model, "vocab": vocab}
 
 
 def _kind(spec: Mapping[str, Any]) -> str:

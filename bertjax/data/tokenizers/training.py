@@ -9,8 +9,6 @@ from Google's unpublished likelihood criterion (as in `tokenizers`).
 """
 
 import collections
-import hashlib
-import heapq
 import importlib.metadata
 import inspect
 import io
@@ -28,64 +26,12 @@ from bertjax.data.tokenizers import (
   byte,
   extend,
   library,
+  sampling,
   unigram,
   words,
 )
 
-_CHUNK_BYTES = 65_536  # a document is sampled in parts of about this size
 _ALPHABET = 1_000  # distinct characters kept, as BERT's own vocabularies
-
-
-def _parts(text: str, limit: int) -> Iterator[str]:
-  """Cuts a text into parts of at most `limit` characters, at spaces."""
-  start = 0
-  while len(text) - start > limit:
-    cut = text.rfind(" ", start, start + limit)
-    cut = start + limit if cut <= start else cut + 1
-    yield text[start:cut]
-    start = cut
-  yield text[start:]
-
-
-def sample_texts(
-  texts: Iterable[str], max_bytes: int, seed: int
-) -> tuple[list[str], dict[str, int]]:
-  """A uniform sample of a stream, in its order, in bounded memory.
-
-  Every part of a document (up to 64 KiB) draws a number from a hash of (seed,
-  position). Those under a threshold are kept, and the threshold falls whenever
-  they exceed `max_bytes`: the head of the stream has no preference, and the
-  result depends on nothing but the stream and the seed.
-
-  Returns:
-    The kept parts (at most `max_bytes` of UTF-8) and what was read and kept.
-  """
-  if max_bytes < 1:
-    raise ValueError(f"max_bytes={max_bytes} must be 1 or more.")
-  limit = max(1, min(_CHUNK_BYTES, max_bytes // 16))
-  heap: list[tuple[int, int, int, str]] = []  # (-draw, position, bytes, text)
-  threshold = 1 << 64
-  kept = position = 0
-  facts = dict.fromkeys(("documents_read", "bytes_read"), 0)
-  for text in texts:
-    facts["documents_read"] += 1
-    for part in _parts(base.whole_characters(text), limit):
-      size = len(part) if part.isascii() else len(part.encode())
-      facts["bytes_read"] += size
-      position += 1
-      name = f"{seed}:{position}".encode()
-      draw = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest())
-      if not size or draw >= threshold:
-        continue
-      heapq.heappush(heap, (-draw, position, size, part))
-      kept += size
-      while kept > max_bytes:
-        negative, _, dropped, _ = heapq.heappop(heap)
-        threshold = -negative
-        kept -= dropped
-  heap.sort(key=lambda item: item[1])
-  facts |= {"bytes_used": kept, "parts_read": position, "parts_used": len(heap)}
-  return [item[-1] for item in heap], facts
 
 
 def _check_names(specials: base.Specials, user_tokens: Sequence[str]) -> None:
@@ -183,21 +129,21 @@ def _train_words(
   vocab_size: int,
   specials: base.Specials,
   user_tokens: Sequence[str],
+  *,
+  keep_merges: bool,
   min_frequency: int,
-  lowercase: bool,
-  strip_accents: bool | None,
-  max_word_chars: int,
   max_alphabet: int,
-) -> tuple[list[str], list[tuple[str, str]]]:
-  rules = words.WordRules(
-    lowercase, lowercase if strip_accents is None else strip_accents
-  )
+  max_word_chars: int,
+  **options: Any,
+) -> words.WordTokenizer:
+  """Pieces inside BERT's words; with their merges BPE, else WordPiece."""
+  rules = words.WordRules(**options)
   counts = collections.Counter()
   for text in texts:
     counts.update(rules(text).split())
   counts = {w: n for w, n in counts.items() if len(w) <= max_word_chars}
   first, inside = _alphabet(counts, max_alphabet)
-  return _merge(
+  pieces, merges = _merge(
     _repeated(counts),
     [*specials.names(), *user_tokens, *first, *inside],
     first,
@@ -205,6 +151,14 @@ def _train_words(
     vocab_size=vocab_size,
     min_frequency=min_frequency,
     prefix="##",
+  )
+  return words.WordTokenizer(
+    pieces,
+    specials,
+    merges=merges if keep_merges else None,
+    max_word_chars=max_word_chars,
+    user_tokens=user_tokens,
+    **options,
   )
 
 
@@ -221,17 +175,17 @@ def wordpiece(
   max_alphabet: int = _ALPHABET,
 ) -> base.Tokenizer:
   """Trains a WordPiece vocabulary; arguments as in `train_tokenizer`."""
-  pieces, _ = _train_words(
-      texts, vocab_size, specials, user_tokens, min_frequency, lowercase,
-      strip_accents, max_word_chars, max_alphabet,
-  )  # fmt: skip
-  return words.WordTokenizer(
-    pieces,
+  return _train_words(
+    texts,
+    vocab_size,
     specials,
+    user_tokens,
+    keep_merges=False,
+    min_frequency=min_frequency,
+    max_alphabet=max_alphabet,
+    max_word_chars=max_word_chars,
     lowercase=lowercase,
     strip_accents=strip_accents,
-    max_word_chars=max_word_chars,
-    user_tokens=user_tokens,
   )
 
 
@@ -247,17 +201,17 @@ def bpe(
   max_alphabet: int = _ALPHABET,
 ) -> base.Tokenizer:
   """Trains BPE inside BERT's words; arguments as in `train_tokenizer`."""
-  pieces, merges = _train_words(
-      texts, vocab_size, specials, user_tokens, min_frequency, lowercase,
-      strip_accents, 200, max_alphabet,
-  )  # fmt: skip
-  return words.WordTokenizer(
-    pieces,
+  return _train_words(
+    texts,
+    vocab_size,
     specials,
-    merges=merges,
+    user_tokens,
+    keep_merges=True,
+    min_frequency=min_frequency,
+    max_alphabet=max_alphabet,
+    max_word_chars=200,
     lowercase=lowercase,
     strip_accents=strip_accents,
-    user_tokens=user_tokens,
   )
 
 
@@ -333,7 +287,7 @@ def train_unigram(
       eos_id=order[specials.sep],
       control_symbols=[specials.mask],
       hard_vocab_limit=False,
-      max_sentence_length=4 * _CHUNK_BYTES,
+      max_sentence_length=4 * sampling.CHUNK_BYTES,
       num_threads=4,  # sums of floats: the number decides, not the machine
       minloglevel=2,
     )
@@ -449,7 +403,7 @@ def train_resolved(
   # Bytes learn nothing: do not read a corpus for them.
   sample, facts = [], {}
   if kind != "bytes":
-    sample, facts = sample_texts(texts, max_bytes, seed)
+    sample, facts = sampling.sample_texts(texts, max_bytes, seed)
     sample = [t for t in _without(sample, options["user_tokens"]) if t.strip()]
     if not sample:
       raise ValueError(

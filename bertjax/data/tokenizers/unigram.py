@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from bertjax.data.tokenizers import base
+from bertjax.data.tokenizers import base, unigram_export
 
 # fairseq (XLM-R, CamemBERT) puts its own four rows before the model's.
 _FAIRSEQ_FIRST = ("<s>", "<pad>", "</s>", "<unk>")
@@ -99,10 +99,20 @@ class SentencePieceTokenizer(base.Tokenizer):
     return not piece.startswith("▁")
 
   def files(self) -> dict[str, bytes]:
-    return {
+    out = {
       "spiece.model": self._content,
       "tokenizer_config.json": base.tokenizer_config(self.specials),
     }
+    if unigram_export.is_exportable(self._content):
+      exported = unigram_export.to_library(
+        self._content,
+        self._pieces,
+        self._from_model.tolist(),
+        self.specials,
+        self.user_tokens,
+      )
+      out["tokenizer.json"] = exported.to_str(pretty=True).encode()
+    return out
 
   def options(self) -> dict[str, Any]:
     return {

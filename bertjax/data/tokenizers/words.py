@@ -93,7 +93,9 @@ class WordRules:
   uncased models lowers case and strips accents (NFD without category Mn).
   """
 
-  def __init__(self, lowercase: bool, strip_accents: bool):
+  def __init__(self, lowercase: bool, strip_accents: bool | None):
+    """`strip_accents=None` means "if lowercase"."""
+    strip_accents = lowercase if strip_accents is None else strip_accents
     self._lowercase = lowercase
     self._strip_accents = strip_accents
     self._cleaned = _Cleaned()

@@ -17,8 +17,16 @@ from absl.testing import absltest, parameterized
 from bertjax import registry
 from bertjax.data.sources import SOURCES, files
 
+
+def _zstd(content):
+  out = pyarrow.BufferOutputStream()
+  with pyarrow.CompressedOutputStream(out, "zstd") as stream:
+    stream.write(content)
+  return out.getvalue().to_pybytes()
+
+
 _COMPRESS = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress,
-             ".xz": lzma.compress}  # fmt: skip
+             ".xz": lzma.compress, ".zst": _zstd}  # fmt: skip
 # Texts that every format must carry unharmed: quotes, line ends, scripts.
 _TEXTS = ['He said "no",\nthen left.', "a\tb, c\r\nd", "भाषा 語 é", " spaced "]
 _RECORDS = [
@@ -284,7 +292,10 @@ class FilesTest(parameterized.TestCase):
     ("jsonl_list", "jsonl", "[1]", "line 1 holds no JSON object"),
     ("csv", "csv", "a,b\n1,2\n", "line 2 has no field 'text'; it has a, b"),
     ("csv_cells", "csv", "text,b\n1,2\n1,2,3\n", "line 3 has 3 cells, not 2"),
-    ("latin", "text_files", b"caf\xe9", "is not utf-8 text"),
+    ("latin", "text_files", b"caf\xe9", r"line 1 is not utf-8 text.*b'.xe9'"),
+    ("latin_line", "jsonl", b'{"text": "a"}\r\n' * 9999 + b'{"text": "\xff"}',
+     r"a\.jsonl, line 10000 is not utf-8 text.*set `encoding`"),
+    ("no_parquet", "parquet", "text", r"a\.parquet is not a whole Parquet"),
     ("empty_jsonl", "jsonl", "\n", "'jsonl' has no example.*'train'.*empty"),
     ("empty_csv", "csv", "", "'csv' has no example.*'train'.*empty"),
     ("xml", "pubmed_xml", "<a><b></a>", "is not well-formed XML"),
@@ -304,14 +315,63 @@ class FilesTest(parameterized.TestCase):
     ):
       self.read("parquet", path, text_field="body")
 
-  @parameterized.parameters(".gz", ".bz2", ".xz")
-  def test_cut_compressed_file_is_named(self, suffix):
-    path = self.write(f"a.txt{suffix}", "text " * 1000)
-    os.truncate(path, os.path.getsize(path) - 9)
+  @parameterized.parameters(
+    *itertools.product([".gz", ".bz2", ".xz", ".zst"], ["cut", "plain"]),
+    *itertools.product([".gz", ".bz2", ".xz"], ["flip"]),  # zst: no checksum
+  )
+  def test_damaged_compressed_file_is_named(self, suffix, damage):
+    path = self.write(f"a.txt{suffix}", os.urandom(999).hex())
+    content = bytearray(pathlib.Path(path).read_bytes())
+    if damage == "flip":
+      content[len(content) // 2] ^= 0x55
+    elif damage == "cut":
+      del content[-9:]
+    else:
+      content = b"text " * 99
+    pathlib.Path(path).write_bytes(content)
     with self.assertRaisesRegex(
-      ValueError, "a.txt.* is not a whole compressed"
+      ValueError, rf"a\.txt\{suffix} is not a whole compressed"
     ):
       self.read("text_files", path)
+
+  @parameterized.parameters(".gz", ".zst")
+  def test_files_joined_while_compressed_are_read_to_the_end(self, suffix):
+    path = self.write(f"a.jsonl{suffix}", '{"text": "one"}\n')
+    first = pathlib.Path(path).read_bytes()
+    self.write(f"a.jsonl{suffix}", '{"text": "two"}\n')
+    with open(path, "ab") as f:
+      f.write(first)
+    found = [e["text"] for e in self.read("jsonl", path)]
+    self.assertEqual(found, ["two", "one"])
+
+  @parameterized.parameters("jsonl", "csv", "text_files")
+  def test_byte_order_mark_and_carriage_returns_are_no_text(self, format):
+    lines = {
+      "jsonl": b'{"text": "one"}\r\n{"text": "two"}\r\n',
+      "csv": b"text\r\none\r\ntwo\r\n",
+      "text_files": b"one\r\n\r\ntwo\r\n",
+    }
+    path = self.write(f"a.{format}", b"\xef\xbb\xbf" + lines[format])
+    options = {"documents": "blank_line"} if format == "text_files" else {}
+    found = [e["text"] for e in self.read(format, path, **options)]
+    self.assertEqual(found, ["one", "two"])
+
+  def test_a_folder_is_no_file(self):
+    self.write("part/a.parquet", b"")
+    with self.assertRaisesRegex(
+      ValueError, r"part' of.*is a folder; write '.*part/\*' for its files"
+    ):
+      self.source("parquet", str(self.folder / "part"))
+
+  def test_unknown_encoding(self):
+    path = self.write("a.txt", "a")
+    with self.assertRaisesRegex(ValueError, "encoding='utf9' is unknown to"):
+      self.source("text_files", path, encoding="utf9")
+
+  def test_bytes_of_another_encoding_are_named_without_a_line(self):
+    path = self.write("a.txt", "a\n" * 9 + "b")
+    with self.assertRaisesRegex(ValueError, r"a\.txt is not utf-16"):
+      self.read("text_files", path, encoding="utf-16")
 
   def test_pattern_without_files_is_named(self):
     with self.assertRaisesRegex(
@@ -323,6 +383,11 @@ class FilesTest(parameterized.TestCase):
     path = self.write("a.txt", "a")
     with self.assertRaisesRegex(ValueError, "already names splits"):
       self.source("text_files", {"test": path}, fractions={"test": 1.0})
+
+  def test_features_that_mean_something_else_are_refused(self):
+    path = self.write("a.jsonl", '{"text": "a", "copy": 7}')
+    with self.assertRaisesRegex(ValueError, "features may not hold 'copy'"):
+      self.source("jsonl", path, features=["copy"])
 
   def test_unknown_document_unit(self):
     with self.assertRaisesRegex(ValueError, "'file' or 'blank_line'"):

@@ -11,7 +11,7 @@ import pyarrow.parquet
 from absl.testing import absltest, parameterized
 
 from bertjax import registry
-from bertjax.data import cache as cache_lib
+from bertjax.data import cache_build
 from bertjax.data.sources import CORPORA, PREPROCESSORS, SOURCES
 from bertjax.data.sources import mixture as mixture_lib
 
@@ -91,9 +91,31 @@ class MixtureTest(SourceTestCase):
     self.assertAlmostEqual(sizes[1] / sum(sizes), 0.75, delta=0.09)
     self.assertEqual(max(source.factors()), 1)
 
+  @parameterized.parameters(0.0, 0.7, 1.0)
+  def test_alpha_flattens_the_shares(self, alpha):
+    source = self.build(
+      name="mixture", sources=[self.a, self.b], alpha=alpha, unit="documents"
+    )
+    a, b = self.counts(source)
+    self.assertEqual(b, 200)  # the scarcer one stays whole
+    # 5 times as many documents become 5^alpha times as many; the standard
+    # deviation of their number is 16 at most.
+    self.assertAlmostEqual(a / 200, 5**alpha, delta=0.3 * (alpha < 1))
+
+  def test_components_reach_the_cache(self):
+    nested = dict(name="mixture", sources=[self.a, self.b])
+    source = self.build(name="mixture", sources=[self.b, nested])
+    cache = cache_build.build_cache(
+      source, "train", _Words(), "none", self.folder / "cache"
+    )
+    # The nested copy of b is all duplicates; the outermost position counts.
+    np.testing.assert_array_equal(
+      cache.document_sources, [0] * 200 + [1] * 1000
+    )
+
   def test_copies_survive_the_removal_of_duplicates(self):
     source = self.build(name="mixture", sources=[self.b], dupe_factors=[3])
-    cache = cache_lib.build_cache(
+    cache = cache_build.build_cache(
       source, "train", _Words(), "none", self.folder / "cache"
     )
     self.assertEqual((cache.num_documents, cache.duplicates), (600, 0))
@@ -117,9 +139,11 @@ class MixtureTest(SourceTestCase):
         dict(sources=[self.a, self.b], dupe_factors=[1, 2]),
         dict(sources=[self.a, self.b], weights=[1, 2]),
         dict(sources=[self.a, self.b], weights=[1, 2], unit="documents"),
+        dict(sources=[self.a, self.b], alpha=0.5),
+        dict(sources=[self.a, self.b], alpha=0.7),
       )
     }
-    self.assertLen(prints, 6)
+    self.assertLen(prints, 8)
 
   def test_config_dict_builds_it(self):
     config = ml_collections.ConfigDict(
@@ -133,7 +157,8 @@ class MixtureTest(SourceTestCase):
     self.assertBetween(self.counts(source)[1], 160, 199)
 
   @parameterized.named_parameters(
-    ("both", dict(weights=[1], dupe_factors=[1]), "dupe_factors or weights"),
+    ("both", dict(weights=[1], dupe_factors=[1]), "takes one of dupe_f"),
+    ("alpha", dict(alpha=1.5), "alpha=1.5 of source 'mixture' must lie in"),
     ("length", dict(weights=[1, 2]), "each of its 1 sources"),
     ("sign", dict(dupe_factors=[-1]), "positive"),
     ("unit", dict(unit="bytes"), "unit='bytes'.*documents, characters"),

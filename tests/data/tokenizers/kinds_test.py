@@ -21,6 +21,12 @@ _CORPUS = [
 _OPTIONS = {"wordpiece": 140, "bpe": 140, "byte_bpe": 330, "unigram": 90}
 _ODD = "Fresh [MASK] <mask> \ud800 Ünseen 東 👍\n\ttabs  and [SEP]</s> <s>"
 
+_FOREIGN = (
+  "", " \n\t ", "  a <url>  b<url>\n\nc ", "ﬁne ½ ① \u3000 e\u0301 é Ǆ",
+  "東京は日本の首都です。한국어 \U00020000 中a文", "שָׁלוֹם العَرَبِيَّة हिन्दी ไทย",
+  "I ❤️ you 👩‍👩‍👧 🇩🇪 👍🏽 !!", "x" * 250, "a\x00b\ufffdc\u200bd\xad▁e ▁▁",
+)  # fmt: skip
+
 
 def _train(kind, **options):
   if kind in _OPTIONS:
@@ -33,6 +39,23 @@ class EveryKindTest(parameterized.TestCase):
   def setUpClass(cls):
     super().setUpClass()
     cls.trained = {k: _train(k, pad_to_multiple=8) for k in training.TRAINERS}
+
+  @parameterized.parameters(*training.TRAINERS)
+  def test_transformers_reads_the_standard_files_alike(self, kind):
+    from transformers import AutoTokenizer
+
+    ours = _train(kind, pad_to_multiple=8, user_tokens=["<url>"])
+    with tempfile.TemporaryDirectory() as folder:
+      for name, content in ours.files().items():
+        (pathlib.Path(folder) / name).write_bytes(content)
+      theirs = AutoTokenizer.from_pretrained(folder)
+      again = tokenizers.load_tokenizer(folder)
+    self.assertLen(theirs, ours.vocab_size)
+    for text in [*_CORPUS[:4], *_FOREIGN]:
+      ids = ours.encode(text, parse_special=True).tolist()
+      self.assertEqual(theirs.encode(text, add_special_tokens=False), ids, text)
+      self.assertEqual(again.encode(text, parse_special=True).tolist(), ids)
+      self.assertEqual(again.encode(text).tolist(), ours.encode(text).tolist())
 
   @parameterized.parameters(*training.TRAINERS)
   def test_saved_and_loaded_is_the_same(self, kind):
@@ -215,6 +238,20 @@ class UnigramTest(parameterized.TestCase):
     self.assertEqual(ids.tolist(), self.oracle.encode(text))
     known = [i for i in ids.tolist() if i != self.ours.unk_id]
     self.assertEqual(self.ours.decode(known), self.oracle.decode(known))
+
+  def test_a_read_model_is_neither_spelt_nor_moved_by_its_extra_rows(self):
+    with tempfile.TemporaryDirectory() as folder:
+      path = pathlib.Path(folder) / "tokenizer.json"
+      path.write_bytes(self.ours.files()["tokenizer.json"])
+      read = tokenizers.load_tokenizer(folder)
+    text = "[MASK] a [SEP] 龍x龍 [unused0]"
+    ids = read.encode(text).tolist()
+    self.assertEqual(ids, self.ours.encode(text).tolist())
+    self.assertNotIn(read.mask_id, ids)
+    self.assertNotIn(read.sep_id, ids)
+    padded = tokenizers.pad_vocabulary(read, 64)
+    self.assertGreater(padded.vocab_size, read.vocab_size)
+    self.assertEqual(padded.encode(text).tolist(), ids)
 
   def test_plain_model_file_gets_a_mask_row_after_its_last(self):
     specials = tokenizers.Specials(mask="<other_m>")

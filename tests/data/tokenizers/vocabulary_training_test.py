@@ -14,7 +14,7 @@ import hypothesis.strategies as st
 from absl.testing import absltest, parameterized
 
 from bertjax.data import tokenizers
-from bertjax.data.tokenizers import training
+from bertjax.data.tokenizers import sampling
 
 # Three-letter words over nine letters: nearly every count is tied.
 _TRAIN = """
@@ -70,7 +70,7 @@ class SampleTest(absltest.TestCase):
     st.integers(0, 5),
   )
   def test_bound_holds_and_nothing_is_lost_below_it(self, texts, bound, seed):
-    sample, facts = training.sample_texts(iter(texts), bound, seed)
+    sample, facts = sampling.sample_texts(iter(texts), bound, seed)
     size = sum(len(part.encode()) for part in sample)
     total = sum(len(text.encode()) for text in texts)
     self.assertLessEqual(size, bound)
@@ -79,12 +79,12 @@ class SampleTest(absltest.TestCase):
     self.assertEqual(facts["documents_read"], len(texts))
     if total <= bound:
       self.assertEqual("".join(sample), "".join(texts))
-    again, _ = training.sample_texts(iter(texts), bound, seed)
+    again, _ = sampling.sample_texts(iter(texts), bound, seed)
     self.assertEqual(sample, again)
 
   def test_sample_spreads_over_the_whole_stream(self):
     texts = [f"{i:06d}" for i in range(10_000)]
-    sample, _ = training.sample_texts(texts, 6_000, seed=0)
+    sample, _ = sampling.sample_texts(texts, 6_000, seed=0)
     numbers = [int(text) for text in sample]
     self.assertEqual(numbers, sorted(numbers))
     self.assertGreater(len(numbers), 900)
@@ -92,13 +92,13 @@ class SampleTest(absltest.TestCase):
     for quarter in range(4):
       part = [n for n in numbers if n // 2_500 == quarter]
       self.assertBetween(len(part), 180, 320)
-    other, _ = training.sample_texts(texts, 6_000, seed=1)
+    other, _ = sampling.sample_texts(texts, 6_000, seed=1)
     self.assertNotEqual(sample, other)
 
   def test_one_giant_document_gives_a_part_of_itself(self):
     rng = random.Random(0)
     text = " ".join(str(rng.random()) for _ in range(50_000))
-    sample, _ = training.sample_texts([text], 10_000, seed=0)
+    sample, _ = sampling.sample_texts([text], 10_000, seed=0)
     self.assertGreater(sum(map(len, sample)), 8_000)
 
   def test_manifest_says_how_much_was_seen(self):
@@ -255,6 +255,34 @@ class BuildTest(absltest.TestCase):
     shutil.rmtree(folder)
     with self.assertRaisesRegex(ValueError, "path=.*is not a file"):
       tokenizers.build_tokenizer(spec, self._texts, self.cache, "s")
+
+  def test_extended_row_keeps_old_ids_and_adds_in_order(self):
+    trained = self._build()
+    of = dict(name="train", kind="wordpiece", vocab_size=60)
+
+    def extended(**options):
+      return tokenizers.build_tokenizer(
+        dict(name="extended", of=of, **options), self._texts, self.cache, "s1"
+      )
+
+    size = trained.vocab_size
+    padded = extended(pad_to_multiple=64)
+    self.assertEqual(padded.vocab_size, 64)
+    self.assertEqual(padded.vocabulary[:size], trained.vocabulary)
+    both = extended(append=["zzyx", "##qq"], pad_to_multiple=64)
+    self.assertEqual(both.vocabulary[size : size + 2], ("zzyx", "##qq"))
+    self.assertEqual(both.encode("zzyx").tolist(), [size])
+    self.assertEqual(both.vocab_size, 64)
+    self.assertEqual(self.reads, 1)  # the one below is trained once
+    again = tokenizers.reuse_unused(both, ["covid"])
+    self.assertEqual(again.piece_id("covid"), size + 2)
+    with self.assertRaisesRegex(ValueError, "1 new pieces do not fit into the"):
+      extended(reuse=["covid"])
+    with self.assertRaisesRegex(ValueError, "data.tokenizer.of.name='trian'"):
+      tokenizers.build_tokenizer(
+        dict(name="extended", of=dict(name="trian")), self._texts,
+        self.cache, "s1",
+      )  # fmt: skip
 
   def test_unknown_rows_and_options_are_named(self):
     with self.assertRaisesRegex(ValueError, "data.tokenizer.name='trian'"):
