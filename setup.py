@@ -38,12 +38,20 @@ TFDS = [
   "tensorflow-text==2.21.1",
 ]
 NOTEBOOKS = ["ipykernel==7.4.0", "jupytext==1.19.6", "nbmake==1.5.5"]
+# XLA's CUDA compiler and NVIDIA's assembler, without the runtime libraries.
+GPU_COMPILER = [
+  "jax-cuda13-pjrt==0.10.2",
+  "jax-cuda13-plugin==0.10.2",
+  "nvidia-cuda-nvcc==13.0.88",
+  "nvidia-nvvm==13.0.88",
+]
 TEST = [
   *TFDS,
   *NOTEBOOKS,
   "beartype==0.23.1",
   "hypothesis==6.170.15",
   "keras==3.15.1",
+  "libtpu==0.0.42.1",  # compiles for TPUs on any machine
   "pytest==9.2.0",
   "pytest-timeout==2.4.0",
   "pytest-xdist==3.8.0",
@@ -66,6 +74,7 @@ setuptools.setup(
   extras_require={
     "tpu": ["jax[tpu]==0.10.2"],
     "gpu": ["jax[cuda13]==0.10.2"],
+    "gpu_compiler": GPU_COMPILER,
     "tfds": TFDS,
     "notebooks": NOTEBOOKS,
     "test": TEST,

@@ -1,0 +1,181 @@
+"""Collectives of a compiled program: bytes, mesh axes, ring traffic."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from bertjax.hardware.hlo import Computation, Executed, Instruction, Module
+from bertjax.hardware.traffic import custom_call_target
+
+# Where a collective stands: by itself, in the fusion that begins or ends an
+# asynchronous one, or in another fusion.
+_ALONE, _BEGIN, _END, _FUSED = "alone", "begin", "end", "fused"
+
+# What a device of a ring of n sends, as a share of its operand.
+_SENT = {
+  "all-reduce": lambda n: 2 * (n - 1) / n,
+  "reduce-scatter": lambda n: (n - 1) / n,
+  "all-gather": lambda n: n - 1,
+  "all-to-all": lambda n: (n - 1) / n,
+  "collective-permute": lambda n: 1,
+}
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+_LISTS = re.compile(r"\breplica_groups=\{(\{[0-9,{}]*\})\}")
+_IOTA = re.compile(
+  r"\breplica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?"
+)
+_PAIRS = re.compile(r"\bsource_target_pairs=\{([0-9,{}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+  """One exchange between devices.
+
+  Attributes:
+    kind: for example "all-reduce".
+    operand_bytes: what one device puts in, each time.
+    groups: devices that exchange with each other (for a collective-permute:
+      pairs of source and target), by their index in the mesh.
+    times: how often in one run.
+    op_name: the JAX operation that it comes from.
+    source: `file:line`.
+  """
+
+  kind: str
+  operand_bytes: int
+  groups: tuple[tuple[int, ...], ...]
+  times: int
+  op_name: str
+  source: str
+
+  @property
+  def group_size(self) -> int:
+    """Devices that exchange with each other."""
+    return max(map(len, self.groups), default=1)
+
+  @property
+  def sent_bytes(self) -> float:
+    """What one device sends in all runs by the ring algorithm."""
+    share = _SENT[self.kind](self.group_size)
+    return self.times * self.operand_bytes * share
+
+  def axes(self, mesh_shape: Mapping[str, int]) -> tuple[str, ...]:
+    """Names of the mesh axes along which it runs; () if it follows none.
+
+    Args:
+      mesh_shape: size of each axis, in the mesh's order.
+    """
+    ids = np.arange(int(np.prod(list(mesh_shape.values())))).reshape(
+      tuple(mesh_shape.values())
+    )
+    split = [name for name, size in mesh_shape.items() if size > 1]
+    for count in range(1, len(split) + 1):
+      for names in itertools.combinations(split, count):
+        if self._runs_along(ids, names, list(mesh_shape)):
+          return names
+    return ()
+
+  def _runs_along(self, ids, names, order) -> bool:
+    where = [order.index(name) for name in names]
+    moved = np.moveaxis(ids, where, range(-len(where), 0))
+    lines = moved.reshape(-1, int(np.prod(moved.shape[-len(where) :])))
+    expected = [frozenset(line.tolist()) for line in lines]
+    mine = [frozenset(group) for group in self.groups]
+    if self.kind == "collective-permute":
+      return all(any(pair <= line for line in expected) for pair in mine)
+    return set(mine) == set(expected)
+
+
+def read_collectives(module: Module) -> list[Collective]:
+  """Every collective of a module, each once.
+
+  A TPU splits an asynchronous one over several fusions, which all name it; it
+  counts where it starts.
+  """
+  devices = _num_devices(module)
+  found = []
+  started: set[tuple] = set()
+  for executed in module.executed():
+    for instruction, computation, role in _inside(module, executed):
+      kind = _kind(instruction)
+      if kind is None or role == _END:
+        continue
+      key = _same(instruction, executed)
+      if role == _BEGIN:
+        started.add(key)
+      elif role == _FUSED and key in started:
+        continue
+      operands = [computation.by_name[name] for name in instruction.operands]
+      found.append(
+        Collective(
+          kind=kind,
+          operand_bytes=sum(operand.bytes for operand in operands),
+          groups=_groups(instruction, devices),
+          times=executed.times,
+          op_name=instruction.op_name,
+          source=module.source(instruction),
+        )
+      )
+  return found
+
+
+def _kind(instruction: Instruction) -> str | None:
+  kind = instruction.opcode.removesuffix("-start")
+  return kind if kind in _SENT else None
+
+
+def _same(instruction: Instruction, executed: Executed) -> tuple:
+  """What the parts of one asynchronous collective share."""
+  channel = _CHANNEL.search(instruction.attributes)
+  return (
+    id(executed.computation),
+    channel and channel[1],
+    instruction.opcode,
+    tuple((array.dtype, array.shape) for array in instruction.arrays),
+  )
+
+
+def _inside(
+  module: Module, executed: Executed
+) -> Iterator[tuple[Instruction, Computation, str]]:
+  """The instruction, or what its fusion consists of, and in what role."""
+  stack = [(executed.instruction, executed.computation, _ALONE)]
+  while stack:
+    instruction, computation, role = stack.pop()
+    yield instruction, computation, role
+    callee = module.callee(instruction)
+    if callee is not None:
+      role = _role(callee)
+      stack += [(inner, callee, role) for inner in callee.instructions]
+
+
+def _role(computation: Computation) -> str:
+  targets = {custom_call_target(i) for i in computation.instructions}
+  if "AsyncCollectiveStart" in targets:
+    return _BEGIN
+  return _END if "AsyncCollectiveDone" in targets else _FUSED
+
+
+def _num_devices(module: Module) -> int:
+  match = re.search(r"\bnum_partitions=(\d+)", module.header)
+  return int(match[1]) if match else 1
+
+
+def _groups(
+  instruction: Instruction, devices: int
+) -> tuple[tuple[int, ...], ...]:
+  text = instruction.attributes
+  if match := _PAIRS.search(text) or _LISTS.search(text):
+    rows = re.findall(r"\{([0-9,]+)\}", match[1])
+    return tuple(tuple(map(int, row.split(","))) for row in rows)
+  if match := _IOTA.search(text):
+    shape, dims, order = (
+      [int(n) for n in (part or "").split(",") if n] for part in match.groups()
+    )
+    ids = np.arange(np.prod(dims)).reshape(dims)
+    ids = ids.transpose(order) if order else ids
+    return tuple(map(tuple, ids.reshape(shape).tolist()))
+  return (tuple(range(devices)),)

@@ -1,0 +1,178 @@
+"""HLO text is read as it is meant: bytes, loops, collectives, source lines."""
+
+import textwrap
+
+from absl.testing import absltest, parameterized
+
+from bertjax.hardware import CHIPS, price_module, read_collectives
+from bertjax.hardware.bundles import Schedule
+from bertjax.hardware.hlo import Module, arrays
+from bertjax.hardware.traffic import hbm_bytes
+
+_MODULE = """\
+HloModule jit_f, is_scheduled=true, num_partitions=12
+
+FileNames
+1 "/home/me/model.py"
+2 "/venv/lib/site-packages/flax/linear.py"
+
+FunctionNames
+1 "f"
+
+FileLocations
+1 {file_name_id=1 function_name_id=1 line=31 end_line=31 column=1 end_column=2}
+2 {file_name_id=2 function_name_id=1 line=7 end_line=7 column=1 end_column=2}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=2}
+
+
+%fused (p.0: f32[9,100], p.1: f32[100], p.2: s32[]) -> f32[9,100] {
+  %p.0 = f32[9,100]{1,0:T(8,128)} parameter(0)
+  %p.1 = f32[100]{0} parameter(1)
+  %p.2 = s32[] parameter(2)
+  %old = f32[1,100]{1,0} dynamic-slice(%p.0, %p.2, %p.2)
+  %row = f32[1,100]{1,0} bitcast(%p.1)
+  %sum = f32[1,100]{1,0} add(%old, %row)
+  ROOT %update = f32[9,100]{1,0} dynamic-update-slice(%p.0, %sum, %p.2, %p.2)
+}
+
+%cond (s: (s32[], f32[9,100])) -> pred[] {
+  %s = (s32[], f32[9,100]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%s), index=0
+  %bound = s32[] constant(6)
+  ROOT %lt = pred[] compare(%i, %bound), direction=LT
+}
+
+%body (s.1: (s32[], f32[9,100])) -> (s32[], f32[9,100]) {
+  %s.1 = (s32[], f32[9,100]{1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%s.1), index=0
+  %x = f32[9,100]{1,0} get-tuple-element(%s.1), index=1
+  %one = s32[] constant(1)
+  %next = s32[] add(%i.1, %one)
+  %v = f32[100]{0} broadcast(%one), dimensions={}
+  %fusion.1 = f32[9,100]{1,0} fusion(%x, %v, %i.1), kind=kLoop, calls=%fused, metadata={op_name="jit(f)/while/body/add" stack_frame_id=2}
+  %all-reduce = f32[9,100]{1,0} all-reduce(%fusion.1), channel_id=1, replica_groups=[6,2]<=[2,3,2]T(1,2,0)
+  ROOT %t = (s32[], f32[9,100]{1,0}) tuple(%next, %all-reduce)
+}
+
+ENTRY %main (a: f32[9,100]) -> f32[9,100] {
+  %a = f32[9,100]{1,0} parameter(0)
+  %zero = s32[] constant(0)
+  %t.1 = (s32[], f32[9,100]{1,0}) tuple(%zero, %a)
+  %while = (s32[], f32[9,100]{1,0}) while(%t.1), condition=%cond, body=%body
+  %r = f32[9,100]{1,0} get-tuple-element(%while), index=1
+  %shift = f32[9,100]{1,0} collective-permute(%r), channel_id=1, source_target_pairs={{0,2},{2,4},{4,0}}
+  %twin = f32[9,100]{1,0} fusion(%shift, %a, %zero), kind=kLoop, calls=%fused
+  ROOT %neg = f32[9,100]{1,0:S(1)} negate(%twin)
+}
+"""  # noqa: E501
+
+
+class ModuleTest(absltest.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.module = Module(_MODULE)
+    cls.executed = {e.instruction.name: e for e in cls.module.executed()}
+
+  def test_loops_multiply_what_is_in_them(self):
+    self.assertEqual(self.executed["fusion.1"].times, 6)
+    self.assertEqual(self.executed["neg"].times, 1)
+    self.assertNotIn("old", self.executed)  # inside a fusion
+    loop = self.module.computations["main"].by_name["while"]
+    self.assertEqual(self.module.trip_count(loop), 6)
+
+  def test_a_slice_updated_in_place_moves_its_bytes_only(self):
+    fusion = self.executed["fusion.1"]
+    # Old row, vector, index and new row; the result lies in the operand.
+    self.assertEqual(
+      hbm_bytes(fusion.instruction, fusion.computation, self.module),
+      400 + 400 + 4 + 400,
+    )
+
+  def test_scratch_memory_is_free(self):
+    neg = self.executed["neg"]
+    self.assertEqual(
+      hbm_bytes(neg.instruction, neg.computation, self.module), 9 * 400
+    )
+
+  def test_source_is_the_innermost_line_of_the_user(self):
+    fusion = self.executed["fusion.1"].instruction
+    self.assertEqual(self.module.source(fusion), "/home/me/model.py:31")
+    self.assertEqual(fusion.op_name, "jit(f)/while/body/add")
+    self.assertEqual(self.module.source(self.executed["neg"].instruction), "")
+
+  def test_collectives_have_bytes_axes_and_times(self):
+    reduce, shift = read_collectives(self.module)
+    mesh = dict(data=2, fsdp=3, model=2)
+    self.assertEqual(
+      (reduce.kind, reduce.operand_bytes, reduce.times, reduce.group_size),
+      ("all-reduce", 3600, 6, 2),
+    )
+    # Groups {0, 6}, {2, 8}...: neighbours along the first axis.
+    self.assertEqual(reduce.groups[0], (0, 6))
+    self.assertEqual(reduce.axes(mesh), ("data",))
+    self.assertEqual(reduce.sent_bytes, 6 * 3600)  # 2 (n - 1) / n of it
+    self.assertEqual((shift.kind, shift.times), ("collective-permute", 1))
+    self.assertEqual(shift.axes(mesh), ("fsdp",))
+    self.assertEqual(shift.axes(dict(data=12)), ("data",))
+
+  def test_an_operation_takes_what_its_slowest_resource_needs(self):
+    chip = CHIPS["v5e"]
+    schedules = {"fusion.1": Schedule(bundles=5, cycles=50, mxu_cycles=70)}
+    cost = price_module(self.module, schedules, chip)
+    rows = {row.name: row for row in cost.rows}
+    self.assertEqual(rows["fusion.1"].estimate, 6 * 70)
+    self.assertAlmostEqual(
+      rows["neg"].estimate, 3600 / chip.hbm_bytes_per_cycle
+    )
+    self.assertEqual(cost.missing, ["v", "twin", "neg"])
+    self.assertEqual(cost.top(1)[0].name, "fusion.1")
+    self.assertEqual(
+      cost.hbm_bytes, sum(r.times * r.hbm_bytes for r in rows.values())
+    )
+
+  def test_text_that_is_no_module_is_refused(self):
+    with self.assertRaisesRegex(ValueError, "no HLO module"):
+      Module("nothing\n")
+
+
+class TwinTest(absltest.TestCase):
+  def test_equal_operations_share_a_schedule(self):
+    text = textwrap.dedent("""\
+      HloModule m
+
+      ENTRY %main (a: f32[8]) -> f32[8] {
+        %a = f32[8]{0} parameter(0)
+        %b = f32[8]{0} exponential(%a)
+        ROOT %c = f32[8]{0} exponential(%b)
+      }
+      """)
+    schedules = {"b": Schedule(bundles=3, cycles=33, mxu_cycles=0)}
+    cost = price_module(Module(text), schedules, CHIPS["v5e"])
+    self.assertEqual([row.cycles for row in cost.rows], [33, 33])
+    self.assertEmpty(cost.missing)
+
+
+class ArrayTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("bf16[3,5]{1,0:T(8,128)(2,1)}", 30, True),
+    ("f32[7]{0:S(1)}", 28, False),
+    ("pred[]", 1, True),
+    ("f8e4m3fn[6]{0}", 6, True),
+    ("s4[6]{0}", 3, True),
+    ("u64[2,0]", 0, True),
+  )
+  def test_bytes_and_memory(self, text, size, in_hbm):
+    (array,) = arrays(text)
+    self.assertEqual((array.bytes, array.in_hbm), (size, in_hbm))
+
+  def test_tuples_are_flattened(self):
+    found = arrays("(f32[2]{0}, /*index=1*/(s32[], token[]))")
+    self.assertEqual([a.bytes for a in found], [8, 4])
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,125 @@
+"""Programs of known cost, compiled for TPUs, cost what they should."""
+
+import importlib.util
+import unittest
+
+from absl.testing import absltest, parameterized
+
+from bertjax.hardware import (
+  OutOfMemory,
+  compile_for,
+  parse,
+  price,
+  read_collectives,
+)
+from tests.hardware import programs
+
+_needs_libtpu = unittest.skipUnless(
+  importlib.util.find_spec("libtpu"),
+  "libtpu is not installed: pip install 'bertjax[test]'",
+)
+
+
+@_needs_libtpu
+class ClosedFormTest(parameterized.TestCase):
+  def test_matmul_chain_runs_near_the_peak(self):
+    size, count = 2048, 2
+    program = compile_for(
+      "v5e:2x2", programs.matmul_chain, size=size, count=count
+    )
+    floor = count * 2 * size**3 / program.topology.chip.peak_flops
+    # Below the floor would be impossible, above it is the pipeline's filling.
+    self.assertBetween(price(program).seconds, floor, 1.1 * floor)
+
+  @parameterized.parameters("v4:2x2x1", "v5p:2x2x1", "v6e:2x2")
+  def test_matrix_units_are_busy_for_the_flops(self, name):
+    size = 1024
+    program = compile_for(name, programs.matmul_chain, size=size, count=1)
+    flops = price(program).mxu_cycles * parse(name).chip.flops_per_cycle
+    # 1 %: clocks and peaks are rounded, and tiles padded.
+    self.assertAlmostEqual(flops / (2 * size**3), 1, delta=0.01)
+
+  def test_copy_runs_at_the_bandwidth_of_hbm(self):
+    rows = 16_384
+    program = compile_for("v5e:2x2", programs.copy, rows=rows)
+    floor = 2 * rows * 4096 / program.topology.chip.hbm_bandwidth
+    self.assertBetween(price(program).seconds, floor * 0.999, 1.1 * floor)
+
+  def test_a_loop_costs_its_trips(self):
+    short, long = (
+      price(compile_for("v5e:1x1", programs.loop, trips=trips))
+      for trips in (7, 21)
+    )
+    self.assertEqual({row.times for row in long.rows}, {21})
+    self.assertEqual(long.cycles, 3 * short.cycles)
+    self.assertEmpty(long.missing)
+
+  def test_scanned_layers_are_all_counted(self):
+    count = 5
+    cost = price(compile_for("v5e:2x2", programs.layers, count=count))
+    product = 2 * 1024 * 512 * 512 / cost.chip.flops_per_cycle
+    # Forward, input gradient and weight gradient, in a loop each way.
+    products = [row for row in cost.rows if row.mxu_cycles > 0.9 * product]
+    self.assertEqual([row.times for row in products], [count] * 3)
+    self.assertGreater(sum(row.estimate for row in products), 0.9 * cost.cycles)
+    # Where the layer is written.
+    self.assertRegex(cost.top(1)[0].source, r"tests/hardware/programs\.py:\d+$")
+
+
+@_needs_libtpu
+class CollectivesTest(absltest.TestCase):
+  def test_bytes_axes_and_times(self):
+    program = compile_for("v5e:4x4", programs.exchange)
+    size = 256 * 384 * 4
+    mesh = program.info  # the target's second result
+    found = {
+      (c.kind, c.axes(mesh)): (c.operand_bytes, c.times, c.sent_bytes)
+      for c in read_collectives(program.module)
+    }
+    # The ring formula of each: the share of its operand that a chip sends.
+    self.assertEqual(
+      found,
+      {
+        ("all-reduce", ("fsdp", "model")): (size, 1, size * 2 * 3 / 4),
+        ("all-reduce", ("model",)): (size, 3, 3 * size * 2 * 1 / 2),
+        ("collective-permute", ("data",)): (size, 1, size),
+        ("reduce-scatter", ("fsdp",)): (size, 1, size / 2),
+        ("all-gather", ("data",)): (size, 1, size * 3),
+      },
+    )
+
+  def test_asynchronous_collectives_count_once(self):
+    program = compile_for("v5e:4x4", programs.overlapped)
+    # Begun in one fusion, carried by a second, ended in a third.
+    self.assertGreater(program.text.count(" all-gather("), 1)
+    (gather,) = (
+      c for c in read_collectives(program.module) if c.kind == "all-gather"
+    )
+    self.assertEqual((gather.times, gather.group_size), (3, 2))
+    self.assertEqual(gather.operand_bytes, 1024 * 512 * 2)
+
+
+@_needs_libtpu
+class ErrorsTest(absltest.TestCase):
+  def test_out_of_memory_says_how_much(self):
+    with self.assertRaisesRegex(
+      OutOfMemory, "needs 64.00 GiB of HBM"
+    ) as raised:
+      compile_for("v5e:2x2", programs.too_large)
+    self.assertEqual(raised.exception.needed, 64 * 2**30)
+    self.assertLess(raised.exception.available, 16 * 2**30)
+
+  def test_an_error_of_the_target_arrives(self):
+    with self.assertRaisesRegex(ValueError, "seen on 4 devices") as raised:
+      compile_for("v5e:2x2", programs.fail)
+    self.assertIn("programs.py", raised.exception.__notes__[0])
+
+  def test_a_dead_compiler_is_reported(self):
+    with self.assertRaisesRegex(
+      RuntimeError, "ended with code 3.*\n.*last words"
+    ):
+      compile_for("v5e:2x2", programs.die)
+
+
+if __name__ == "__main__":
+  absltest.main()
