@@ -6,15 +6,18 @@ from bertjax.hardware.hlo import Computation, Instruction, Module
 
 # They rename or reorder what they get; the bytes are those of their user.
 _THROUGH = ("bitcast", "reshape", "copy", "transpose")
-# What starts or ends a transfer beside the computation; collectives are
-# reported by themselves.
-_APART = frozenset(
+# They name values, or make them on the fly.
+_NAMES = frozenset(
   """parameter constant tuple get-tuple-element bitcast after-all partition-id
-  replica-id iota opt-barrier copy-start copy-done slice-start slice-done
-  async-start async-update async-done all-reduce all-reduce-start
-  all-reduce-done all-gather all-gather-start all-gather-done reduce-scatter
-  all-to-all collective-permute collective-permute-start
-  collective-permute-done send send-done recv recv-done""".split()
+  replica-id iota opt-barrier""".split()
+)
+# Transfers beside the computation; collectives are reported by themselves.
+_TRANSFERS = frozenset(
+  """copy-start copy-done slice-start slice-done async-start async-update
+  async-done all-reduce all-reduce-start all-reduce-done all-gather
+  all-gather-start all-gather-done reduce-scatter all-to-all collective-permute
+  collective-permute-start collective-permute-done send send-done recv
+  recv-done""".split()
 )
 # Loop counters and the like, if they are no arrays.
 _SCALAR_CORE = frozenset(
@@ -41,7 +44,7 @@ def costs_nothing(instruction: Instruction, module: Module) -> bool:
 
   That is bookkeeping, a transfer alongside, or arithmetic on scalars.
   """
-  if instruction.opcode in _APART:
+  if instruction.opcode in _NAMES | _TRANSFERS:
     return True
   if instruction.opcode in _SCALAR_CORE:
     return all(array.shape == () for array in instruction.arrays)
@@ -97,7 +100,7 @@ def _read(
       total += _read(computation, user, full, module)
     elif callee is not None and (inner := callee.parameter(position)):
       total += _read(callee, inner, full, module)
-    elif user.opcode not in _APART:
+    elif user.opcode not in _NAMES | _TRANSFERS:
       total += full
   return min(total, full)
 
@@ -113,7 +116,7 @@ def _written(
   ]
   if value.opcode == "tuple":
     return sum(_written(computation, part, module) for part in operands)
-  if value.opcode == "parameter":
+  if value.opcode == "parameter" or value.opcode in _TRANSFERS:
     return 0  # handed on in place
   if value.opcode in _THROUGH and operands:
     inner = operands[0]

@@ -139,6 +139,57 @@ class ModuleTest(absltest.TestCase):
       Module("nothing\n")
 
 
+_ASYNCHRONOUS = """\
+HloModule m, num_partitions=4
+
+%begin (p: f32[8]) -> (f32[8], f32[16], u32[]) {
+  %p = f32[8]{0} parameter(0)
+  %g.1 = f32[16]{0} all-gather(%p), channel_id=3, replica_groups={{0,1},{2,3}}
+  ROOT %s = (f32[8], f32[16], u32[]) custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%carry (q: f32[8], r: f32[8]) -> (f32[8], f32[16]) {
+  %q = f32[8]{0} parameter(0)
+  %r = f32[8]{0} parameter(1)
+  %g.2 = f32[16]{0} all-gather(%q), channel_id=3, replica_groups={{0,1},{2,3}}
+  %e = f32[8]{0} exponential(%r)
+  ROOT %t = (f32[8], f32[16]) tuple(%e, %g.2)
+}
+
+%end (u: f32[8], w: u32[]) -> f32[16] {
+  %u = f32[8]{0} parameter(0)
+  %w = u32[] parameter(1)
+  %g.3 = f32[16]{0} all-gather(%u), channel_id=3, replica_groups={{0,1},{2,3}}
+  ROOT %d = f32[16]{0} custom-call(%u, %w, %g.3), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (a: f32[8], b: f32[8]) -> f32[16] {
+  %a = f32[8]{0} parameter(0)
+  %b = f32[8]{0} parameter(1)
+  %start = (f32[8], f32[16], u32[]) fusion(%a), kind=kCustom, calls=%begin
+  %x = u32[] get-tuple-element(%start), index=2
+  %work = (f32[8], f32[16]) fusion(%a, %b), kind=kLoop, calls=%carry
+  ROOT %done = f32[16]{0} fusion(%a, %x), kind=kCustom, calls=%end
+}
+"""  # noqa: E501
+
+
+class AsynchronousTest(absltest.TestCase):
+  """A gather that one fusion begins, a second carries and a third ends."""
+
+  def test_it_counts_once(self):
+    (gather,) = read_collectives(Module(_ASYNCHRONOUS))
+    self.assertEqual((gather.kind, gather.operand_bytes), ("all-gather", 32))
+    self.assertEqual(gather.axes(dict(data=2, model=2)), ("model",))
+    self.assertEqual(gather.sent_bytes, 32)
+
+  def test_only_the_work_beside_it_is_priced(self):
+    cost = price_module(Module(_ASYNCHRONOUS), {}, CHIPS["v5e"])
+    self.assertEqual([row.name for row in cost.rows], ["work"])
+    # %b is read and %e written; what the gather carries is its own affair.
+    self.assertEqual(cost.hbm_bytes, 64)
+
+
 class TwinTest(absltest.TestCase):
   def test_equal_operations_share_a_schedule(self):
     text = textwrap.dedent("""\

@@ -90,27 +90,6 @@ def exchange(devices):
   return jax.jit(mapped).lower(x), dict(mesh.shape)
 
 
-def overlapped(devices):
-  """Three layers whose sharded weights are gathered while others multiply."""
-  mesh = _mesh(devices)
-
-  def layer(x, w):
-    x = jax.nn.gelu(x @ w)
-    rows = PartitionSpec(("data", "fsdp"), None)
-    return jax.lax.with_sharding_constraint(x, rows), None
-
-  def abstract(shape, *partition):
-    sharding = NamedSharding(mesh, PartitionSpec(*partition))
-    return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
-
-  with jax.set_mesh(mesh):
-    lowered = jax.jit(lambda x, ws: jax.lax.scan(layer, x, ws)[0]).lower(
-      abstract((16_384, 1024), ("data", "fsdp")),
-      abstract((3, 1024, 1024), None, None, "fsdp"),
-    )
-  return lowered, dict(mesh.shape)
-
-
 def too_large(devices):
   """32 GB of arguments and as much of results."""
   x = _on_first(devices, (8, 2**30), jnp.float32)
