@@ -7,9 +7,16 @@ from collections.abc import Iterator
 from absl import flags, logging
 
 from bertjax.checkpoint import CheckpointError
+from bertjax.hardware import CompilerMissing
 from bertjax.metrics.accumulator import NonFiniteError
 
-_EXPECTED = (ValueError, FileNotFoundError, CheckpointError, NonFiniteError)
+_EXPECTED = (
+  ValueError,
+  FileNotFoundError,
+  CheckpointError,
+  CompilerMissing,
+  NonFiniteError,
+)
 
 
 @contextlib.contextmanager

@@ -156,17 +156,7 @@ class TextDataset(RowDataset):
 
   @functools.cached_property
   def row_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-    def row(*shape):
-      return jax.ShapeDtypeStruct(shape, np.int32)
-
-    names = ("tokens", "segment_ids", "positions", "type_ids")
-    spec = {name: row(self.seq_len) for name in names}
-    if self.masking is not None:
-      slots = self.masking.slots(self.seq_len)
-      spec |= {"masked_positions": row(slots), "labels": row(slots)}
-    if self.mode.has_pairs:
-      spec["pair_labels"] = row()
-    return spec
+    return text_row_spec(self.mode, self.masking, self.seq_len)
 
   def fingerprint(self) -> str:
     facts = {
@@ -353,6 +343,24 @@ class _Block:
       begin, end = self._offsets[number : number + 2]
       self._tokens[begin:end] = document.tokens
     self._read[missing] = True
+
+
+def text_row_spec(
+  mode: plan_lib.InstanceMode, masking: masking_lib.Masking | None, seq_len: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and dtypes of a row of text."""
+
+  def row(*shape):
+    return jax.ShapeDtypeStruct(shape, np.int32)
+
+  names = ("tokens", "segment_ids", "positions", "type_ids")
+  spec = {name: row(seq_len) for name in names}
+  if masking is not None:
+    slots = masking.slots(seq_len)
+    spec |= {"masked_positions": row(slots), "labels": row(slots)}
+  if mode.has_pairs:
+    spec["pair_labels"] = row()
+  return spec
 
 
 def build_masking(spec: Mapping[str, Any]) -> masking_lib.Masking:

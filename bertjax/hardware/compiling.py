@@ -35,13 +35,18 @@ class OutOfMemory(ValueError):
   Attributes:
     needed: bytes per device, if the compiler says so.
     available: bytes per device, likewise.
+    info: what the target returned beside the lowered program.
   """
 
   def __init__(
-    self, message: str, needed: float | None, available: float | None
+    self,
+    message: str,
+    needed: float | None = None,
+    available: float | None = None,
+    info: Any = None,
   ):
     super().__init__(message)
-    self.needed, self.available = needed, available
+    self.needed, self.available, self.info = needed, available, info
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,11 +224,11 @@ def _run_worker(
 
 
 def _load(path: pathlib.Path) -> tuple[str, dict[str, int], Any]:
-  result = pickle.loads(path.read_bytes())
+  result, info = pickle.loads(path.read_bytes())
   if not isinstance(result, BaseException):
-    return result
+    return *result, info
   if "RESOURCE_EXHAUSTED" in str(result):
-    raise _out_of_memory(str(result)) from result
+    raise _out_of_memory(str(result), info) from result
   raise result
 
 
@@ -236,10 +241,10 @@ _NEEDED = (
 )
 
 
-def _out_of_memory(message: str) -> OutOfMemory:
+def _out_of_memory(message: str, info: Any) -> OutOfMemory:
   match = next(filter(None, (p.search(message) for p in _NEEDED)), None)
   if match is None:
-    return OutOfMemory(message.split("\n")[0], None, None)
+    return OutOfMemory(message.split("\n")[0], info=info)
   needed = float(match[1]) * _UNITS[match[2]]
   available = float(match[3]) * _UNITS[match[4]]
   return OutOfMemory(
@@ -247,4 +252,5 @@ def _out_of_memory(message: str) -> OutOfMemory:
     f" {available / 2**30:.2f} GiB are available.",
     needed,
     available,
+    info,
   )

@@ -105,7 +105,7 @@ def price_module(
   rows = []
   for executed in module.executed():
     instruction = executed.instruction
-    if traffic.costs_nothing(instruction, module):
+    if traffic.costs_nothing(instruction, executed.computation, module):
       continue
     schedule = known.of(executed)
     moved = traffic.hbm_bytes(instruction, executed.computation, module)
@@ -136,7 +136,9 @@ class _Schedules:
     for computation in module.computations.values():
       for instruction in computation.instructions:
         schedule = schedules.get(instruction.name)
-        if schedule and not traffic.costs_nothing(instruction, module):
+        if schedule and not traffic.costs_nothing(
+          instruction, computation, module
+        ):
           exact = self._form(instruction, computation, spaces=True)
           near = self._form(instruction, computation, spaces=False)
           self._twins[exact] = schedule

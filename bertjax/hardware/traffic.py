@@ -19,11 +19,6 @@ _TRANSFERS = frozenset(
   collective-permute-start collective-permute-done send send-done recv
   recv-done""".split()
 )
-# Loop counters and the like, if they are no arrays.
-_SCALAR_CORE = frozenset(
-  """add subtract multiply divide remainder minimum maximum compare select
-  convert copy and or not negate""".split()
-)
 _BOOKKEEPING = (
   "AllocateBuffer",
   "AsyncCollectiveStart",
@@ -39,18 +34,29 @@ def custom_call_target(instruction: Instruction) -> str:
   return match[1] if match else ""
 
 
-def costs_nothing(instruction: Instruction, module: Module) -> bool:
+def costs_nothing(
+  instruction: Instruction, computation: Computation, module: Module
+) -> bool:
   """Whether no vector core works on it.
 
   That is bookkeeping, a transfer alongside, or arithmetic on scalars.
   """
   if instruction.opcode in _NAMES | _TRANSFERS:
     return True
-  if instruction.opcode in _SCALAR_CORE:
-    return all(array.shape == () for array in instruction.arrays)
   callee = module.callee(instruction)
   last = callee.root if callee and callee.root else instruction
-  return custom_call_target(last) in _BOOKKEEPING
+  if custom_call_target(last) in _BOOKKEEPING:
+    return True
+  operands = [
+    computation.by_name[name]
+    for name in instruction.operands
+    if name in computation.by_name
+  ]
+  return callee is None and all(
+    array.shape == ()
+    for value in (instruction, *operands)
+    for array in value.arrays
+  )
 
 
 def hbm_bytes(

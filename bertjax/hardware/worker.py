@@ -7,7 +7,8 @@ import pathlib
 import pickle
 import sys
 import traceback
-from typing import Any
+
+import jax
 
 from bertjax.hardware import compiling, topologies
 
@@ -15,19 +16,23 @@ from bertjax.hardware import compiling, topologies
 def work(folder: pathlib.Path) -> None:
   """Answers `FOLDER/request.pickle` by `FOLDER/result.pickle`.
 
-  The result is (HLO text, memory, info), or the exception.
+  The result is a pair: (HLO text, memory) or the exception, and the target's
+  info.
   """
+  info = None
   try:
-    result = _compiled(*pickle.loads((folder / compiling.REQUEST).read_bytes()))
-    written = pickle.dumps(result)
+    request = (folder / compiling.REQUEST).read_bytes()
+    topology, target, kwargs = pickle.loads(request)
+    lowered = target(topologies.devices(topology), **kwargs)
+    if isinstance(lowered, tuple):
+      lowered, info = lowered
+    written = pickle.dumps((_compiled(lowered), info))
   except Exception as err:
-    written = _pickled(err)
+    written = pickle.dumps((_picklable(err), info))
   (folder / compiling.RESULT).write_bytes(written)
 
 
-def _compiled(topology, target, kwargs) -> tuple[str, dict[str, int], Any]:
-  lowered = target(topologies.devices(topology), **kwargs)
-  lowered, info = lowered if isinstance(lowered, tuple) else (lowered, None)
+def _compiled(lowered: jax.stages.Lowered) -> tuple[str, dict[str, int]]:
   compiled = lowered.compile()
   stats = compiled.memory_analysis()
   memory = dict(
@@ -37,19 +42,19 @@ def _compiled(topology, target, kwargs) -> tuple[str, dict[str, int], Any]:
     temporaries=stats.temp_size_in_bytes,
     code=stats.generated_code_size_in_bytes,
   )
-  return compiled.as_text(), memory, info
+  return compiled.as_text(), memory
 
 
-def _pickled(err: Exception) -> bytes:
+def _picklable(err: Exception) -> Exception:
   trace = "".join(traceback.format_exception(err))
   try:
-    written = pickle.dumps(err)
-    if str(pickle.loads(written)) == str(err):
-      err.add_note(f"In the compiling process:\n{trace}")
-      return pickle.dumps(err)
+    same = str(pickle.loads(pickle.dumps(err))) == str(err)
   except Exception:  # not every exception can be pickled
-    pass
-  return pickle.dumps(RuntimeError(trace))
+    same = False
+  if not same:
+    return RuntimeError(trace)
+  err.add_note(f"In the compiling process:\n{trace}")
+  return err
 
 
 if __name__ == "__main__":

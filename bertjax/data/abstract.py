@@ -1,0 +1,110 @@
+"""The shapes of a run's batches from its config alone: no data is read."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from bertjax import registry
+from bertjax.data import instances as instances_lib
+from bertjax.data import text_dataset
+from bertjax.data.tokenizers import TOKENIZERS, build_tokenizer, training
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+  """What remains of a tokenizer.
+
+  Attributes:
+    vocab_size: number of ids.
+  """
+
+  vocab_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractText:
+  """What `bertjax.experiment.build` asks of `TextData`, and nothing to read.
+
+  Attributes:
+    tokenizer: its size only.
+    batch_size: rows of the global batch.
+    seq_len: length of a row.
+    row_spec: shapes of one row.
+  """
+
+  tokenizer: Vocabulary
+  batch_size: int
+  seq_len: int
+  row_spec: Mapping[str, jax.ShapeDtypeStruct]
+
+  def dataset(self) -> "AbstractText":
+    """Itself: a dataset has a `batch_spec`, and so has it."""
+    return self
+
+  def batch_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a batch."""
+    return {
+      name: jax.ShapeDtypeStruct((batch_size, *row.shape), row.dtype)
+      for name, row in self.row_spec.items()
+    }
+
+
+def abstract_text(
+  spec: Mapping[str, Any], vocab_size: int | None = None
+) -> AbstractText:
+  """The batches of `config.data`.
+
+  Args:
+    spec: arguments of `TextData`.
+    vocab_size: of the tokenizer; by default what its options, or its files if
+      they are here, say.
+
+  Raises:
+    ValueError: an option that does not fit, or a vocabulary of unknown size.
+  """
+  for field in ("tokenizer", "seq_len", "batch_size", "instances"):
+    if field not in spec:
+      raise ValueError(f"data.{field} is required.")
+  mode = registry.build(
+    instances_lib.INSTANCES, spec["instances"], "data.instances"
+  )
+  masking = spec.get("masking")
+  if masking is not None:
+    masking = text_dataset.build_masking(masking)
+  if vocab_size is None:
+    vocab_size = tokenizer_size(spec["tokenizer"])
+  return AbstractText(
+    tokenizer=Vocabulary(vocab_size),
+    batch_size=spec["batch_size"],
+    seq_len=spec["seq_len"],
+    row_spec=text_dataset.text_row_spec(mode, masking, spec["seq_len"]),
+  )
+
+
+def tokenizer_size(spec: Mapping[str, Any]) -> int:
+  """How many ids `config.data.tokenizer` has, without any text.
+
+  Raises:
+    ValueError: unknown name or option, or files that are not here.
+  """
+  options = dict(spec)
+  name = options.pop("name", None)
+  registry.lookup(TOKENIZERS, name, "data.tokenizer.name")
+  if name == "train":
+    kind = options.pop("kind", None)
+    resolved = training.resolve(kind, options, "data.tokenizer")
+    if "vocab_size" in resolved:
+      multiple = resolved["pad_to_multiple"]
+      return -(-resolved["vocab_size"] // multiple) * multiple
+    return training.train_resolved(kind, (), resolved).vocab_size
+  path = options.get("path")
+  if path is not None and not pathlib.Path(path).exists():
+    raise ValueError(
+      f"data.tokenizer.path={str(path)!r} is not here, so the size of the"
+      " vocabulary is unknown; give it with --vocab_size (BERT's uncased one"
+      " has 30522 ids)."
+    )
+  return build_tokenizer(spec, tuple, "", "").vocab_size

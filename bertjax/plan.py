@@ -1,0 +1,189 @@
+r"""Plans a run on hardware that nobody here has: does it fit, how fast is it.
+
+  python -m bertjax.plan --config=configs/bert.py:base --topology=v5e:4x4
+  python -m bertjax.plan --config=... --topology=2xv5e:16x16 --json=plan.json
+
+Compiles the config's own training step with the accelerator's compiler, which
+needs no accelerator: minutes for a large model, nothing is downloaded or read.
+Times are estimates from the compiled program; `bertjax.hardware` says how, and
+what they leave out. A config with stages gets a page for each.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from bertjax import cli, hardware
+from bertjax.config import Settings, settings, stage_configs
+from bertjax.planning import advice, page
+from bertjax.planning.step import StepFacts, lower_step
+from bertjax.registry import lookup
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """One stage on one topology.
+
+  Attributes:
+    topology: what it was compiled for.
+    facts: sizes of model, batch and state.
+    steps: that the stage takes.
+    needed_bytes: per device; None if the compiler does not say.
+    memory: per device, when it fits.
+    collectives: exchanges of a step, when it fits.
+    cost: of a step on a TPU, when it fits.
+    kernels: of a GPU program, when it fits.
+    suggestion: change of the config that would make it fit, if one was found.
+  """
+
+  topology: hardware.Topology
+  facts: StepFacts
+  steps: int
+  needed_bytes: float | None
+  memory: hardware.Memory | None = None
+  collectives: tuple[hardware.Collective, ...] = ()
+  cost: hardware.Cost | None = None
+  kernels: tuple[Any, ...] = ()
+  suggestion: advice.Suggestion | None = None
+
+  @property
+  def fits(self) -> bool:
+    """Whether the compiler found room."""
+    return self.memory is not None
+
+  @property
+  def step_s(self) -> float | None:
+    """Seconds of a step if its collectives hide behind its computation."""
+    return self.cost.seconds if self.cost else None
+
+  @property
+  def exchange_s(self) -> float:
+    """Seconds that the collectives of a step take, by rings of neighbours."""
+    sent = sum(c.sent_bytes for c in self.collectives)
+    return sent / self.topology.chip.ring_bandwidth
+
+  @property
+  def tokens_per_s_per_chip(self) -> float | None:
+    """Slots of a batch per second of a step and chip."""
+    if self.step_s is None:
+      return None
+    return self.facts.tokens / self.step_s / self.topology.num_devices
+
+  @property
+  def mfu(self) -> float | None:
+    """Share of the peak that the model's own FLOPs are."""
+    if self.step_s is None:
+      return None
+    chips = self.topology.num_devices
+    peak = self.step_s * chips * self.topology.chip.peak_flops
+    return self.facts.model_flops / peak
+
+  @property
+  def chip_hours(self) -> float | None:
+    """Of all steps."""
+    if self.step_s is None:
+      return None
+    return self.steps * self.step_s * self.topology.num_devices / 3600
+
+
+def plan(
+  stage: Settings,
+  topology: str | hardware.Topology,
+  *,
+  steps: int | None = None,
+  vocab_size: int | None = None,
+) -> Plan:
+  """Compiles a stage's training step and reads what it costs.
+
+  Args:
+    stage: the checked config, without stages.
+    topology: what to compile for, as "v5e:4x4".
+    steps: that the stage takes; by default `stop.steps`.
+    vocab_size: of the tokenizer, if the config does not tell.
+
+  Raises:
+    ValueError: unknown topology, or a config that does not fit it.
+    CompilerMissing: the compiler is not installed.
+  """
+  if isinstance(topology, str):
+    topology = hardware.parse(topology)
+  steps = stage.stop.get("steps", 0) if steps is None else steps
+  try:
+    program = hardware.compile_for(
+      topology, lower_step, settings=stage, vocab_size=vocab_size
+    )
+  except hardware.OutOfMemory as err:
+    suggestion = advice.suggest(stage, topology, err, vocab_size)
+    return Plan(topology, err.info, steps, err.needed, suggestion=suggestion)
+  on_tpu = topology.chip.platform == "tpu"
+  return Plan(
+    topology=topology,
+    facts=program.info,
+    steps=steps,
+    needed_bytes=program.memory.total,
+    memory=program.memory,
+    collectives=tuple(hardware.read_collectives(program.module)),
+    cost=hardware.price(program) if on_tpu else None,
+    kernels=tuple(program.kernels),
+  )
+
+
+def stages(config: Any) -> Iterator[tuple[str, Settings, int]]:
+  """Name, settings and number of own steps of each stage of a config."""
+  done = 0
+  for name, fields in stage_configs(config).items():
+    stage = settings(fields)
+    steps = stage.stop.get("steps", 0)
+    # A stage that continues the optimizer continues to count, too.
+    continues = (stage.init_from or {}).get("carry") == "optimizer"
+    yield name, stage, steps - done if continues else steps
+    done = steps
+
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Config file, as configs/bert.py:tiny.", lock_config=True
+)
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "What to plan for, as v5e:4x4, 2xv5e:16x16 or h100:8."
+)
+_STAGE = flags.DEFINE_string("stage", None, "Only this stage of the config.")
+_VOCAB_SIZE = flags.DEFINE_integer(
+  "vocab_size", None, "Size of a tokenizer that is not here.", lower_bound=1
+)
+_JSON = flags.DEFINE_string("json", None, "File for all figures; - prints.")
+
+
+def main(argv: list[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
+  if _CONFIG.value is None or _TOPOLOGY.value is None:
+    raise app.UsageError("--config and --topology are required.")
+  cli.quiet()
+  figures = {}
+  with cli.clear_errors():
+    chosen = {name: rest for name, *rest in stages(_CONFIG.value)}
+    if _STAGE.value is not None:
+      chosen = {_STAGE.value: lookup(chosen, _STAGE.value, "stage")}
+    for name, (stage, steps) in chosen.items():
+      print(f"Compiling {name} for {_TOPOLOGY.value}...", file=sys.stderr)
+      made = plan(
+        stage, _TOPOLOGY.value, steps=steps, vocab_size=_VOCAB_SIZE.value
+      )
+      figures[name] = page.figures(made)
+      if _JSON.value != "-":
+        print(page.render(made, name))
+  text = json.dumps(figures, indent=2)
+  if _JSON.value == "-":
+    print(text)
+  elif _JSON.value is not None:
+    pathlib.Path(_JSON.value).write_text(text + "\n")
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,1 @@
+"""What `python -m bertjax.plan` compiles and prints."""

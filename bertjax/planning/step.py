@@ -1,0 +1,99 @@
+"""The training step of a config, lowered for devices that nobody here has."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from bertjax import experiment as experiment_lib
+from bertjax.config import Settings
+from bertjax.data.abstract import abstract_text
+from bertjax.experiment import Experiment
+from bertjax.parallel.sharding import batch_sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFacts:
+  """What is known of a step before it is compiled.
+
+  Attributes:
+    mesh: size of each axis.
+    batch_size: rows of the global batch.
+    seq_len: slots of a row.
+    vocab_size: rows of the token embedding.
+    parameters: number of them, over all devices.
+    parameter_bytes: on one device.
+    optimizer_bytes: on one device.
+    batch_bytes: on one device.
+    model_flops: that the model needs for a batch of full rows.
+  """
+
+  mesh: Mapping[str, int]
+  batch_size: int
+  seq_len: int
+  vocab_size: int
+  parameters: int
+  parameter_bytes: int
+  optimizer_bytes: int
+  batch_bytes: int
+  model_flops: float
+
+  @property
+  def tokens(self) -> int:
+    """Slots of a batch."""
+    return self.batch_size * self.seq_len
+
+
+def lower_step(
+  devices: Sequence[Any], *, settings: Settings, vocab_size: int | None = None
+) -> tuple[jax.stages.Lowered, StepFacts]:
+  """A target of `bertjax.hardware.compile_for`.
+
+  Args:
+    devices: for the mesh.
+    settings: the config of one stage.
+    vocab_size: of the tokenizer, if the config does not tell.
+
+  Raises:
+    ValueError: the config does not fit the devices, naming the field.
+  """
+  data = None
+  if settings.data.get("name", "text") == "text":
+    data = abstract_text(settings.data, vocab_size)
+  experiment = experiment_lib.build(settings, devices=devices, data=data)
+  batch = {
+    name: jax.ShapeDtypeStruct(
+      leaf.shape,
+      leaf.dtype,
+      sharding=batch_sharding(experiment.mesh, leaf.ndim),
+    )
+    for name, leaf in experiment.batch_spec.items()
+  }
+  with jax.set_mesh(experiment.mesh):
+    lowered = experiment.step.jitted.lower(experiment.abstract_state, batch)
+  return lowered, _facts(experiment, batch)
+
+
+def _facts(experiment: Experiment, batch: Mapping[str, Any]) -> StepFacts:
+  state, data = experiment.abstract_state, experiment.data
+  tokens = data.batch_size * data.seq_len
+  return StepFacts(
+    mesh=dict(experiment.mesh.shape),
+    batch_size=data.batch_size,
+    seq_len=data.seq_len,
+    vocab_size=experiment_lib.model_sizes(state.params)["vocab_size"],
+    parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+    parameter_bytes=_device_bytes(state.params),
+    optimizer_bytes=_device_bytes(state.opt_state),
+    batch_bytes=_device_bytes(batch),
+    model_flops=tokens * experiment.flops_per_token(),
+  )
+
+
+def _device_bytes(tree: Any) -> int:
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
