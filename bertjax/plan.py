@@ -146,44 +146,48 @@ def stages(config: Any) -> Iterator[tuple[str, Settings, int]]:
     done = steps
 
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file, as configs/bert.py:tiny.", lock_config=True
-)
-_TOPOLOGY = flags.DEFINE_string(
-  "topology", None, "What to plan for, as v5e:4x4, 2xv5e:16x16 or h100:8."
-)
-_STAGE = flags.DEFINE_string("stage", None, "Only this stage of the config.")
-_VOCAB_SIZE = flags.DEFINE_integer(
-  "vocab_size", None, "Size of a tokenizer that is not here.", lower_bound=1
-)
-_JSON = flags.DEFINE_string("json", None, "File for all figures; - prints.")
-
-
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
-  if _CONFIG.value is None or _TOPOLOGY.value is None:
+  given = flags.FLAGS
+  if given.config is None or given.topology is None:
     raise app.UsageError("--config and --topology are required.")
   cli.quiet()
   figures = {}
   with cli.clear_errors():
-    chosen = {name: rest for name, *rest in stages(_CONFIG.value)}
-    if _STAGE.value is not None:
-      chosen = {_STAGE.value: lookup(chosen, _STAGE.value, "stage")}
+    chosen = {name: rest for name, *rest in stages(given.config)}
+    if given.stage is not None:
+      chosen = {given.stage: lookup(chosen, given.stage, "stage")}
     for name, (stage, steps) in chosen.items():
-      print(f"Compiling {name} for {_TOPOLOGY.value}...", file=sys.stderr)
+      print(f"Compiling {name} for {given.topology}...", file=sys.stderr)
       made = plan(
-        stage, _TOPOLOGY.value, steps=steps, vocab_size=_VOCAB_SIZE.value
+        stage, given.topology, steps=steps, vocab_size=given.vocab_size
       )
       figures[name] = page.figures(made)
-      if _JSON.value != "-":
+      if given.json != "-":
         print(page.render(made, name))
   text = json.dumps(figures, indent=2)
-  if _JSON.value == "-":
+  if given.json == "-":
     print(text)
-  elif _JSON.value is not None:
-    pathlib.Path(_JSON.value).write_text(text + "\n")
+  elif given.json is not None:
+    pathlib.Path(given.json).write_text(text + "\n")
+
+
+def _define_flags() -> None:
+  """Not on import: `bertjax.train` has a --config as well."""
+  config_flags.DEFINE_config_file(
+    "config", None, "Config file, as configs/bert.py:tiny.", lock_config=True
+  )
+  flags.DEFINE_string(
+    "topology", None, "What to plan for, as v5e:4x4, 2xv5e:16x16 or h100:8."
+  )
+  flags.DEFINE_string("stage", None, "Only this stage of the config.")
+  flags.DEFINE_integer(
+    "vocab_size", None, "Size of a tokenizer that is not here.", lower_bound=1
+  )
+  flags.DEFINE_string("json", None, "File for all figures; - prints them.")
 
 
 if __name__ == "__main__":
+  _define_flags()
   app.run(main)

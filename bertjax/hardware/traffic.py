@@ -1,5 +1,6 @@
 """Bytes that an HLO instruction moves between HBM and the core."""
 
+import math
 import re
 
 from bertjax.hardware.hlo import Computation, Instruction, Module
@@ -39,7 +40,7 @@ def costs_nothing(
 ) -> bool:
   """Whether no vector core works on it.
 
-  That is bookkeeping, a transfer alongside, or arithmetic on scalars.
+  That is bookkeeping, a transfer alongside, or arithmetic on single numbers.
   """
   if instruction.opcode in _NAMES | _TRANSFERS:
     return True
@@ -53,7 +54,7 @@ def costs_nothing(
     if name in computation.by_name
   ]
   return callee is None and all(
-    array.shape == ()
+    math.prod(array.shape) == 1
     for value in (instruction, *operands)
     for array in value.arrays
   )

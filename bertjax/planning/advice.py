@@ -16,11 +16,11 @@ class Suggestion:
   """A change that the compiler found room for.
 
   Attributes:
-    flags: as typed after the command.
+    fields: of the config, with their new values.
     needed_bytes: per device, with the change.
   """
 
-  flags: str
+  fields: str
   needed_bytes: float
 
 
@@ -54,7 +54,7 @@ def suggest(
       )
     except hardware.OutOfMemory:
       continue
-    return Suggestion(_flags(change), program.memory.total)
+    return Suggestion(_fields(change), program.memory.total)
   return None
 
 
@@ -96,10 +96,10 @@ def candidates(
       yield change
 
 
-def _flags(change: dict) -> str:
+def _fields(change: dict) -> str:
   flat = {f"mesh.{k}": v for k, v in change.get("mesh", {}).items()}
   flat |= {k: v for k, v in change.items() if k != "mesh"}
-  return " ".join(f"--config.{name}={value}" for name, value in flat.items())
+  return ", ".join(f"{name}={value}" for name, value in flat.items())
 
 
 def _changed(stage: Settings, change: dict) -> Settings:

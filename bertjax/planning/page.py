@@ -105,22 +105,22 @@ def _memory_lines(plan: "Plan") -> list[str]:
   capacity = plan.topology.chip.hbm_bytes
   needed = plan.needed_bytes
   verdict = "FITS" if plan.fits else "DOES NOT FIT"
-  total = "more than it has" if needed is None else _gib(needed)
-  lines = [f"{verdict}: {total} of {_gib(capacity)} per device"]
+  total = "more than it has" if needed is None else _bytes(needed)
+  lines = [f"{verdict}: {total} of {_bytes(capacity)} per device"]
   lines += [
-    f"  parameters   {_gib(facts.parameter_bytes)}",
-    f"  optimizer    {_gib(facts.optimizer_bytes)}",
-    f"  batch        {_gib(facts.batch_bytes)}",
+    f"  parameters   {_bytes(facts.parameter_bytes)}",
+    f"  optimizer    {_bytes(facts.optimizer_bytes)}",
+    f"  batch        {_bytes(facts.batch_bytes)}",
   ]
   if memory is not None:
     lines += [
-      f"  temporaries  {_gib(memory.temporaries)}  (activations, gradients)",
-      f"  program      {_gib(memory.code)}",
+      f"  temporaries  {_bytes(memory.temporaries)}  (activations, gradients)",
+      f"  program      {_bytes(memory.code)}",
     ]
   elif plan.suggestion is not None:
     lines.append(
-      f"would fit with {plan.suggestion.flags}"
-      f" ({_gib(plan.suggestion.needed_bytes)})"
+      f"would fit with {plan.suggestion.fields}"
+      f" ({_bytes(plan.suggestion.needed_bytes)})"
     )
   else:
     lines.append(
@@ -139,8 +139,8 @@ def _collective_lines(plan: "Plan") -> list[str]:
     f"{head}{'put in':>12s}{'sent':>12s}",
     *(
       f"  {row['kind']:20s}{'+'.join(row['axes']) or '?':16s}"
-      f"{row['times']:7,}{_gib(row['operand_bytes']):>12s}"
-      f"{_gib(row['sent_bytes']):>12s}"
+      f"{row['times']:7,}{_bytes(row['operand_bytes']):>12s}"
+      f"{_bytes(row['sent_bytes']):>12s}"
       for row in rows
     ),
   ]
@@ -154,7 +154,7 @@ def _time_lines(plan: "Plan") -> list[str]:
     f"step         {_time(plan.step_s)}, if its collectives hide behind it;"
     f" they take {_time(plan.exchange_s)} on rings",
     f"             matrix units busy {busy:.0%}; HBM"
-    f" {_gib(cost.hbm_bytes)} = {_time(memory_s)}",
+    f" {_bytes(cost.hbm_bytes)} = {_time(memory_s)}",
     f"speed        {plan.tokens_per_s_per_chip:,.0f} tokens/s per chip,"
     f" MFU {plan.mfu:.1%} ({plan.facts.model_flops:.3g} model FLOP per step)",
     f"{plan.steps:,} steps  {plan.steps * plan.step_s / 3600:,.1f} hours,"
@@ -173,7 +173,7 @@ def _top_lines(cost: hardware.Cost) -> list[str]:
     share = row.estimate / cost.cycles
     lines.append(
       f"{share:6.1%}{row.times:6,}{max(row.cycles or 0, row.mxu_cycles):10,.0f}"
-      f"{_gib(row.hbm_bytes):>11s}  {_operation(row)}"
+      f"{_bytes(row.hbm_bytes):>11s}  {_operation(row)}"
     )
   return lines
 
@@ -203,10 +203,11 @@ def _kernel_lines(plan: "Plan") -> list[str]:
   return lines
 
 
-def _gib(size: float) -> str:
-  if size >= 2**30:
-    return f"{size / 2**30:.2f} GiB"
-  return f"{size / 2**20:.1f} MiB"
+def _bytes(size: float) -> str:
+  for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+    if size >= unit:
+      return f"{size / unit:.2f} {name}"
+  return f"{size:.0f} B"
 
 
 def _time(seconds: float) -> str:

@@ -1,0 +1,153 @@
+"""A plan says what a step occupies, moves and takes, without any data."""
+
+import importlib.util
+import json
+import pathlib
+import unittest
+
+import jax
+from absl.testing import absltest, parameterized
+
+from bertjax import hardware
+from bertjax.config import settings
+from bertjax.plan import Plan, plan, stages
+from bertjax.planning import advice, page
+from bertjax.planning.step import StepFacts, lower_step
+from tests import tiny
+from tests.configs_test import _CONFIGS, _load
+
+_FACTS = StepFacts(
+  mesh=dict(data=8, fsdp=1, model=1, seq=1),
+  batch_size=64,
+  seq_len=10,
+  vocab_size=50,
+  parameters=1000,
+  parameter_bytes=4_000,
+  optimizer_bytes=8_000,
+  batch_bytes=640,
+  model_flops=4e9,
+)
+
+
+class ConfigsTest(parameterized.TestCase):
+  @parameterized.named_parameters((p.stem, p) for p in _CONFIGS)
+  def test_every_config_lowers_without_data(self, path):
+    devices = jax.devices()
+    for _, stage, _ in stages(_load(path, "")):
+      _, facts = lower_step(devices, settings=stage, vocab_size=30_522)
+      self.assertEqual(facts.mesh["data"], len(devices))
+      self.assertEqual(facts.tokens, facts.batch_size * facts.seq_len)
+      # Replicated; two moments per parameter, and a few scalars.
+      self.assertEqual(facts.parameter_bytes, 4 * facts.parameters)
+      self.assertBetween(facts.optimizer_bytes / facts.parameter_bytes, 2, 2.01)
+
+  def test_stages_count_their_own_steps(self):
+    path = next(p for p in _CONFIGS if p.stem == "bert")
+    steps = {name: count for name, _, count in stages(_load(path, ""))}
+    self.assertEqual(steps, dict(phase1=900_000, phase2=100_000))
+
+
+@unittest.skipUnless(
+  importlib.util.find_spec("libtpu"),
+  "libtpu is not installed: pip install 'bertjax[test]'",
+)
+class CompiledPlanTest(absltest.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    fields = tiny.config(
+      pathlib.Path("nowhere"),
+      model=dict(num_layers=1, dropout_rate=0.0, attention_dropout_rate=0.0),
+      mesh=dict(data=2, fsdp=2),
+      prng="rbg",
+    )
+    cls.plan = plan(settings(fields), "v5e:2x2", steps=3_600)
+
+  def test_memory_is_that_of_the_sharded_state(self):
+    facts, memory = self.plan.facts, self.plan.memory
+    self.assertTrue(self.plan.fits)
+    self.assertBetween(
+      facts.parameter_bytes, facts.parameters * 2, facts.parameters * 4
+    )
+    held = facts.parameter_bytes + facts.optimizer_bytes + facts.batch_bytes
+    # Tiles of 8 x 128 pad small arrays.
+    self.assertGreaterEqual(memory.arguments, held)
+
+  def test_gradients_are_reduced_over_both_batch_axes(self):
+    axes = {c.axes(self.plan.facts.mesh) for c in self.plan.collectives}
+    self.assertContainsSubset({("data", "fsdp")}, axes)
+    self.assertGreater(self.plan.exchange_s, 0)
+
+  def test_rates_follow_from_the_step_time(self):
+    tokens = 8 * 32
+    seconds = self.plan.step_s
+    self.assertAlmostEqual(
+      self.plan.tokens_per_s_per_chip, tokens / seconds / 4
+    )
+    self.assertAlmostEqual(self.plan.chip_hours, seconds * 4)
+    peak = 4 * 197e12 * seconds
+    self.assertAlmostEqual(self.plan.mfu, self.plan.facts.model_flops / peak)
+
+  def test_page_and_figures(self):
+    text = page.render(self.plan, "phase1")
+    for part in (
+      "phase1 on v5e:2x2: 4 chips, mesh data 2 x fsdp 2",
+      "FITS",
+      "all-reduce",
+      "tokens/s per chip",
+      "3,600 steps",
+      "bertjax/layers/",
+    ):
+      self.assertIn(part, text)
+    figures = json.loads(json.dumps(page.figures(self.plan)))
+    self.assertLen(figures["top"], 10)
+    self.assertEqual(figures["step_s"], self.plan.step_s)
+    self.assertEmpty(figures["missing"])
+
+  def test_what_does_not_divide_is_refused(self):
+    fields = tiny.config(pathlib.Path("nowhere"), mesh=dict(model=3))
+    with self.assertRaisesRegex(ValueError, "does not divide 4 devices"):
+      plan(settings(fields), "v5e:2x2")
+    fields = tiny.config(pathlib.Path("nowhere"))
+    with self.assertRaisesRegex(ValueError, "use a batch size .* of 16"):
+      plan(settings(fields), "v5e:4x4")
+
+
+class AdviceTest(absltest.TestCase):
+  def test_activations_ask_for_microbatches(self):
+    # 16 kB of state, 84 kB of activations, room for 60: halving is enough.
+    found = advice.candidates(_FACTS, 1, needed=100_000, available=60_000)
+    self.assertEqual(
+      list(found),
+      [dict(microbatches=2), dict(microbatches=4), dict(microbatches=8)],
+    )
+
+  def test_microbatches_multiply_those_that_are_there(self):
+    found = advice.candidates(_FACTS, 2, needed=100_000, available=60_000)
+    self.assertEqual(next(found), dict(microbatches=4))
+
+  def test_state_asks_for_sharding(self):
+    # 16 kB of state in 10 kB: a third is left to activations at fsdp=4.
+    found = advice.candidates(_FACTS, 1, needed=17_000, available=10_000)
+    self.assertEqual(next(found), dict(mesh=dict(data=2, fsdp=4)))
+
+  def test_nothing_helps_a_state_that_is_too_large(self):
+    found = advice.candidates(_FACTS, 1, needed=17_000, available=1_000)
+    self.assertEmpty(list(found))
+
+  def test_the_page_shows_it(self):
+    made = Plan(
+      hardware.parse("v5e:2x4"),
+      _FACTS,
+      steps=7,
+      needed_bytes=17e9,
+      suggestion=advice.Suggestion("microbatches=2", 9e9),
+    )
+    text = page.render(made)
+    self.assertIn("DOES NOT FIT: 15.83 GiB of 16.00 GiB", text)
+    self.assertIn("would fit with microbatches=2 (8.38 GiB)", text)
+    self.assertFalse(page.figures(made)["fits"])
+
+
+if __name__ == "__main__":
+  absltest.main()
