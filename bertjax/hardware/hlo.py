@@ -235,7 +235,9 @@ class Module:
     if match is None and callee and callee.root:
       match = _FRAME.search(callee.root.attributes)
     frame, first = int(match[1]) if match else 0, ""
-    while frame in self._frames:
+    for _ in self._frames:  # no path from a frame to its root is longer
+      if frame not in self._frames:
+        break
       place, frame = self._frames[frame]
       first = first or place
       if "site-packages" not in place:
