@@ -51,6 +51,10 @@ class AbstractText:
       for name, row in self.row_spec.items()
     }
 
+  def tokens_per_batch(self, batch_size: int) -> int:
+    """Slots of a batch, padding included."""
+    return batch_size * self.seq_len
+
 
 def abstract_text(
   spec: Mapping[str, Any], vocab_size: int | None = None

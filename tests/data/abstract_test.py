@@ -26,6 +26,10 @@ class AbstractTextTest(parameterized.TestCase):
     self.assertEqual(
       abstract.dataset().batch_spec(6), real.dataset().batch_spec(6)
     )
+    self.assertEqual(
+      abstract.dataset().tokens_per_batch(6),
+      real.dataset().tokens_per_batch(6),
+    )
     self.assertEqual(abstract.tokenizer.vocab_size, real.tokenizer.vocab_size)
     self.assertEqual(
       (abstract.batch_size, abstract.seq_len), (real.batch_size, real.seq_len)
