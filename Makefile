@@ -6,6 +6,8 @@ PYTHON ?= python3.11
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 WORKDIR ?= runs/quickstart
+# The quickstart is for any machine; JAX_PLATFORMS=tpu or cuda where there is one.
+export JAX_PLATFORMS ?= cpu
 
 .PHONY: quickstart test lint bench clean
 
