@@ -9,6 +9,8 @@ from bertjax.config import Settings
 from bertjax.data.base import Data
 from bertjax.hooks import build_stop
 from bertjax.loading import describe
+from bertjax.objectives import OBJECTIVES
+from bertjax.predict import SAMPLERS
 
 
 def check_length(settings: Settings) -> None:
@@ -57,9 +59,16 @@ def complete(settings: Settings, data: Data) -> Settings:
     ValueError: an objective that does not fit the data, or a bad pace of an
       evaluation.
   """
+  objective = data.objective(settings.objective)
+  name = objective.get("name")
+  if settings.samples and name in OBJECTIVES and name not in SAMPLERS:
+    raise ValueError(
+      f"samples are texts for {', '.join(SAMPLERS)}; objective.name={name!r}"
+      " has no use for them, leave them out."
+    )
   return dataclasses.replace(
     settings,
-    objective=data.objective(settings.objective),
+    objective=objective,
     stop=_stop(settings.stop, data),
     evals={
       name: _every(spec, data, f"evals.{name}")

@@ -1,6 +1,7 @@
 """What masked text has in common, however it was masked."""
 
 import abc
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from bertjax.data import audit
 from bertjax.data.base import Data
 from bertjax.data.masking import Masking
 from bertjax.data.unigram import unigram_baseline
+from bertjax.objectives.fine_tuning import FINE_TUNING
 
 _AUDITED_BATCHES = 32
 
@@ -30,6 +32,14 @@ class MaskedData(Data):
   @property
   def vocabulary_slots(self) -> int:
     return self.batch_spec(1)["labels"].shape[1]
+
+  def objective(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    if given.get("name") in FINE_TUNING:
+      raise ValueError(
+        f"objective.name={given['name']!r} learns from labelled examples; use"
+        " data.name='task'."
+      )
+    return super().objective(given)
 
   def baseline(
     self, split: str, num_batches: int | None = None
