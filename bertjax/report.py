@@ -336,7 +336,7 @@ def _health_section(checks: Sequence[Check]) -> str:
 def _samples_section(samples: Sequence[tuple[str, str]]) -> str:
   if not samples:
     return ""
-  return "## Samples\n\n" + _markdown(["masked", "filled"], samples)
+  return "## Samples\n\n" + _markdown(["text", "model"], samples)
 
 
 def _config_section(config: Mapping[str, Any]) -> str:

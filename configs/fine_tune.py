@@ -63,7 +63,7 @@ def get_config(variant: str = "sst2") -> ml_collections.ConfigDict:
 
 
 def _make_tiny(c: ml_collections.ConfigDict) -> None:
-  """Which package a docstring is from, learned from nothing."""
+  """Which package a line of documentation is from, learned from nothing."""
   del c.init_from
   c.dtype = "float32"
   c.model = dict(name="bert", size="tiny")
@@ -71,6 +71,6 @@ def _make_tiny(c: ml_collections.ConfigDict) -> None:
     name="docstrings", packages=("absl-py", "flax", "grain", "optax")
   )
   c.data.tokenizer = dict(name="train", kind="wordpiece", vocab_size=4096)
-  c.data.seq_len = 64
+  c.data.seq_len = 32
   c.optim.learning_rate = 1e-3
   c.every = dict(log=10, checkpoint=50)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from bertjax.interop.heads import default_labels
 from bertjax.loading import LoadedModel
 from bertjax.predict.answers import classify, tag
 from bertjax.predict.fill_mask import fill_mask
@@ -30,7 +31,7 @@ def _classified(model: LoadedModel, texts: Sequence[str]) -> list[str]:
 
 def _tagged(model: LoadedModel, texts: Sequence[str]) -> list[str]:
   """The words whose label is not the first, with their labels."""
-  first = model.objective.labels[:1] or ("LABEL_0",)
+  first = model.objective.labels[:1] or default_labels(1)
   return [
     ", ".join(
       f"{word} ({label})"

@@ -168,7 +168,7 @@ def squad_json(paths, encoding="utf-8", fractions=None, licence="unknown"):
 
 def docstrings(
   packages: Sequence[str],
-  min_words: int = 8,
+  min_words: int = 5,
   fractions: Mapping[str, float] | None = None,
 ) -> base.HashSplit:
   """Docstrings of installed packages, dealt out by the hash of their text."""

@@ -148,8 +148,8 @@ def choices(
   return Task(kind, dict(source))
 
 
-def docstrings(*, packages: Sequence[str], min_words: int = 8) -> Task:
-  """Which of some installed packages a docstring is from; needs no network."""
+def docstrings(*, packages: Sequence[str], min_words: int = 5) -> Task:
+  """Which of some installed packages a text documents; needs no network."""
   kind = Sentences(
     "text",
     label="package",

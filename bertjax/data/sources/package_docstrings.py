@@ -1,7 +1,7 @@
 """Docstrings of installed packages, each with the package it is from.
 
-Labelled text that every machine has: to tell libraries apart by what they say
-of themselves.
+Labelled text that every machine has: to tell libraries apart by how they
+describe their parts.
 """
 
 import difflib
@@ -11,18 +11,21 @@ from bertjax.data.sources import base, python_docs
 
 
 class PackageDocstrings:
-  """One split, "train", of `{"id", "text", "package"}`; no text twice."""
+  """One split, "train", of `{"id", "text", "package"}`; no text twice.
+
+  A text is the first paragraph of a docstring.
+  """
 
   name = "package_docstrings"
   licence = python_docs.PythonDocs.licence
   splits = ("train",)
 
-  def __init__(self, packages: Sequence[str], min_words: int = 8):
+  def __init__(self, packages: Sequence[str], min_words: int = 5):
     """Finds the files, without reading them.
 
     Args:
       packages: names of installed distributions.
-      min_words: shorter docstrings are left out.
+      min_words: shorter texts are left out.
 
     Raises:
       ValueError: fewer than two packages, or one that is not installed.
@@ -59,7 +62,8 @@ class PackageDocstrings:
     for package, (_, files) in self._packages.items():
       found = python_docs.scan([path for _, path, _ in files])
       for (inside, _, _), texts in zip(files, found):
-        for number, text in enumerate(texts):
+        for number, docstring in enumerate(texts):
+          text = " ".join(docstring.split("\n\n")[0].split())
           digest = base.text_hash(text)
           if digest in seen or len(text.split()) < self._min_words:
             continue
