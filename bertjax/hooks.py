@@ -146,23 +146,15 @@ class EvaluationHook:
     self._prefix = prefix
     self._evaluated: int | None = None
     self.latest: dict[str, float] = {}
-    self._last: int | None = None
 
   def __call__(self, step: int, state: Any) -> None:
     if self._when(step):
       self.run(step, state)
 
   def run(self, step: int, state: Any) -> dict[str, float]:
-<<<<<<< HEAD
     """Evaluates now, whatever `when` says, unless it has done so this step."""
     if step == self._evaluated:
       return self.latest
-=======
-    """Evaluates now, whatever `when` says; once a step."""
-    if step == self._last:
-      return self.latest
-    self._last = step
->>>>>>> 328dd91 (Test fine-tuning from a workdir to transformers)
     values = self._evaluate(step, state)
     self._evaluated = step
     self.latest = {self._prefix + k: float(v) for k, v in values.items()}

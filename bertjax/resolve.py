@@ -29,7 +29,11 @@ def check_length(settings: Settings) -> None:
   if epochs is not None:
     _epochs(epochs, "stop.epochs")
     spec["steps"] = spec.get("steps") or 1
-  build_stop(spec, settings.evals)
+  evals = {
+    name: {"every": options.get("every_epochs")} | dict(options)
+    for name, options in settings.evals.items()
+  }
+  build_stop(spec, evals)
 
 
 def inherit(settings: Settings) -> Settings:

@@ -29,7 +29,6 @@ from bertjax.records import write_json
 from bertjax.session import INTERRUPTED, Session
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Result:
   """How a run ended.
