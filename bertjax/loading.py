@@ -364,7 +364,7 @@ def load_params_for(
     problems.append(
       f"this model has no {names.listed(extra)} (init_from.ignore or renames)"
     )
-  problems += _shape_problems(have, wanted)
+  problems += _shape_problems(have, wanted, fresh)
   if problems:
     raise ValueError(
       f"{path} does not explain this model's parameters: "
@@ -375,7 +375,9 @@ def load_params_for(
 
 
 def _shape_problems(
-  have: Mapping[str, np.ndarray], wanted: Mapping[str, Any]
+  have: Mapping[str, np.ndarray],
+  wanted: Mapping[str, Any],
+  fresh: Sequence[str],
 ) -> list[str]:
   problems = []
   for name in sorted(set(have) & set(wanted)):
@@ -397,5 +399,10 @@ def _shape_problems(
         " (model.max_positions, model.position_offset)"
       )
     else:
-      problems.append(f"{name} is {theirs} there and {ours} here")
+      part = name.split("/")[0]
+      hint = f" (init_from.ignore=['^{part}/'] begins untrained)"
+      problems.append(
+        f"{name} is {theirs} there and {ours} here"
+        + (hint if part in fresh else "")
+      )
   return problems[:3]

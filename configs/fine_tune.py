@@ -10,13 +10,18 @@ Then:  python -m bertjax.evaluate --model=runs/sst2 --split=validation
        python -m bertjax.predict classify --model=runs/sst2 --text="..."
        python -m bertjax.convert --from=runs/sst2 --to=out --format=huggingface
 Tiny:  --config=configs/fine_tune.py:tiny   (a minute, no network, no FOLDER)
-Needs: the task, prepared by TFDS or as files in --config.data.task.source.
+Needs: the task, prepared by TFDS (in --config.data.task.data_dir, if not in its
+       usual folder); or, in a copy of this file, data.task.source =
+       dict(name="jsonl", paths=dict(train=..., validation=...)).
+Also:  --config.optim.layerwise_decay=0.9 --config.optim.freeze_lowest=2
+       --config.init_from.reinit.top_k=2
 Seen:  see TINY below; nobody here has the published tasks.
 
 Three epochs, the rate up over a tenth of them and down to 0 over the rest.
 """
 
 import ml_collections
+from ml_collections import config_dict
 
 from bertjax.tasks import TASKS
 
@@ -39,10 +44,10 @@ def get_config(variant: str = "sst2") -> ml_collections.ConfigDict:
   c = ml_collections.ConfigDict()
   c.seed = 0
   c.dtype = "bfloat16"
-  c.init_from = dict(path="bert-base-uncased")
+  c.init_from = dict(path="bert-base-uncased", reinit=dict(top_k=0))
   c.data = dict(
     name="task",
-    task=dict(name=task),
+    task=dict(name=task, data_dir=config_dict.placeholder(str)),
     seq_len=recipe["seq_len"],
     batch_size=recipe["batch_size"],
   )
@@ -51,6 +56,8 @@ def get_config(variant: str = "sst2") -> ml_collections.ConfigDict:
     learning_rate=recipe["learning_rate"],
     weight_decay=0.01,
     clip_norm=1.0,
+    layerwise_decay=1.0,
+    freeze_lowest=config_dict.placeholder(int),
     schedule=dict(name="linear", warmup=0.1),
   )
   c.stop = dict(epochs=3)

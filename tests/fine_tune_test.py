@@ -85,9 +85,9 @@ def fine_tuning(folder: pathlib.Path, **changes):
       clip_norm=1.0,
       schedule=dict(name="linear", warmup=0.1),
     ),
-    stop=dict(epochs=20),
-    evals=dict(dev=dict(name="task_metrics", every_epochs=8)),
-    every=dict(log=9, checkpoint=36),
+    stop=dict(epochs=40),
+    evals=dict(dev=dict(name="task_metrics", every_epochs=16)),
+    every=dict(log=9, checkpoint=72),
     samples=_TEXTS[:2],
     writers=("csv",),
   )
@@ -114,7 +114,7 @@ class EndToEndTest(FineTuningTestCase):
     cls.model = loading.load_model(cls.workdir)
 
   def test_three_topics_are_learned(self):
-    self.assertEqual(self.result.step, 90)  # 20 epochs of 72 rows by 16
+    self.assertEqual(self.result.step, 180)  # 40 epochs of 72 rows by 16
     self.assertGreater(self.result.metrics["dev/accuracy"], 0.95)
     self.assertLess(self.result.metrics["dev/majority_accuracy"], 0.8)
     with (self.workdir / "metrics.csv").open() as file:
@@ -123,14 +123,14 @@ class EndToEndTest(FineTuningTestCase):
         for row in csv.DictReader(file)
         if row["dev/accuracy"]
       ]
-    self.assertEqual(evaluated, [36, 72, 90])  # 8 epochs, 16, the end
+    self.assertEqual(evaluated, [72, 144, 180])  # 16 epochs, 32, the end
 
   def test_the_workdir_says_what_was_left_open(self):
     config = json.loads((self.workdir / "config.json").read_text())
     self.assertEqual(config["objective"]["labels"], list(_LABELS))
     self.assertEqual(config["model"]["emb_dim"], 16)
     self.assertEqual(config["model"]["dropout_rate"], 0.0)
-    self.assertEqual(config["stop"], {"steps": 90})
+    self.assertEqual(config["stop"], {"steps": 180})
     before = loading.load_model(self.pretrained).tokenizer
     self.assertEqual(before.fingerprint(), self.model.tokenizer.fingerprint())
 
@@ -179,7 +179,7 @@ class EndToEndTest(FineTuningTestCase):
   def test_a_run_in_two_parts_is_the_whole_run(self):
     workdir = self.root / "parts"
     stage = settings(self.config(samples=()))
-    train.run(stage, workdir, limit=50)
+    train.run(stage, workdir, limit=100)
     again = train.run(stage, workdir)
     jax.tree.map(
       np.testing.assert_array_equal,
@@ -275,6 +275,7 @@ class StagesTest(FineTuningTestCase):
   def test_pre_training_hands_over_to_a_task(self):
     tuning = self.config(stop=dict(epochs=1))
     config = tiny.config(self.root, stop=dict(steps=2)) | dict(
+      evals={},
       stages=dict(
         pretrain={},
         tune=dict(
