@@ -15,7 +15,8 @@ Needs: the task, prepared by TFDS (in --config.data.task.data_dir, if not in its
        dict(name="jsonl", paths=dict(train=..., validation=...)).
 Also:  --config.optim.layerwise_decay=0.9 --config.optim.freeze_lowest=2
        --config.init_from.reinit.top_k=2
-Seen:  see TINY below; nobody here has the published tasks.
+Seen:  tiny, 143 steps: dev accuracy 0.860, macro F1 0.852; guessing "flax"
+       0.369, 0.135. Nobody here has the published tasks.
 
 Three epochs, the rate up over a tenth of them and down to 0 over the rest.
 """
