@@ -38,7 +38,8 @@ _VALIDATION = {"glue/mnli": "validation_matched"}
 
 
 def get_config(variant: str = "sst2") -> ml_collections.ConfigDict:
-  names = (variant, f"glue/{variant}", f"super_glue/{variant}")
+  names = (variant, f"glue/{variant}", f"super_glue/{variant}",
+           f"{variant}2003")  # fmt: skip
   task = next((name for name in names if name in TASKS), variant)
   recipe = dict(batch_size=32, seq_len=128, learning_rate=3e-5)
   recipe |= _RECIPES.get(task, {})

@@ -28,8 +28,8 @@ from bertjax.handover import initial_state
 from tests import tiny
 
 _ROOT = pathlib.Path(__file__).parents[1]
-_LABELS = ("animal", "sea", "bread")
-_TEXTS = ("the ship of room 3 sinks every day .", "the dog barks .", "oven")
+_LABELS = ("animal", "bread")
+_TEXTS = ("the loaf of room 3 burns every day .", "the dog barks .", "oven")
 
 
 def write_task(folder: pathlib.Path) -> None:
@@ -38,11 +38,11 @@ def write_task(folder: pathlib.Path) -> None:
   for split, count in (("train", 72), ("validation", 21), ("test", 15)):
     lines = []
     for _ in range(count):
-      topic = min(rng.randrange(4), 2)  # bread is twice as common
-      words = tiny._TOPICS[topic]
+      label = min(rng.randrange(3), 1)  # bread is twice as common
+      words = tiny.TOPICS[2 * label]
       noun, verb = rng.choice(words[:3]), rng.choice(words[3:])
       text = f"the {noun} of room {rng.randrange(30)} {verb} every day ."
-      lines.append(json.dumps({"text": text, "label": _LABELS[topic]}))
+      lines.append(json.dumps({"text": text, "label": _LABELS[label]}))
     (folder / f"{split}.jsonl").write_text("\n".join(lines))
 
 
@@ -85,9 +85,9 @@ def fine_tuning(folder: pathlib.Path, **changes):
       clip_norm=1.0,
       schedule=dict(name="linear", warmup=0.1),
     ),
-    stop=dict(epochs=40),
-    evals=dict(dev=dict(name="task_metrics", every_epochs=16)),
-    every=dict(log=9, checkpoint=72),
+    stop=dict(epochs=20),
+    evals=dict(dev=dict(name="task_metrics", every_epochs=8)),
+    every=dict(log=9, checkpoint=36),
     samples=_TEXTS[:2],
     writers=("csv",),
   )
@@ -113,24 +113,24 @@ class EndToEndTest(FineTuningTestCase):
     cls.result = train.train(fine_tuning(cls.pretrained), cls.workdir)
     cls.model = loading.load_model(cls.workdir)
 
-  def test_three_topics_are_learned(self):
-    self.assertEqual(self.result.step, 180)  # 40 epochs of 72 rows by 16
+  def test_two_topics_are_learned(self):
+    self.assertEqual(self.result.step, 90)  # 20 epochs of 72 rows by 16
     self.assertGreater(self.result.metrics["dev/accuracy"], 0.95)
-    self.assertLess(self.result.metrics["dev/majority_accuracy"], 0.8)
+    self.assertLess(self.result.metrics["dev/majority_accuracy"], 0.85)
     with (self.workdir / "metrics.csv").open() as file:
       evaluated = [
         int(float(row["step"]))
         for row in csv.DictReader(file)
         if row["dev/accuracy"]
       ]
-    self.assertEqual(evaluated, [72, 144, 180])  # 16 epochs, 32, the end
+    self.assertEqual(evaluated, [36, 72, 90])  # 8 epochs, 16, the end
 
   def test_the_workdir_says_what_was_left_open(self):
     config = json.loads((self.workdir / "config.json").read_text())
     self.assertEqual(config["objective"]["labels"], list(_LABELS))
     self.assertEqual(config["model"]["emb_dim"], 16)
     self.assertEqual(config["model"]["dropout_rate"], 0.0)
-    self.assertEqual(config["stop"], {"steps": 180})
+    self.assertEqual(config["stop"], {"steps": 90})
     before = loading.load_model(self.pretrained).tokenizer
     self.assertEqual(before.fingerprint(), self.model.tokenizer.fingerprint())
 
@@ -139,7 +139,7 @@ class EndToEndTest(FineTuningTestCase):
     self.assertRegex(report, r"class shares \| bread \d\d\.\d%, ")
     self.assertIn("dev/majority_accuracy (baseline)", report)
     self.assertIn("rows that were cut | 0.0%", report)
-    self.assertRegex(report, r"sinks every day \. \| sea \(")
+    self.assertRegex(report, r"burns every day \. \| bread \(")
     self.assertNotIn("masking", report)
 
   def test_evaluation_gives_what_training_saw_on_any_split(self):
@@ -179,7 +179,7 @@ class EndToEndTest(FineTuningTestCase):
   def test_a_run_in_two_parts_is_the_whole_run(self):
     workdir = self.root / "parts"
     stage = settings(self.config(samples=()))
-    train.run(stage, workdir, limit=100)
+    train.run(stage, workdir, limit=50)
     again = train.run(stage, workdir)
     jax.tree.map(
       np.testing.assert_array_equal,
@@ -252,8 +252,8 @@ class HandoverTest(FineTuningTestCase):
     ),
     (
       "other_classes",
-      dict(objective=dict(num_classes=2)),
-      "num_classes=2 does not fit data.task, which needs 3",
+      dict(objective=dict(num_classes=3)),
+      "num_classes=3 does not fit data.task, which needs 2",
     ),
     (
       "both_paces",
