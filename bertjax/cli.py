@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 
 from absl import flags, logging
+from ml_collections import config_flags
 
 from bertjax.checkpoint import CheckpointError
 from bertjax.hardware import CompilerMissing
@@ -31,6 +32,21 @@ def clear_errors() -> Iterator[None]:
     logging.debug("Traceback:", exc_info=True)
     print(f"Error: {err}", file=sys.stderr)
     sys.exit(1)
+
+
+def define_config() -> flags.FlagHolder:
+  """The flag `--config`, and `--config.FIELD=VALUE` for any field.
+
+  A field that the config file leaves at its default can be set as well; the
+  builders refuse what they do not know, by name.
+  """
+  return config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Config file, as configs/bert.py:tiny.",
+    lock_config=False,
+    accept_new_attributes=True,
+  )
 
 
 def quiet() -> None:

@@ -28,11 +28,13 @@ class Settings:
   """What a config may say; each sub-dict is the arguments of one builder.
 
   Attributes:
-    model: name of `MODELS` and its options.
-    objective: name of `OBJECTIVES` and its options.
-    data: options of `TextData`; of `StaticData` with name="static".
+    model: name of `MODELS` and its options; without a name that of
+      `init_from`, with these options.
+    objective: name of `OBJECTIVES` and its options; tasks know theirs.
+    data: name of `DATA`, by default "text", and its options; without a
+      tokenizer that of `init_from`.
     optim: name of `OPTIMIZERS`, its options, `schedule`, `clip_norm`...
-    stop: rules that end the run; `steps` is required.
+    stop: rules that end the run; `steps` or `epochs` is required.
     horizon: steps that the schedule is drawn for; `stop.steps` by default.
     seed: of initialisation, dropout, data order and masks.
     dtype: compute dtype; parameters and optimizer state are float32.
@@ -40,8 +42,8 @@ class Settings:
       mesh; "rbg" is several times cheaper on TPU.
     mesh: arguments of `make_mesh`.
     microbatches: parts into which a batch is split for accumulation.
-    evals: evaluators by any name: `name` of `EVALUATORS`, `every` (steps) and
-      options.
+    evals: evaluators by any name: `name` of `EVALUATORS`, `every` (steps) or
+      `every_epochs`, and options; without either only at the end.
     every: steps between readings of the metrics (`log`) and between
       checkpoints (`checkpoint`).
     keep: arguments of `Checkpointer` about what stays.
@@ -55,8 +57,8 @@ class Settings:
     stages: runs that hand over, by name: what each changes in this config.
   """
 
-  model: Spec
-  objective: Spec
+  model: Spec = dataclasses.field(default_factory=dict)
+  objective: Spec = dataclasses.field(default_factory=dict)
   data: Spec
   optim: Spec
   stop: Spec

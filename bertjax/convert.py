@@ -67,7 +67,12 @@ def _write_huggingface(
   model: LoadedModel, folder: pathlib.Path, dtype: str
 ) -> None:
   published.write_huggingface(
-    folder, model.spec, model.params, model.tokenizer, dtype=dtype
+    folder,
+    model.spec,
+    model.params,
+    model.tokenizer,
+    objective=model.objective_spec,
+    dtype=dtype,
   )
 
 
@@ -169,18 +174,7 @@ def outputs(model: LoadedModel) -> dict[str, np.ndarray]:
 
   @jax.jit
   def run(params, batch):
-    variables = {"params": params}
-    apply = model.objective.apply
-    found = {"hidden": apply(variables, batch, method="encode")}
-    if "mlm_head" in params:
-      found["mlm_logits"] = apply(
-        variables, found["hidden"], method="mlm_logits"
-      )
-    if "pair_head" in params:
-      found["pair_logits"] = apply(
-        variables, found["hidden"], method="pair_logits"
-      )
-    return found
+    return model.objective.apply({"params": params}, batch, method="outputs")
 
   return jax.device_get(run(model.params, batch))
 

@@ -3,14 +3,15 @@ r"""Evaluates a trained run or a published checkpoint on any source.
   python -m bertjax.evaluate --model=runs/quick --split=test
   python -m bertjax.evaluate --model=FOLDER --split=train \
       --source='{"name": "text_files", "train": "docs/*.txt"}'
+  python -m bertjax.evaluate --model=FOLDER --split=validation \
+      --data='{"name": "task", "task": {"name": "glue/sst2"}}'
 
-Masked accuracy and loss, beside what guessing by frequency achieves, and
-pseudo-perplexity.
+Of a masked LM its accuracy, loss and pseudo-perplexity, of a fine-tuned model
+the task's metrics, beside what guessing by frequency achieves.
 """
 
 import json
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,20 +20,38 @@ from absl import app, flags
 
 from bertjax import cli, registry
 from bertjax.config import cache_path
-from bertjax.data.text import TextData
-from bertjax.evals import EVALUATORS, unigram_baseline
-from bertjax.evals.objective import read_batches
-from bertjax.loading import load_model
+from bertjax.evals import EVALUATORS
+from bertjax.experiment import build_data
+from bertjax.loading import LoadedModel, load_model
 from bertjax.parallel.mesh import make_mesh
 
-# For a published model, which brings no `data` of its own.
-_DATA = dict(
+# For a model that brings no `data` of its own.
+_ANY = dict(seq_len=128, batch_size=32)
+_TEXT = dict(
   source=dict(name="python_docs"),
-  seq_len=128,
-  batch_size=32,
   instances=dict(name="packed"),
   masking=dict(rate=0.15),
 )
+
+
+def _data_spec(
+  model: LoadedModel,
+  split: str,
+  source: Mapping[str, Any] | None,
+  data: Mapping[str, Any],
+) -> dict[str, Any]:
+  """`config.data` of what is read: the run's own unless another is named."""
+  saved = dict((model.config or {}).get("data", {}))
+  name = data.get("name", saved.get("name", "text"))
+  if name != saved.get("name", "text") or (source and name != "text"):
+    # Other data have other options.
+    saved, name = {}, data.get("name", "text")
+  spec = {**_ANY, **(_TEXT if name == "text" else {}), **saved}
+  if name == "text" and (source or not saved):
+    # Guessing needs frequencies, and a foreign source may have one split only.
+    spec["train_split"] = split
+  spec |= {} if source is None else {"source": dict(source)}
+  return spec | dict(data) | {"name": name}
 
 
 def evaluate(
@@ -40,7 +59,7 @@ def evaluate(
   *,
   split: str = "test",
   source: Mapping[str, Any] | None = None,
-  evaluators: Sequence[str] = ("objective", "pseudo_perplexity"),
+  evaluators: Sequence[str] | None = None,
   num_batches: int | None = 50,
   num_rows: int = 16,
   data: Mapping[str, Any] | None = None,
@@ -50,51 +69,43 @@ def evaluate(
   Args:
     path: a workdir, or a published folder.
     split: of the source.
-    source: a name of `SOURCES` and its options; by default that of the run, or
-      `python_docs` for a published model.
-    evaluators: names of `EVALUATORS`.
+    source: of text: a name of `SOURCES` and its options; by default that of the
+      run, or `python_docs` for a published model.
+    evaluators: names of `EVALUATORS`; by default those that suit the data.
     num_batches: of the evaluator "objective"; None reads the whole split.
     num_rows: of the evaluator "pseudo_perplexity".
-    data: further options of `TextData` to replace, such as `seq_len`.
+    data: options of `config.data` to replace, such as `seq_len`, or with `name`
+      a row of `DATA` and its options.
 
   Raises:
-    ValueError: unknown names, or a folder that holds no model.
+    ValueError: unknown names, a model that does not fit the data, or a folder
+      that holds no model.
   """
   model = load_model(path)
-  saved = {}
-  if model.origin == "workdir":
-    config = json.loads((pathlib.Path(path) / "config.json").read_text())
-    if config.get("data", {}).pop("name", "text") == "text":
-      saved = config.get("data", {})
-  spec = {**_DATA, **saved, **(data or {})}
-  if source is not None:
-    spec["source"] = dict(source)
-  text = registry.call(
-    TextData,
+  spec = _data_spec(model, split, source, data or {})
+  built = build_data(
     spec | {"tokenizer": model.need_tokenizer()},
-    "data",
     seed=0,
     cache_dir=cache_path(),
   )
+  built.objective(model.objective_spec)
   # One device: the batch need not divide over anything.
   mesh = make_mesh(devices=jax.devices()[:1])
   options = {
     "objective": {"num_batches": num_batches},
     "pseudo_perplexity": {"num_rows": num_rows},
   }
-  values = unigram_baseline(
-    text.token_counts(split),
-    read_batches(text, split, num_batches, None),
-  )
-  for name in evaluators:
+  values = {}
+  for name in evaluators or built.evaluators:
     evaluator = registry.build(
       EVALUATORS,
       {"name": name, "split": split, **options.get(name, {})},
       "evaluators",
       objective=model.objective,
-      data=text,
+      data=built,
       mesh=mesh,
     )
+    values |= evaluator.baseline()
     values |= evaluator({"params": model.params}, jax.random.key(0))
   return values
 
@@ -102,9 +113,9 @@ def evaluate(
 _MODEL = flags.DEFINE_string("model", None, "Workdir or published folder.")
 _SPLIT = flags.DEFINE_string("split", "test", "Split of the source.")
 _SOURCE = flags.DEFINE_string("source", None, "JSON of the source's options.")
-_DATA_FLAG = flags.DEFINE_string("data", None, "JSON of TextData's options.")
+_DATA_FLAG = flags.DEFINE_string("data", None, "JSON of options of data.")
 _EVALUATORS = flags.DEFINE_list(
-  "evaluators", ["objective", "pseudo_perplexity"], "What to measure."
+  "evaluators", None, "What to measure; by default what suits the data."
 )
 _NUM_BATCHES = flags.DEFINE_integer("num_batches", 50, "Batches to read.")
 _NUM_ROWS = flags.DEFINE_integer("num_rows", 16, "Rows for the perplexity.")

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -9,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from bertjax import registry, train_state, train_step
+from bertjax import registry, resolve, train_state, train_step
 from bertjax.config import Settings
+from bertjax.data.base import Data
 from bertjax.data.static import StaticData
 from bertjax.data.text import TextData
 from bertjax.evals import EVALUATORS, Evaluator
@@ -18,14 +21,19 @@ from bertjax.hooks import StopRules, build_stop
 from bertjax.metrics import meters
 from bertjax.models import MODELS
 from bertjax.objectives import OBJECTIVES
-from bertjax.optim import Optimizer, build_optimizer
+from bertjax.optim import Optimizer, build_optimizer, selection
 from bertjax.parallel.mesh import make_mesh
 from bertjax.registry import lookup
 from bertjax.rules import path_name
+from bertjax.tasks import TaskData
 from bertjax.train_state import TrainState
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-DATA = {"text": TextData, "static": StaticData}
+DATA: dict[str, Callable[..., Data]] = {
+  "text": TextData,
+  "static": StaticData,
+  "task": TaskData,
+}
 GENERATORS = ("threefry2x32", "rbg", "unsafe_rbg")
 
 
@@ -34,7 +42,7 @@ class Experiment:
   """The parts that a config names, ready to run.
 
   Attributes:
-    settings: the checked config.
+    settings: the checked config, completed (see `bertjax.resolve`).
     mesh: the device mesh.
     data: what is read.
     objective: what is minimised.
@@ -47,7 +55,7 @@ class Experiment:
 
   settings: Settings
   mesh: Mesh
-  data: TextData | StaticData
+  data: Data
   objective: nn.Module
   optimizer: Optimizer
   stop: StopRules
@@ -72,6 +80,12 @@ class Experiment:
       self.settings.microbatches,
     )
 
+  @functools.cached_property
+  def stacked_axes(self) -> selection.AxesFn:
+    """(name, parameter) -> axes that hold the layers of a scanned stack."""
+    _, axes = train_state.abstract_params(self.objective, self.batch_spec)
+    return selection.stacked_from_logical(axes)
+
   def init(self) -> TrainState:
     """A fresh state, created where it is sharded to."""
     make = functools.partial(
@@ -92,14 +106,28 @@ class Experiment:
       built[name] = every, build_evaluator(self, spec, f"evals.{name}")
     return built
 
+  def baselines(self) -> dict[str, float]:
+    """What guessing achieves where the evaluators look, by their names."""
+    return {
+      f"{name}/{key}": value
+      for name, (_, evaluator) in self.evaluators().items()
+      for key, value in evaluator.baseline().items()
+    }
+
   def flops_per_token(self) -> float:
     """Training FLOPs of one token of a full row."""
-    sizes = model_sizes(self.abstract_state.params)
-    slots = self.batch_spec["labels"].shape[1]
     row = meters.train_flops(
-      **sizes, seq_len=self.data.seq_len, max_masked=slots
+      **model_sizes(self.abstract_state.params),
+      seq_len=self.data.seq_len,
+      max_masked=self.data.vocabulary_slots,
     )
     return row / self.data.seq_len
+
+
+def build_data(spec, *, seed: int, cache_dir: pathlib.Path) -> Data:
+  """What `config.data` describes: a row of `DATA`, by default "text"."""
+  spec = {"name": "text", **spec}
+  return registry.build(DATA, spec, "data", seed=seed, cache_dir=cache_dir)
 
 
 def build_evaluator(experiment: Experiment, spec, field: str) -> Evaluator:
@@ -167,7 +195,7 @@ def build(
   settings: Settings,
   *,
   devices: Any = None,
-  data: TextData | StaticData | None = None,
+  data: Data | None = None,
 ) -> Experiment:
   """Everything that a run needs, from its config.
 
@@ -181,25 +209,19 @@ def build(
   """
   mesh = registry.call(make_mesh, settings.mesh, "mesh", devices=devices)
   lookup(dict.fromkeys(GENERATORS), settings.prng, "prng")
-  stop = build_stop(settings.stop, settings.evals)
-  if "steps" not in settings.stop:
-    raise ValueError(
-      "stop.steps is required: the schedule is drawn for it, also when"
-      " stop.tokens or stop.wall_clock_s ends the run earlier."
-    )
+  resolve.check_length(settings)
+  settings = resolve.inherit(settings)
   if data is None:
-    data = registry.build(
-      DATA,
-      {"name": "text", **settings.data},
-      "data",
-      seed=settings.seed,
-      cache_dir=settings.cache_path,
+    data = build_data(
+      settings.data, seed=settings.seed, cache_dir=settings.cache_path
     )
+  settings = resolve.complete(settings, data)
+  stop = build_stop(settings.stop, settings.evals)
   train_step.check_batch(data.batch_size, settings.microbatches, mesh)
   objective = build_objective(
     settings, vocab_size=data.tokenizer.vocab_size, seq_len=data.seq_len
   )
-  batch_spec = data.dataset().batch_spec(data.batch_size)
+  batch_spec = data.batch_spec(data.batch_size)
   params, axes = train_state.abstract_params(objective, batch_spec)
   optimizer = build_optimizer(
     settings.optim,

@@ -1,12 +1,20 @@
-"""How a stage starts from another one, or from published weights."""
+"""How a stage starts from another one, or from published weights.
+
+An objective names the parts that may begin `fresh`, such as the head of a
+fine-tuning task; everything else must be explained by the other model.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from bertjax import registry
+from bertjax.adaptation import reinitialise
 from bertjax.checkpoint import Checkpointer
 from bertjax.experiment import Experiment
 from bertjax.loading import load_params_for
@@ -27,6 +35,8 @@ class InitFrom:
     renames: `[(regex, replacement)]` from the other's parameter names to ours.
     allow_missing: regexes of our parameters that may keep their fresh values.
     ignore: regexes of the other's parameters that are left out.
+    reinit: arguments of `reinitialise`: what starts afresh although the other
+      model has it.
   """
 
   path: str
@@ -35,16 +45,17 @@ class InitFrom:
   renames: Sequence[tuple[str, str]] = ()
   allow_missing: Sequence[str] = ()
   ignore: Sequence[str] = ()
+  reinit: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     registry.lookup(
       dict.fromkeys(("params", "optimizer")), self.carry, "init_from.carry"
     )
-    renames = self.renames or self.allow_missing or self.ignore
-    if self.carry == "optimizer" and renames:
+    changes = self.renames or self.allow_missing or self.ignore or self.reinit
+    if self.carry == "optimizer" and changes:
       raise ValueError(
         "init_from.carry='optimizer' continues the same parameters; renames,"
-        " allow_missing and ignore go with carry='params'."
+        " allow_missing, ignore and reinit go with carry='params'."
       )
     if self.carry == "params" and not self.reset_schedule:
       raise ValueError(
@@ -74,6 +85,7 @@ def initial_state(experiment: Experiment) -> TrainState:
   params = load_params_for(
     source.path,
     experiment.abstract_state.params,
+    fresh=experiment.objective.fresh,
     renames=source.renames,
     allow_missing=source.allow_missing,
     ignore=source.ignore,
@@ -86,6 +98,35 @@ def initial_state(experiment: Experiment) -> TrainState:
     ),
     params,
     state.params,
-    is_leaf=lambda x: x is None,
+    is_leaf=_is_none,
   )
+  if source.reinit:
+    placed = registry.call(
+      functools.partial(
+        reinitialise,
+        placed,
+        state.params,
+        stacked_axes=experiment.stacked_axes,
+      ),
+      source.reinit,
+      "init_from.reinit",
+    )
+  _tell(params)
   return state.replace(params=placed)
+
+
+def _tell(params: Any) -> None:
+  """Says on standard error which parts begin untrained."""
+  fresh = {
+    part
+    for part, tree in params.items()
+    if any(x is None for x in jax.tree.leaves(tree, is_leaf=_is_none))
+  }
+  if fresh:
+    print(
+      f"init_from: untrained are {', '.join(sorted(fresh))}.", file=sys.stderr
+    )
+
+
+def _is_none(x: Any) -> bool:
+  return x is None

@@ -57,7 +57,7 @@ class LoadedModel:
 
   @property
   def heads(self) -> frozenset[str]:
-    """Which of mlm_head, pooler and pair_head there are."""
+    """Names of the parts beside the encoder."""
     return names.heads_of(self.params)
 
   @property
@@ -129,6 +129,40 @@ def _read_workdir(
   return params, config, load_tokenizer(folder) if folder.is_dir() else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Description:
+  """What a model folder says of itself.
+
+  Attributes:
+    spec: `config.model`.
+    tokenizer: folder of its tokenizer; None if it has none.
+  """
+
+  spec: dict[str, Any]
+  tokenizer: pathlib.Path | None
+
+
+def describe(path: str | os.PathLike) -> Description:
+  """Model and tokenizer of a folder, without reading the weights.
+
+  Raises:
+    ValueError: the folder holds no model, or one that is not ours.
+  """
+  origin, folder = origin_of(path), pathlib.Path(path)
+  if origin == WORKDIR:
+    spec = published.read_json(folder / "config.json").get("model", {})
+    tokenizer = folder / "tokenizer"
+    return Description(spec, tokenizer if tokenizer.is_dir() else None)
+  if origin == TF1:
+    config = published.read_json(folder / tf1.CONFIG)
+    spec = tf1.spec_from_config(config, str(folder))
+  else:
+    where = folder / published.CONFIG
+    spec = model_spec.spec_from_config(published.read_json(where), str(where))
+  has_one = published.read_tokenizer(folder) is not None
+  return Description(spec, folder if has_one else None)
+
+
 def load_model(
   path: str | os.PathLike,
   *,
@@ -171,8 +205,7 @@ def load_model(
     found = _PUBLISHED[origin](path, scan=scan is not False, ignore=ignore)
     params, tokenizer = found.params, found.tokenizer
     spec = model_spec.resolve(found.spec)
-    pair = "nsp" if "pair_head" in params else None
-    objective_spec = {"name": "masked_lm", "pair_task": pair}
+    objective_spec = found.objective
   spec["scan"] = names.is_scanned(params)
   if tokenizer is not None and tokenizer.vocab_size > spec["vocab_size"]:
     raise ValueError(
@@ -252,6 +285,7 @@ def load_params_for(
   path: str | os.PathLike,
   target: Any,
   *,
+  fresh: Sequence[str] = (),
   renames: Sequence[tuple[str, str]] = (),
   allow_missing: Sequence[str] = (),
   ignore: Sequence[str] = (),
@@ -262,6 +296,8 @@ def load_params_for(
   Args:
     path: what `load_model` reads.
     target: the other model's parameters or their shapes.
+    fresh: parts of the target that stay without value where the saved model has
+      none. With any, heads of the saved model that the target lacks are left.
     renames: `(regex, replacement)`, applied in order with `re.sub` to the names
       of the saved parameters (in our spelling, layers as the target has them).
     allow_missing: regexes of target parameters that may stay without value.
@@ -270,7 +306,8 @@ def load_params_for(
     step: which checkpoint of a workdir.
 
   Returns:
-    A tree like `target` of numpy arrays; None where `allow_missing` applies.
+    A tree like `target` of numpy arrays; None where `fresh` or `allow_missing`
+    applies.
 
   Raises:
     ValueError: a parameter of either side that nothing explains, another shape,
@@ -310,7 +347,15 @@ def load_params_for(
   for name in names.matching(have, ignore):
     del have[name]
   problems = []
-  absent = set(wanted) - set(have)
+  if fresh:
+    others = set(names.HEADS) - set(target)
+    have = {k: v for k, v in have.items() if k.split("/")[0] not in others}
+  parts = {name.split("/")[0] for name in have}
+  absent = {
+    name
+    for name in set(wanted) - set(have)
+    if name.split("/")[0] not in set(fresh) - parts
+  }
   if missing := absent - names.matching(absent, allow_missing):
     problems.append(
       f"it lacks {names.listed(missing)} (init_from.allow_missing)"
@@ -319,7 +364,7 @@ def load_params_for(
     problems.append(
       f"this model has no {names.listed(extra)} (init_from.ignore or renames)"
     )
-  problems += _shape_problems(have, wanted)
+  problems += _shape_problems(have, wanted, fresh)
   if problems:
     raise ValueError(
       f"{path} does not explain this model's parameters: "
@@ -330,7 +375,9 @@ def load_params_for(
 
 
 def _shape_problems(
-  have: Mapping[str, np.ndarray], wanted: Mapping[str, Any]
+  have: Mapping[str, np.ndarray],
+  wanted: Mapping[str, Any],
+  fresh: Sequence[str],
 ) -> list[str]:
   problems = []
   for name in sorted(set(have) & set(wanted)):
@@ -352,5 +399,10 @@ def _shape_problems(
         " (model.max_positions, model.position_offset)"
       )
     else:
-      problems.append(f"{name} is {theirs} there and {ours} here")
+      part = name.split("/")[0]
+      hint = f" (init_from.ignore=['^{part}/'] begins untrained)"
+      problems.append(
+        f"{name} is {theirs} there and {ours} here"
+        + (hint if part in fresh else "")
+      )
   return problems[:3]

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from absl import app, flags
-from ml_collections import config_flags
 
 from bertjax import cli, hardware
 from bertjax.config import Settings, settings, stage_configs
@@ -175,9 +174,7 @@ def main(argv: list[str]) -> None:
 
 def _define_flags() -> None:
   """Not on import: `bertjax.train` has a --config as well."""
-  config_flags.DEFINE_config_file(
-    "config", None, "Config file, as configs/bert.py:tiny.", lock_config=True
-  )
+  cli.define_config()
   flags.DEFINE_string(
     "topology", None, "What to plan for, as v5e:4x4, 2xv5e:16x16 or h100:8."
   )

@@ -51,16 +51,17 @@ def _between(
   return Check(name, f"{value:{form}}", expected, low <= value <= high)
 
 
-def data_checks(health: Mapping[str, float]) -> list[Check]:
+def data_checks(health: Mapping[str, Any]) -> list[Check]:
   """Checks of the data audit; a key that is absent gives no line.
 
   Args:
     health: any of `masking_rate` with `expected_masking_rate`; `mask_share`,
       `random_share`, `keep_share` with `expected_` twins; `selected` (how many
       positions were counted); `duplicate_share`; `label_weight_min` and
-      `label_weight_mean` per batch.
+      `label_weight_mean` per batch; of a task `class_shares` by label,
+      `truncated_share` and `unlabelled_share`.
   """
-  checks = []
+  checks = _share_checks(health)
   # The rate is rounded per row and special tokens are never chosen.
   if "masking_rate" in health:
     rate = health.get("expected_masking_rate", 0.15)
@@ -81,16 +82,6 @@ def data_checks(health: Mapping[str, float]) -> list[Check]:
           min(share + band, 1),
         )
       )
-  if "duplicate_share" in health:
-    checks.append(
-      _between(
-        "duplicate documents",
-        health["duplicate_share"],
-        -math.inf,
-        0.05,
-        ".1%",
-      )
-    )
   if "label_weight_min" in health:
     mean = health.get("label_weight_mean", health["label_weight_min"])
     checks.append(
@@ -105,10 +96,31 @@ def data_checks(health: Mapping[str, float]) -> list[Check]:
   return checks
 
 
+def _share_checks(health: Mapping[str, Any]) -> list[Check]:
+  """Of examples that are worth little, and of the classes."""
+  checks = []
+  for key, name, most in (
+    ("duplicate_share", "duplicates", 0.05),
+    ("truncated_share", "rows that were cut", 0.1),
+    ("unlabelled_share", "rows without label", 0.05),
+  ):
+    if key in health:
+      checks.append(_between(name, health[key], -math.inf, most, ".1%"))
+  if shares := health.get("class_shares"):
+    shown = sorted(shares.items(), key=lambda item: -item[1])
+    value = ", ".join(f"{label} {share:.1%}" for label, share in shown[:5])
+    if len(shown) > 5:
+      label, share = shown[-1]
+      value += f", ... {label} {share:.1%}"
+    ok = all(share > 0 for share in shares.values())
+    checks.append(Check("class shares", value, "each above 0", ok))
+  return checks
+
+
 def curve_checks(
   table: Table,
   *,
-  vocab_size: int | None = None,
+  initial_loss: float | None = None,
   clip_norm: float | None = None,
   reference: Table | None = None,
   tolerance: float = 0.15,
@@ -117,20 +129,18 @@ def curve_checks(
 
   Args:
     table: columns of `metrics.csv`.
-    vocab_size: for the first loss, which is ln V before anything is learnt.
+    initial_loss: what guessing evenly gives, the loss of an untrained model.
     clip_norm: gradients above it were clipped.
     reference: `step` and `loss` of a run known to be good.
     tolerance: allowed relative distance from the reference.
   """
   checks = []
   step, loss = _column(table, "loss")
-  if vocab_size and len(loss):
-    expected = math.log(vocab_size)
+  if initial_loss and len(loss):
     # The first row is a mean over its log interval, hence the wider low side.
+    low, high = 0.6 * initial_loss, 1.1 * initial_loss
     checks.append(
-      _between(
-        "first loss (ln V)", loss[0], 0.6 * expected, 1.1 * expected, ".2f"
-      )
+      _between("first loss (even guessing)", loss[0], low, high, ".2f")
     )
   if len(loss) >= 6:
     last = slice(len(loss) - len(loss) // 3, None)
@@ -219,20 +229,16 @@ def write_report(
   *,
   reference: str | pathlib.Path | None = None,
   tolerance: float = 0.15,
-  vocab_size: int | None = None,
-  clip_norm: float | None = None,
   samples: Sequence[tuple[str, str]] = (),
 ) -> pathlib.Path:
   """Writes `workdir/report/` and returns the path of its `report.md`.
 
   Args:
     workdir: has `metrics.csv`; `config.json` and `health.json` are optional.
-      `health.json` may also hold `vocab_size`, `clip_norm`, and
-      `unigram_accuracy`, `unigram_loss` for the baseline lines.
+      `health.json` may also hold `initial_loss`, `clip_norm`, and `baselines`,
+      values by name that are shown beside the results.
     reference: CSV of `step,loss` of a run known to be good.
     tolerance: allowed relative distance from it.
-    vocab_size: overrides the one in `health.json`.
-    clip_norm: overrides the one in `health.json`.
     samples: (masked sentence, completion) pairs to show.
 
   Raises:
@@ -251,8 +257,8 @@ def write_report(
   known = None if reference is None else read_csv(reference)
   checks = data_checks(health) + curve_checks(
     table,
-    vocab_size=vocab_size or health.get("vocab_size"),
-    clip_norm=clip_norm or health.get("clip_norm"),
+    initial_loss=health.get("initial_loss"),
+    clip_norm=health.get("clip_norm"),
     reference=known,
     tolerance=tolerance,
   )
@@ -306,10 +312,9 @@ def _results(table: Table, health: Mapping[str, Any]) -> str:
           f"{int(step[-1])}",
         ]
       )
-  for name in ("unigram_accuracy", "unigram_loss"):
-    if name in health:
-      value = f"{health[name]:.4g}"
-      rows.append([f"{name} (baseline)", value, value, value, value, ""])
+  for name, number in health.get("baselines", {}).items():
+    value = f"{number:.4g}"
+    rows.append([f"{name} (baseline)", value, value, value, value, ""])
   header = ["metric", "first", "last", "least", "largest", "last step"]
   return "## Results\n\n" + _markdown(header, rows)
 
@@ -331,7 +336,7 @@ def _health_section(checks: Sequence[Check]) -> str:
 def _samples_section(samples: Sequence[tuple[str, str]]) -> str:
   if not samples:
     return ""
-  return "## Samples\n\n" + _markdown(["masked", "filled"], samples)
+  return "## Samples\n\n" + _markdown(["text", "model"], samples)
 
 
 def _config_section(config: Mapping[str, Any]) -> str:
@@ -362,10 +367,9 @@ def _plot(
         if len(values):
           marker = "o" if "/" in name else None
           axes.plot(step, values, label=name, marker=marker, markersize=3)
-    if f"unigram_{wanted}" in health:
-      axes.axhline(
-        health[f"unigram_{wanted}"], color="gray", ls="--", label="unigram"
-      )
+    for name, value in health.get("baselines", {}).items():
+      if name.endswith(wanted):
+        axes.axhline(value, color="gray", ls="--", label=name)
     if wanted == "loss" and reference is not None:
       axes.plot(*_column(reference, "loss"), "k:", label="reference")
     axes.set_title(wanted)

@@ -82,7 +82,9 @@ class Session:
     self.log = logger.TrainLogger(
       hooks_lib.Every(settings.every["log"]),
       self._writer,
-      slots_per_step=experiment.data.batch_size * experiment.data.seq_len,
+      slots_per_step=experiment.data.dataset().tokens_per_batch(
+        experiment.data.batch_size
+      ),
       throughput=self._throughput,
       progress=self._bar,
       tokens_seen=position.get("tokens_seen", 0),

@@ -18,20 +18,14 @@ from typing import Any
 
 import jax
 from absl import app, flags
-from ml_collections import config_flags
 
 from bertjax import cli, loading, loop, predict, report
 from bertjax import experiment as experiment_lib
 from bertjax.config import Settings, settings, stage_configs
-from bertjax.data import audit
-from bertjax.evals import unigram_baseline
-from bertjax.evals.objective import read_batches
 from bertjax.experiment import Experiment
 from bertjax.hooks import Stopwatch
 from bertjax.records import write_json
 from bertjax.session import INTERRUPTED, Session
-
-_AUDITED_BATCHES = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,46 +124,16 @@ def _health(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float]:
   """Writes health.json: statistics of the data, and what guessing achieves.
 
   Returns:
-    Accuracy and loss of the unigram baseline on each held-out split.
+    Values of guessing, by evaluator and name.
   """
-  data = experiment.data
-  dataset = data.dataset()
-  rows = min(dataset.rows_per_epoch(0), _AUDITED_BATCHES * data.batch_size)
-  size = min(rows, data.batch_size)
-  found = audit.audit(
-    (dataset.batch(i, size) for i in range(rows // size)), data.tokenizer
-  )
-  health = data.facts() | {
-    "masking_rate": found["masked_rate"],
-    "mask_share": found["mask_share"],
-    "random_share": found["random_share"],
-    "keep_share": found["kept_share"],
-    "selected": found["labels_per_batch"] * found["batches"],
-    "label_weight_min": found["labels_per_batch_min"],
-    "label_weight_mean": found["labels_per_batch"],
-    "vocab_size": data.tokenizer.vocab_size,
-    "clip_norm": experiment.settings.optim.get("clip_norm"),
-    "fill": found["fill"],
-  }
-  if (masking := data.masking) is not None:
-    health |= {
-      "expected_masking_rate": masking.rate,
-      "expected_mask_share": masking.mask_share,
-      "expected_random_share": masking.random_share,
-      "expected_keep_share": 1 - masking.mask_share - masking.random_share,
-    }
-  counts = data.token_counts()
-  baseline = {}
-  for name, spec in experiment.settings.evals.items():
-    if spec["name"] == "objective":
-      split = spec.get("split", "validation")
-      batches = read_batches(data, split, spec.get("num_batches"), None)
-      values = unigram_baseline(counts, batches)
-      baseline |= {f"{name}/{key}": value for key, value in values.items()}
-      health |= values
+  baselines = experiment.baselines()
   if jax.process_index() == 0:
+    health = experiment.data.health() | {
+      "clip_norm": experiment.settings.optim.get("clip_norm"),
+      "baselines": baselines,
+    }
     write_json(workdir / "health.json", health)
-  return baseline
+  return baselines
 
 
 def _report(experiment: Experiment, workdir: pathlib.Path, state: Any) -> None:
@@ -183,9 +147,7 @@ def _report(experiment: Experiment, workdir: pathlib.Path, state: Any) -> None:
   )
 
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Config file, as configs/bert.py:tiny.", lock_config=True
-)
+_CONFIG = cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Two real steps, then leave.")
 

@@ -80,8 +80,18 @@ class CommandsTest(absltest.TestCase):
       "--config.sede=3",
       "--dry_run",
     )
-    self.assertNotEqual(done.returncode, 0)
-    self.assertIn('Did you mean "seed"', done.stderr)
+    self.assertEqual(done.returncode, 1)
+    self.assertRegex(done.stderr, "Error: sede is not .* Did you mean 'seed'")
+
+  def test_a_flag_sets_what_the_config_leaves_at_its_default(self):
+    done = _run(
+      "bertjax.train",
+      f"--config={self.config}",
+      "--config.mesh.model=3",
+      "--dry_run",
+    )
+    self.assertEqual(done.returncode, 1)
+    self.assertIn("mesh: data=-1, fsdp=1, model=3, seq=1", done.stderr)
 
   def test_an_error_is_one_line(self):
     done = _run(

@@ -25,12 +25,13 @@ class ConfigsTest(parameterized.TestCase):
   def test_tiny_variant_trains_two_steps(self, path):
     config = plain(_load(path, "tiny"))
     folder = pathlib.Path(self.create_tempdir())
-    # The same run on a corpus that needs no scan of the installed packages.
-    corpus = tiny.config(folder)
-    tiny.write_corpus(folder)
-    config["data"]["source"] = corpus["data"]["source"]
+    if "source" in config["data"]:
+      # The same run on a corpus that needs no scan of all installed packages.
+      corpus = tiny.config(folder)
+      tiny.write_corpus(folder)
+      config["data"]["source"] = corpus["data"]["source"]
+      config["data"]["splitter"] = "lines"
     config["data"]["tokenizer"]["vocab_size"] = 300
-    config["data"]["splitter"] = "lines"
     config["data"]["batch_size"] = 2 * len(jax.devices())
     config["cache_dir"] = str(folder / "cache")
     for stage in config.get("stages", {}).values():
@@ -44,7 +45,16 @@ class ConfigsTest(parameterized.TestCase):
   @parameterized.named_parameters((p.stem, p) for p in _CONFIGS)
   def test_the_full_variant_has_only_known_fields(self, path):
     for fields in stage_configs(_load(path, "")).values():
-      self.assertEqual(settings(fields).model, fields["model"])
+      self.assertEqual(settings(fields).data, fields["data"])
+
+  @parameterized.parameters(
+    ("sst2", "glue/sst2"),
+    ("squad_v2", "squad_v2"),
+    ("boolq", "super_glue/boolq"),
+  )
+  def test_fine_tuning_takes_any_task(self, variant, task):
+    path = next(p for p in _CONFIGS if p.stem == "fine_tune")
+    self.assertEqual(_load(path, variant).data.task.name, task)
 
   @parameterized.parameters(
     (448, 150_000, 335), (3_072, 175_000, 57), (14_336, 300_000, 21)

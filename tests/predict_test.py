@@ -18,7 +18,7 @@ from absl.testing import absltest, parameterized
 from bertjax import interop, loading, predict
 from tests.interop import toy
 
-REPOSITORY = pathlib.Path(predict.__file__).parent.parent
+REPOSITORY = pathlib.Path(predict.__file__).parents[2]
 TEXTS = (
   "the cat sat on the [MASK].",
   "[MASK] dog!",

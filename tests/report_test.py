@@ -24,10 +24,9 @@ HEALTHY = {
   "duplicate_share": 0.01,
   "label_weight_min": 300,
   "label_weight_mean": 320,
-  "vocab_size": 4000,
+  "initial_loss": math.log(4000),
   "clip_norm": 1.0,
-  "unigram_accuracy": 0.06,
-  "unigram_loss": 6.1,
+  "baselines": {"unigram_accuracy": 0.06, "unigram_loss": 6.1},
 }
 
 
@@ -98,9 +97,12 @@ class ReportTest(parameterized.TestCase):
     ({"masking_rate": 0.05}, "masking rate"),
     ({"mask_share": 1.0}, "share of mask"),
     ({"random_share": 0.0}, "share of random"),
-    ({"duplicate_share": 0.4}, "duplicate documents"),
+    ({"duplicate_share": 0.4}, "duplicates"),
+    ({"truncated_share": 0.3}, "rows that were cut"),
+    ({"unlabelled_share": 0.2}, "rows without label"),
+    ({"class_shares": {"no": 1.0, "yes": 0.0}}, "class shares"),
     ({"label_weight_min": 0}, "least label weight"),
-    ({"vocab_size": 10**7}, "first loss"),
+    ({"initial_loss": 16.1}, "first loss"),
     ({"clip_norm": 0.1}, "norm above 0.1"),
   )
   def test_one_bad_value_gives_one_warning(self, change, name):

@@ -7,7 +7,7 @@ import numpy as np
 
 from bertjax.config import merge
 
-_TOPICS = (
+TOPICS = (
   ("cat", "dog", "horse", "purrs", "barks", "runs", "sleeps"),
   ("ship", "sailor", "harbour", "sails", "sinks", "anchors", "drifts"),
   ("loaf", "oven", "baker", "rises", "burns", "cools", "bakes"),
@@ -19,7 +19,7 @@ def write_corpus(folder: pathlib.Path, documents: int = 60) -> pathlib.Path:
   rng = np.random.default_rng(0)
   texts = []
   for number in range(documents):
-    words = _TOPICS[number % len(_TOPICS)]
+    words = TOPICS[number % len(TOPICS)]
     lines = []
     for _ in range(6):
       noun, verb = rng.choice(words[:3]), rng.choice(words[3:])

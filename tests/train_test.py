@@ -344,11 +344,13 @@ class TrainTest(parameterized.TestCase):
     (dict(evals=dict(heldout=dict(split="dev"))), "split='dev' is unknown"),
     (dict(dtype="float16"), "dtype='float16' is unknown"),
     (dict(prng="philox"), "prng='philox' is unknown"),
-    (dict(stop=dict(epochs=3)), "stop='epochs' is unknown"),
     (
       dict(stop=dict(target=dict(metric="held/x", value=1))),
       "evals='held' is unknown.*'heldout'",
     ),
+    (dict(stop=dict(epoch=3)), "stop='epoch' is unknown"),
+    (dict(stop=dict(epochs=0)), "stop.epochs=0 must be a positive"),
+    (dict(objective=dict(name="span_qa")), "span_qa' learns from labelled"),
     (dict(every=dict(save=3)), "every='save' is unknown"),
     (dict(every=dict(log=0)), "every.log=0 must be a positive"),
   )

@@ -33,12 +33,14 @@ class AbstractText:
     batch_size: rows of the global batch.
     seq_len: length of a row.
     row_spec: shapes of one row.
+    vocabulary_slots: as of `Data`.
   """
 
   tokenizer: Vocabulary
   batch_size: int
   seq_len: int
   row_spec: Mapping[str, jax.ShapeDtypeStruct]
+  vocabulary_slots: int
 
   def dataset(self) -> "AbstractText":
     """Itself: a dataset has a `batch_spec`, and so has it."""
@@ -50,6 +52,21 @@ class AbstractText:
       name: jax.ShapeDtypeStruct((batch_size, *row.shape), row.dtype)
       for name, row in self.row_spec.items()
     }
+
+  def objective(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.objective`: text adds nothing to it."""
+    return dict(given)
+
+  def steps(self, epochs: float) -> int:
+    """Refuses: how long an epoch is only the data know.
+
+    Raises:
+      ValueError: always.
+    """
+    raise ValueError(
+      f"{epochs} epochs are an unknown number of steps as long as no data are"
+      " read; give stop.steps and evals.*.every instead."
+    )
 
   def tokens_per_batch(self, batch_size: int) -> int:
     """Slots of a batch, padding included."""
@@ -80,11 +97,13 @@ def abstract_text(
     masking = text_dataset.build_masking(masking)
   if vocab_size is None:
     vocab_size = tokenizer_size(spec["tokenizer"])
+  seq_len = spec["seq_len"]
   return AbstractText(
     tokenizer=Vocabulary(vocab_size),
     batch_size=spec["batch_size"],
-    seq_len=spec["seq_len"],
-    row_spec=text_dataset.text_row_spec(mode, masking, spec["seq_len"]),
+    seq_len=seq_len,
+    row_spec=text_dataset.text_row_spec(mode, masking, seq_len),
+    vocabulary_slots=masking.slots(seq_len) if masking else 0,
   )
 
 

@@ -5,27 +5,20 @@ bertjax.data.bert_instances`, train as they are: masked once, not per epoch.
 """
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from bertjax.data.audit import original_tokens
 from bertjax.data.bert_instances import StaticDataset, read_tfrecord
-from bertjax.data.tokenizers import Tokenizer, build_tokenizer
+from bertjax.data.masked import MaskedData
+from bertjax.data.tokenizers import Tokenizer
 from bertjax.registry import lookup
 
 
-class StaticData:
-  """Everything that a run reads, by split; the twin of `TextData`.
-
-  Attributes:
-    tokenizer: the one that made the files.
-    batch_size: rows of the global batch.
-    seq_len: length of a row, as the files have it.
-    train_split: the split that is trained on.
-    masking: None: nothing is masked here.
-  """
+class StaticData(MaskedData):
+  """Rows as the files have them, which also say how long they are."""
 
   masking = None
 
@@ -33,7 +26,7 @@ class StaticData:
     self,
     *,
     files: Mapping[str, str | Sequence[str]],
-    tokenizer: Mapping[str, Any],
+    tokenizer: Mapping[str, Any] | Tokenizer,
     batch_size: int,
     train_split: str = "train",
     seed: int,
@@ -53,16 +46,21 @@ class StaticData:
     Raises:
       ValueError: no file, an unknown split, or ids beyond the vocabulary.
     """
-    self.batch_size, self.train_split = batch_size, train_split
     self._files, self._seed = dict(files), seed
     self._datasets: dict[str, StaticDataset] = {}
-    self.tokenizer: Tokenizer = build_tokenizer(
-      tokenizer, tuple, cache_dir, "static"
+    super().__init__(
+      tokenizer,
+      batch_size=batch_size,
+      train_split=train_split,
+      cache_dir=cache_dir,
+      fingerprint="static",
     )
     self.seq_len = self.dataset().seq_len
 
+  def texts(self) -> Iterator[str]:
+    return iter(())  # there are only ids
+
   def dataset(self, split: str | None = None) -> StaticDataset:
-    """The rows of a split, the training one by default."""
     split = split or self.train_split
     if split not in self._datasets:
       rows = read_tfrecord(lookup(self._files, split, "data.files"))
@@ -87,6 +85,5 @@ class StaticData:
     counts[self.tokenizer.special_ids] = 0
     return counts
 
-  def facts(self) -> dict[str, float]:
-    """What the health report says of the corpus."""
+  def facts(self) -> dict[str, Any]:
     return {"rows": self.dataset().rows_per_epoch(0)}

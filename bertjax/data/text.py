@@ -1,7 +1,7 @@
 """`config.data` for text: a source, a tokenizer, a cache, rows."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,21 +9,15 @@ import numpy as np
 from bertjax import registry
 from bertjax.data.cache import TokenCache
 from bertjax.data.cache_build import build_cache
+from bertjax.data.masked import MaskedData
 from bertjax.data.masking import Masking
 from bertjax.data.sources import SOURCES
 from bertjax.data.text_dataset import TextDataset
-from bertjax.data.tokenizers import Tokenizer, build_tokenizer
+from bertjax.data.tokenizers import Tokenizer
 
 
-class TextData:
-  """Everything that a run reads, by split.
-
-  Attributes:
-    tokenizer: trained, loaded or taken from the cache folder.
-    batch_size: rows of the global batch.
-    seq_len: length of a row.
-    train_split: the split that is trained on.
-  """
+class TextData(MaskedData):
+  """Documents, tokenised once and masked anew in every epoch."""
 
   def __init__(
     self,
@@ -55,17 +49,15 @@ class TextData:
       seed: of shuffling, instance making and masking.
       cache_dir: where vocabularies and token caches live.
     """
-    self.batch_size, self.seq_len = batch_size, seq_len
-    self.train_split = train_split
+    self.seq_len = seq_len
     self.source = registry.build(SOURCES, source, "data.source")
-    if not isinstance(tokenizer, Tokenizer):
-      tokenizer = build_tokenizer(
-        tokenizer,
-        lambda: (e["text"] for e in self.source.examples(train_split)),
-        cache_dir,
-        self.source.fingerprint(),
-      )
-    self.tokenizer: Tokenizer = tokenizer
+    super().__init__(
+      tokenizer,
+      batch_size=batch_size,
+      train_split=train_split,
+      cache_dir=cache_dir,
+      fingerprint=self.source.fingerprint(),
+    )
     self._rows = dict(
       instances=instances, masking=masking, seq_len=seq_len, seed=seed
     )
@@ -73,6 +65,9 @@ class TextData:
     self._cut = max_tokens_per_document
     self._cache_dir = cache_dir
     self._caches: dict[str, TokenCache] = {}
+
+  def texts(self) -> Iterator[str]:
+    return (e["text"] for e in self.source.examples(self.train_split))
 
   def cache(self, split: str) -> TokenCache:
     """The tokenised documents of a split."""
@@ -88,7 +83,6 @@ class TextData:
     return self._caches[split]
 
   def dataset(self, split: str | None = None) -> TextDataset:
-    """The rows of a split, the training one by default."""
     cache = self.cache(split or self.train_split)
     return TextDataset(cache, self.tokenizer, **self._rows)
 
@@ -98,12 +92,11 @@ class TextData:
     return self.dataset().masking
 
   def token_counts(self, split: str | None = None) -> np.ndarray:
-    """How often each id occurs in a split (a sample of a large one)."""
+    """How often each id occurs (in a sample of a large split)."""
     cache = self.cache(split or self.train_split)
     return token_counts(cache, self.tokenizer.vocab_size)
 
-  def facts(self) -> dict[str, float]:
-    """What the health report says of the corpus."""
+  def facts(self) -> dict[str, Any]:
     cache = self.cache(self.train_split)
     documents = cache.num_documents
     return {

@@ -1,25 +1,13 @@
 """The objective's own metrics on held-out data, under masks that stay."""
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from bertjax.evals.base import Evaluator, read_batches
 from bertjax.parallel.sharding import put_batch
-
-
-def read_batches(
-  data: Any, split: str, num_batches: int | None, batch_size: int | None
-) -> Iterable[Mapping[str, Any]]:
-  """This process's slices of a split's evaluation batches."""
-  return data.dataset(split).evaluation_batches(
-    batch_size or data.batch_size,
-    num_batches,
-    jax.process_index(),
-    jax.process_count(),
-  )
 
 
 def objective_eval(
@@ -30,7 +18,7 @@ def objective_eval(
   split: str = "validation",
   num_batches: int | None = None,
   batch_size: int | None = None,
-):
+) -> Evaluator:
   """Metrics of `objective` over a split, each weighted by its own count.
 
   Args:
@@ -60,4 +48,4 @@ def objective_eval(
       for name, (value, weight) in jax.device_get(total).items()
     }
 
-  return evaluate
+  return Evaluator(evaluate, lambda: data.baseline(split, num_batches))

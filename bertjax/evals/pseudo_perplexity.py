@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bertjax.data.audit import original_tokens
-from bertjax.evals.objective import read_batches
+from bertjax.evals.base import Evaluator, read_batches
 from bertjax.objectives.masked_lm import MaskedLM
 from bertjax.parallel.sharding import put_batch
 
@@ -71,7 +71,7 @@ def pseudo_perplexity(
   split: str = "validation",
   num_rows: int = 32,
   batch_size: int | None = None,
-):
+) -> Evaluator:
   """Pseudo-perplexity over the first rows of a split.
 
   Args:
@@ -123,4 +123,4 @@ def pseudo_perplexity(
       "scored_tokens": weight,
     }
 
-  return evaluate
+  return Evaluator(evaluate)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bertjax.evals.objective import read_batches
+from bertjax.evals.base import Evaluator, read_batches
 from bertjax.parallel.sharding import put_batch
 
 
@@ -50,7 +50,7 @@ def task_metrics(
   mesh: Mesh,
   split: str = "validation",
   batch_size: int | None = None,
-):
+) -> Evaluator:
   """The metrics that the task's row of `TASKS` names.
 
   Args:
@@ -87,4 +87,4 @@ def task_metrics(
     )
     return data.task.kind.score(logits, data.dataset(split).features)
 
-  return evaluate
+  return Evaluator(evaluate, lambda: data.baseline(split))

@@ -5,6 +5,7 @@ from bertjax.interop.names import (
   ROBERTA,
   TF1,
   from_published,
+  name_map,
   to_published,
 )
 from bertjax.interop.published import (
@@ -24,6 +25,7 @@ __all__ = [
   "WEIGHT_FILES",
   "Published",
   "from_published",
+  "name_map",
   "parameter_shapes",
   "read_huggingface",
   "read_tf1",

@@ -93,6 +93,22 @@ _ROBERTA_HEADS = (
   ("mlm_head/norm", "norm", "lm_head.layer_norm"),
   ("mlm_head", "bias", "lm_head"),
 )
+# Heads of fine-tuning objectives, by family and objective.
+_CLASSIFIER = ("classifier", "in1", "classifier")
+_FINE_TUNING = {
+  ("bert", "classification"): (_CLASSIFIER,),
+  ("bert", "token_classification"): (_CLASSIFIER,),
+  ("bert", "span_qa"): (("span", "in1", "qa_outputs"),),
+  ("bert", "multiple_choice"): (_CLASSIFIER,),
+  # The dense layer of RoBERTa's classification head is BERT's pooler.
+  ("roberta", "classification"): (
+    ("pooler/dense", "in1", "classifier.dense"),
+    ("classifier", "in1", "classifier.out_proj"),
+  ),
+  ("roberta", "token_classification"): (_CLASSIFIER,),
+  ("roberta", "span_qa"): (("span", "in1", "qa_outputs"),),
+  ("roberta", "multiple_choice"): (_CLASSIFIER,),
+}
 # Leaves of a module of each kind: ours, PyTorch's.
 _LEAVES = {
   "table": (("embedding", "weight"),),
@@ -165,12 +181,38 @@ ROBERTA = NameMap(
     "lm_head.decoder.bias": "lm_head.bias",
   },
 )
+
+
+def name_map(family: str, objective: str) -> NameMap:
+  """The names of a family of Hugging Face's with the heads of an objective.
+
+  Args:
+    family: "bert" or "roberta".
+    objective: a name of `OBJECTIVES`.
+  """
+  plain = {"bert": BERT, "roberta": ROBERTA}[family]
+  if (family, objective) not in _FINE_TUNING:
+    return plain
+  modules = {module[0]: module for module in _MODULES}
+  modules |= {module[0]: module for module in _FINE_TUNING[family, objective]}
+  unused = ()
+  if objective in ("token_classification", "span_qa"):
+    # Older files have a pooler that these heads do not use.
+    del modules["pooler/dense"]
+    unused = (rf"^{family}\.pooler\.",)
+  return NameMap(
+    _torch_rows(tuple(modules.values()), family),
+    renames=plain.renames,
+    ignored=(*plain.ignored, *unused),
+  )
+
+
 TF1 = NameMap(
   tuple(map(_tf1_row, BERT.rows)),
   ignored=(r"/adam_[mv]$", r"^global_step$"),
 )
 
-HEADS = ("mlm_head", "pooler", "pair_head")
+HEADS = ("mlm_head", "pooler", "pair_head", "classifier", "span")
 
 
 def heads_of(params: Mapping[str, Any]) -> frozenset[str]:

@@ -19,12 +19,12 @@ from flax import linen as nn
 
 from bertjax import registry
 from bertjax.data.tokenizers import Tokenizer, load_tokenizer
+from bertjax.interop import heads as heads_lib
 from bertjax.interop import model_spec, names, tensors, tf1
 from bertjax.models import MODELS
-from bertjax.objectives import masked_lm
+from bertjax.objectives import OBJECTIVES
 
 CONFIG = "config.json"
-NAME_MAPS = {"bert": names.BERT, "roberta": names.ROBERTA}
 DTYPES = {
   "float32": np.dtype(np.float32),
   "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -42,26 +42,38 @@ class Published:
 
   Attributes:
     spec: our `config.model`, every dimension written out.
+    objective: our `config.objective`.
     params: our parameter tree, float32; heads that are absent are left out.
     tokenizer: None if the folder has none.
     dtype: name of the floating point type of the weights in the file.
   """
 
   spec: dict[str, Any]
+  objective: dict[str, Any]
   params: dict[str, Any]
   tokenizer: Tokenizer | None
   dtype: str
 
 
-def parameter_shapes(spec: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-  """Shapes of a model's parameters with every head, layers apart, by name."""
+_ALL_HEADS = {"name": "masked_lm", "pair_task": "nsp"}
+
+
+def parameter_shapes(
+  spec: Mapping[str, Any], objective: Mapping[str, Any] | None = None
+) -> dict[str, tuple[int, ...]]:
+  """Shapes of a model's parameters, layers apart, by name.
+
+  Args:
+    spec: `config.model`.
+    objective: `config.objective`; None: a masked LM with every head.
+  """
   encoder = registry.build(MODELS, {**spec, "scan": True}, "model")
-  objective = masked_lm(encoder=encoder, pair_task="nsp")
-  ids = jnp.zeros((1, 1), jnp.int32)
-  batch = {"tokens": ids, "masked_positions": ids, "labels": ids,
-           "pair_labels": ids[0]}  # fmt: skip
+  module = registry.build(
+    OBJECTIVES, objective or _ALL_HEADS, "objective", encoder=encoder
+  )
+  batch = {"tokens": jnp.zeros((1, 1), jnp.int32)}
   variables = jax.eval_shape(
-    lambda key: objective.init(key, batch, train=False), jax.random.key(0)
+    lambda key: module.init(key, batch, method="outputs"), jax.random.key(0)
   )
   shapes = {}
   for name, leaf in names.flatten(nn.meta.unbox(variables["params"])).items():
@@ -105,11 +117,16 @@ def read_huggingface(
   folder = pathlib.Path(folder)
   config = read_json(folder / CONFIG)
   spec = model_spec.spec_from_config(config, str(folder / CONFIG))
+  family = spec["name"]
+  objective = heads_lib.objective_from_config(
+    config, family, str(folder / CONFIG)
+  )
+  tuned = objective["name"] in heads_lib.HEADS
   found = tensors.read_weights(folder)
   params = names.from_published(
     found,
-    NAME_MAPS[spec["name"]],
-    parameter_shapes(spec),
+    names.name_map(family, objective["name"]),
+    parameter_shapes(spec, objective if tuned else None),
     num_layers=spec["num_layers"],
     scan=scan,
     ignore=ignore,
@@ -118,10 +135,22 @@ def read_huggingface(
   model_spec.refuse_other_head(spec, names.heads_of(params), str(folder))
   return Published(
     spec | ({} if scan else {"scan": False}),
+    _with_heads(objective, params),
     params,
     read_tokenizer(folder),
     _weight_dtype(found),
   )
+
+
+def _with_heads(
+  objective: Mapping[str, Any], params: Mapping[str, Any]
+) -> dict[str, Any]:
+  """The objective, or masked LM if the heads of another one were left out."""
+  head = heads_lib.HEADS.get(objective["name"])
+  if head is not None and head.part in params:
+    return dict(objective)
+  pair = "nsp" if "pair_head" in params else None
+  return heads_lib.MASKED_LM | {"pair_task": pair}
 
 
 def read_tf1(
@@ -147,6 +176,7 @@ def read_tf1(
   )
   return Published(
     spec | ({} if scan else {"scan": False}),
+    _with_heads(heads_lib.MASKED_LM, params),
     params,
     read_tokenizer(folder),
     _weight_dtype(found),
@@ -159,6 +189,7 @@ def write_huggingface(
   params: Mapping[str, Any],
   tokenizer: Tokenizer | None,
   *,
+  objective: Mapping[str, Any] = heads_lib.MASKED_LM,
   dtype: str = "float32",
 ) -> None:
   """Writes what `transformers` reads with `from_pretrained`.
@@ -171,6 +202,7 @@ def write_huggingface(
     spec: `config.model` with `vocab_size`.
     params: our parameter tree, scanned or not.
     tokenizer: None writes a model without one.
+    objective: `config.objective`, which names the head and its labels.
     dtype: key of `DTYPES`; 16-bit types round what did not come in them.
 
   Raises:
@@ -182,6 +214,8 @@ def write_huggingface(
   pad_id = family_pad if tokenizer is None else tokenizer.pad_id
   heads = names.heads_of(params)
   config = model_spec.config_from_spec(spec, heads, pad_id)
+  if objective["name"] in heads_lib.HEADS:
+    config |= heads_lib.config_from_objective(objective, spec["name"])
   if tokenizer is not None:
     config |= {"bos_token_id": None, "eos_token_id": None}
     if spec["name"] == "roberta":
@@ -189,7 +223,9 @@ def write_huggingface(
       config["eos_token_id"] = tokenizer.sep_id
   config["dtype"] = dtype
   named = names.to_published(
-    params, NAME_MAPS[spec["name"]], num_layers=spec["num_layers"]
+    params,
+    names.name_map(spec["name"], objective["name"]),
+    num_layers=spec["num_layers"],
   )
   named = {k: v.astype(stored) for k, v in named.items()}
   if config["architectures"] in (["BertModel"], ["RobertaModel"]):
@@ -307,12 +343,11 @@ def model_card(
     rows["tokenizer"] = f"{tokenizer.kind}, {tokenizer.vocab_size:,} pieces"
     rows["tokenizer fingerprint"] = tokenizer.fingerprint()
   table = "\n".join(f"| {k} | {v} |" for k, v in rows.items())
-  loader = {
-    "BertForPreTraining": "AutoModelForPreTraining",
-    "BertForMaskedLM": "AutoModelForMaskedLM",
-    "RobertaForMaskedLM": "AutoModelForMaskedLM",
-  }.get(kind, "AutoModel")
+  suffix = kind.removeprefix("Bert").removeprefix("Roberta")
+  loader = "AutoModel" + suffix.removeprefix("Model")
+  tags = {head.suffix: head.tag for head in heads_lib.HEADS.values()}
   tag = "fill-mask" if "mlm_head" in params else "feature-extraction"
+  tag = tags.get(suffix, tag)
   return (
     f"---\nlibrary_name: transformers\npipeline_tag: {tag}\n"
     "tags: [bertjax, jax, bert]\n---\n\n"

@@ -20,9 +20,12 @@ class Objective(Protocol):
 
   Attributes:
     coefficients: factor of every term.
+    fresh: parts of the parameter tree that may begin untrained when a run takes
+      its weights from elsewhere; () if all must be there.
   """
 
   coefficients: Mapping[str, float]
+  fresh: tuple[str, ...]
 
   def weights(self, batch: Mapping[str, ArrayLike]) -> Terms:
     """Total weight of every term in the batch; scalars."""
@@ -32,6 +35,14 @@ class Objective(Protocol):
     self, batch: Mapping[str, ArrayLike], *, train: bool
   ) -> tuple[Terms, Metrics]:
     """Weighted sums of every term, and metrics as (sum, weight) pairs."""
+    ...
+
+  def encode(self, batch: Mapping[str, ArrayLike]) -> jax.Array:
+    """Final hidden states [b, t, e], without dropout."""
+    ...
+
+  def outputs(self, batch: Mapping[str, ArrayLike]) -> Terms:
+    """All that the model says of rows without labels, for comparisons."""
     ...
 
 

@@ -6,7 +6,8 @@ question, the right one of several choices. `logits` gives what predictions are
 made from.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -29,7 +30,28 @@ def _count(valid: jax.Array) -> jax.Array:
   return valid.sum().astype(jnp.float32)
 
 
-class Classification(nn.Module):
+class FineTuning(nn.Module):
+  """An encoder with a head for one task.
+
+  Attributes:
+    encoder: what is trained.
+    fresh: parts that may begin untrained when the encoder's weights come from
+      elsewhere.
+  """
+
+  encoder: Encoder
+  fresh: ClassVar[tuple[str, ...]] = ("pooler", "classifier")
+
+  def encode(self, batch: Batch) -> Float[Array, "b t e"]:
+    """Final hidden states, without dropout."""
+    return self.encoder(batch, train=False).hidden
+
+  def outputs(self, batch: Batch) -> dict[str, jax.Array]:
+    """All that the model says of plain rows, for comparisons."""
+    return {"hidden": self.encode(batch), "logits": self.logits(batch)}
+
+
+class Classification(FineTuning):
   """Classes, labels or a number from the first token's pooled state.
 
   The batch's `labels` are int32 [b] with -1 for none; for several labels a row
@@ -37,14 +59,14 @@ class Classification(nn.Module):
   with NaN for none.
 
   Attributes:
-    encoder: what is trained.
     num_classes: classes c; 1 means regression by squared error.
+    labels: their names, () if they have none.
     multilabel: each class is a yes-no question of its own.
     dropout_rate: of the pooled state.
   """
 
-  encoder: Encoder
   num_classes: int
+  labels: tuple[str, ...] = ()
   multilabel: bool = False
   dropout_rate: float = 0.1
 
@@ -100,18 +122,19 @@ class Classification(nn.Module):
     return {self.term: loss}, {f"{self.term}_loss": (loss, count), **metrics}
 
 
-class TokenClassification(nn.Module):
+class TokenClassification(FineTuning):
   """Classes of tokens: `labels` int32 [b, t], -1 where a token has none.
 
   Attributes:
-    encoder: what is trained.
     num_classes: classes c.
+    labels: their names, () if they have none.
     dropout_rate: of the final hidden states.
   """
 
-  encoder: Encoder
   num_classes: int
+  labels: tuple[str, ...] = ()
   dropout_rate: float = 0.1
+  fresh = ("classifier",)
 
   def setup(self):
     self.dropout = Dropout(self.dropout_rate)
@@ -144,18 +167,15 @@ class TokenClassification(nn.Module):
     return {"tagging": loss}, metrics
 
 
-class SpanQA(nn.Module):
+class SpanQA(FineTuning):
   """First and last token of an answer; (0, 0), the [CLS], is "no answer".
 
   The batch's `labels` are int32 [b, 2], -1 for none. The loss is the mean of
   the two cross-entropies. Padding is no candidate, so that a row's loss does
   not depend on its padding (in the reference implementation it does).
-
-  Attributes:
-    encoder: what is trained.
   """
 
-  encoder: Encoder
+  fresh = ("span",)
 
   def setup(self):
     self.span = Linear(
@@ -193,15 +213,13 @@ class SpanQA(nn.Module):
     return {"span": loss}, metrics
 
 
-class MultipleChoice(nn.Module):
+class MultipleChoice(FineTuning):
   """The right one of c rows: tokens [b, c, t], `labels` int32 [b], -1: none.
 
   Attributes:
-    encoder: what is trained.
     dropout_rate: of the pooled state.
   """
 
-  encoder: Encoder
   dropout_rate: float = 0.1
 
   def setup(self):
@@ -223,9 +241,18 @@ class MultipleChoice(nn.Module):
     """Score of every choice, float32."""
     b, c, t = batch["tokens"].shape
     rows = {k: v.reshape(b * c, t) for k, v in batch.items() if v.ndim == 3}
-    pooled = self.pooler(self.encoder(rows, train=train).hidden)
+    return self.row_scores(rows, train=train).reshape(b, c)
+
+  def row_scores(
+    self, batch: Batch, *, train: bool = False
+  ) -> Float[Array, "n 1"]:
+    """Score of every row, float32."""
+    pooled = self.pooler(self.encoder(batch, train=train).hidden)
     pooled = self.dropout(pooled, train=train)
-    return self.classifier(pooled).astype(jnp.float32).reshape(b, c)
+    return self.classifier(pooled).astype(jnp.float32)
+
+  def outputs(self, batch: Batch) -> dict[str, jax.Array]:
+    return {"hidden": self.encode(batch), "logits": self.row_scores(batch)}
 
   def __call__(self, batch: Batch, *, train: bool) -> tuple[Terms, Metrics]:
     logits = self.logits(batch, train=train)
@@ -237,7 +264,14 @@ class MultipleChoice(nn.Module):
 # Builders: rows of `OBJECTIVES`.
 
 
-def _check(num_classes: int, least: int, dropout_rate: float) -> None:
+def _check(
+  num_classes: int, least: int, dropout_rate: float, labels: Sequence[str] = ()
+) -> None:
+  if labels and len(labels) != num_classes:
+    raise ValueError(
+      f"objective.num_classes={num_classes} differs from the {len(labels)}"
+      f" objective.labels: {', '.join(labels)}."
+    )
   if num_classes < least:
     raise ValueError(
       f"objective.num_classes={num_classes} must be at least {least}."
@@ -252,6 +286,7 @@ def classification(
   *,
   encoder: Encoder,
   num_classes: int,
+  labels: Sequence[str] = (),
   multilabel: bool = False,
   dropout_rate: float = 0.1,
 ) -> Classification:
@@ -260,20 +295,26 @@ def classification(
   Raises:
     ValueError: a number of classes or a rate out of range.
   """
-  _check(num_classes, 1, dropout_rate)
-  return Classification(encoder, num_classes, multilabel, dropout_rate)
+  _check(num_classes, 1, dropout_rate, labels)
+  return Classification(
+    encoder, num_classes, tuple(labels), multilabel, dropout_rate
+  )
 
 
 def token_classification(
-  *, encoder: Encoder, num_classes: int, dropout_rate: float = 0.1
+  *,
+  encoder: Encoder,
+  num_classes: int,
+  labels: Sequence[str] = (),
+  dropout_rate: float = 0.1,
 ) -> TokenClassification:
   """See `TokenClassification`.
 
   Raises:
     ValueError: a number of classes or a rate out of range.
   """
-  _check(num_classes, 2, dropout_rate)
-  return TokenClassification(encoder, num_classes, dropout_rate)
+  _check(num_classes, 2, dropout_rate, labels)
+  return TokenClassification(encoder, num_classes, tuple(labels), dropout_rate)
 
 
 def span_qa(*, encoder: Encoder) -> SpanQA:

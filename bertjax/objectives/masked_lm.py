@@ -6,6 +6,7 @@ sentence order (SOP), which is the same head on other labels.
 """
 
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -101,10 +102,12 @@ class MaskedLM(nn.Module):
   Attributes:
     encoder: what is trained.
     pair_task: "nsp" or "sop" to learn `pair_labels`, None to leave it out.
+    fresh: see `Objective`.
   """
 
   encoder: Encoder
   pair_task: str | None = None
+  fresh: ClassVar[tuple[str, ...]] = ()
 
   @property
   def coefficients(self) -> dict[str, float]:
@@ -149,6 +152,17 @@ class MaskedLM(nn.Module):
   def encode(self, batch: Mapping[str, ArrayLike]) -> Float[Array, "b t e"]:
     """Final hidden states, without dropout."""
     return self.encoder(batch, train=False).hidden
+
+  def outputs(self, batch: Mapping[str, ArrayLike]) -> dict[str, jax.Array]:
+    """All that the model says of rows; heads without parameters say nothing."""
+    hidden = self.encode(batch)
+    found, heads = {"hidden": hidden}, self.variables["params"]
+    everything = self.is_initializing()
+    if everything or "mlm_head" in heads:
+      found["mlm_logits"] = self.mlm_logits(hidden)
+    if (everything and self.pair_task) or "pair_head" in heads:
+      found["pair_logits"] = self.pair_logits(hidden)
+    return found
 
   def mlm_logits(self, hidden: Float[Array, "b m e"]) -> Float[Array, "b m v"]:
     """Vocabulary scores of hidden states, float32."""

@@ -7,17 +7,17 @@ import json
 import operator
 import pathlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
+from bertjax.data.base import Data
 from bertjax.data.dataset import RowDataset
-from bertjax.data.tokenizers import Tokenizer, build_tokenizer
-from bertjax.registry import lookup
+from bertjax.data.tokenizers import Tokenizer
 from bertjax.tasks import records
-from bertjax.tasks.inputs import PAIR_STYLES
+from bertjax.tasks.inputs import pair_style_of
 from bertjax.tasks.kinds import Features
 from bertjax.tasks.table import Task, build_task
 
@@ -115,16 +115,14 @@ class TaskDataset(RowDataset):
       return self._orders[epoch]
 
 
-class TaskData:
-  """Everything that fine-tuning reads, by split.
+class TaskData(Data):
+  """The labelled examples of a downstream task.
 
   Attributes:
     task: what is learned.
-    tokenizer: loaded, or trained on the task's own texts.
-    batch_size: rows of the global batch.
-    seq_len: length of a row.
-    train_split: the split that is trained on.
   """
+
+  evaluators = ("task_metrics", "objective")
 
   def __init__(
     self,
@@ -133,7 +131,7 @@ class TaskData:
     tokenizer: Mapping[str, Any] | Tokenizer,
     seq_len: int,
     batch_size: int,
-    pair_style: str = "bert",
+    pair_style: str | None = None,
     train_split: str = "train",
     max_examples: int | None = None,
     seed: int,
@@ -146,7 +144,8 @@ class TaskData:
       tokenizer: a name of `TOKENIZERS` and its options, or a tokenizer.
       seq_len: length of a row.
       batch_size: rows of the global batch.
-      pair_style: key of `PAIR_STYLES`, as the encoder was pre-trained.
+      pair_style: key of `PAIR_STYLES`, as the encoder was pre-trained; None:
+        as goes with the tokenizer.
       train_split: the split that is trained on.
       max_examples: read at most so many of the training split (learning
         curves, smoke tests); None reads all.
@@ -156,29 +155,28 @@ class TaskData:
     Raises:
       ValueError: names the field that does not fit.
     """
-    self.batch_size, self.seq_len = batch_size, seq_len
-    self.train_split = train_split
+    self.seq_len = seq_len
     self.task: Task = build_task(task)
-    self._style = lookup(PAIR_STYLES, pair_style, "data.pair_style")
     if seq_len < 8:
       raise ValueError(f"data.seq_len={seq_len} must be at least 8.")
     self.source = records.build_source(
       self.task.source, self.task.kind.fields, "data.task.source"
     )
-    if not isinstance(tokenizer, Tokenizer):
-      tokenizer = build_tokenizer(
-        tokenizer,
-        lambda: (
-          text
-          for record in self.records(train_split)
-          for text in self.task.kind.texts(record)
-        ),
-        cache_dir,
-        self.source.fingerprint(),
-      )
-    self.tokenizer: Tokenizer = tokenizer
+    super().__init__(
+      tokenizer,
+      batch_size=batch_size,
+      train_split=train_split,
+      cache_dir=cache_dir,
+      # A vocabulary also depends on which fields are read.
+      fingerprint=f"{self.source.fingerprint()}-{self.task.kind!r}",
+    )
+    self._style = pair_style_of(self.tokenizer, pair_style)
     self._seed, self._max_examples = seed, max_examples
     self._datasets: dict[str, TaskDataset] = {}
+
+  def texts(self) -> Iterator[str]:
+    for record in self.records(self.train_split):
+      yield from self.task.kind.texts(record)
 
   def records(self, split: str) -> list[dict[str, Any]]:
     """The examples of a split.
@@ -232,3 +230,52 @@ class TaskData:
       k: jax.ShapeDtypeStruct((batch_size, *shape), dtype)
       for k, (shape, dtype) in shapes.items()
     }
+
+  def objective(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The objective that learns the task, with the options given for it.
+
+    Raises:
+      ValueError: what is given is another one, or has other classes.
+    """
+    known = self.task.kind.objective
+    for key, value in known.items():
+      if key in given and given[key] not in (value, _as_json(value)):
+        raise ValueError(
+          f"objective.{key}={given[key]!r} does not fit data.task, which needs"
+          f" {value!r}; leave it out."
+        )
+    return known | dict(given)
+
+  def facts(self) -> dict[str, Any]:
+    features = self.dataset().features
+    arrays = features.arrays
+    rows = {
+      hashlib.blake2b(tokens.tobytes(), digest_size=12).digest()
+      for tokens in arrays["tokens"]
+    }
+    count = len(arrays["tokens"])
+    labelled = features.labelled.reshape(count, -1).any(axis=1)
+    return {
+      "rows": count,
+      "class_shares": self.task.kind.class_shares(features),
+      "truncated_share": float(features.truncated.mean()),
+      "unlabelled_share": 1.0 - float(labelled.mean()),
+      "duplicate_share": 1.0 - len(rows) / count,
+      "fill": float((arrays["segment_ids"] > 0).mean()),
+    }
+
+  def baseline(
+    self, split: str, num_batches: int | None = None
+  ) -> dict[str, float]:
+    """The task's metrics if every answer is the commonest of training."""
+    del num_batches  # a task is scored as a whole
+    kind, features = self.task.kind, self.dataset(split).features
+    constant = kind.constant_logits(self.dataset().features)
+    count = len(features.arrays["labels"])
+    logits = np.broadcast_to(constant, (count, *constant.shape))
+    scores = kind.score(logits, features)
+    return {f"majority_{name}": value for name, value in scores.items()}
+
+
+def _as_json(value: Any) -> Any:
+  return list(value) if isinstance(value, tuple) else value

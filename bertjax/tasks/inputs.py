@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from bertjax.data.tokenizers import Tokenizer
+from bertjax.data.tokenizers import ROBERTA_SPECIALS, Tokenizer
+from bertjax.registry import lookup
 
 Ids = Int[np.ndarray, "_"]
 
@@ -25,6 +26,23 @@ class PairStyle:
 
 
 PAIR_STYLES = {"bert": PairStyle(1, 1), "roberta": PairStyle(2, 0)}
+
+
+def pair_style_of(tokenizer: Tokenizer, name: str | None = None) -> PairStyle:
+  """A row of `PAIR_STYLES`; by default the one that goes with a tokenizer.
+
+  Models whose separator is RoBERTa's "</s>" put two of them between texts.
+  """
+  if name is None:
+    roberta = tokenizer.specials.sep == ROBERTA_SPECIALS.sep
+    name = "roberta" if roberta else "bert"
+  return lookup(PAIR_STYLES, name, "data.pair_style")
+
+
+def row_length(texts: tuple[Ids, ...], style: PairStyle) -> int:
+  """Tokens of a row that is not cut, special ones included."""
+  specials = 2 if len(texts) == 1 else 2 + style.separators
+  return specials + sum(map(len, texts))
 
 
 def kept_lengths(first: int, second: int, limit: int) -> tuple[int, int]:

@@ -17,6 +17,7 @@ import numpy as np
 from bertjax import registry
 from bertjax.data.sources import base, files
 from bertjax.data.sources.files import Record
+from bertjax.data.sources.package_docstrings import PackageDocstrings
 from bertjax.data.sources.tfds_source import TfdsSource
 
 Reader = Callable[..., Iterator[dict[str, Any]]]
@@ -165,6 +166,16 @@ def squad_json(paths, encoding="utf-8", fractions=None, licence="unknown"):
   return _files("squad", _squad)(paths, fractions, licence, encoding=encoding)
 
 
+def docstrings(
+  packages: Sequence[str],
+  min_words: int = 5,
+  fractions: Mapping[str, float] | None = None,
+) -> base.HashSplit:
+  """Docstrings of installed packages, dealt out by the hash of their text."""
+  shares = fractions or {"train": 0.8, "validation": 0.1, "test": 0.1}
+  return base.HashSplit(PackageDocstrings(tuple(packages), min_words), shares)
+
+
 class TfdsRecords(TfdsSource):
   """All fields of a prepared TFDS dataset."""
 
@@ -223,6 +234,7 @@ def plain(value: Any) -> Any:
 READERS: dict[str, Callable[..., base.Source]] = {
   "columns": columns,
   "csv": csv_table,
+  "docstrings": docstrings,
   "jsonl": jsonl,
   "squad": squad_json,
   "tfds": tfds,

@@ -148,6 +148,18 @@ def choices(
   return Task(kind, dict(source))
 
 
+def docstrings(*, packages: Sequence[str], min_words: int = 5) -> Task:
+  """Which of some installed packages a text documents; needs no network."""
+  kind = Sentences(
+    "text",
+    label="package",
+    labels=tuple(packages),
+    metrics=("accuracy", "macro_f1"),
+  )
+  source = dict(name="docstrings", packages=packages, min_words=min_words)
+  return Task(kind, source)
+
+
 def _iob(*types: str) -> tuple[str, ...]:
   return ("O", *(f"{p}-{t}" for t in types for p in "BI"))
 
@@ -260,6 +272,7 @@ TASKS: dict[str, Builder] = {
   "tagging": tagging,
   "questions": questions,
   "choices": choices,
+  "docstrings": docstrings,
 }
 
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest
 
-from bertjax.evals import objective_eval, pseudo_perplexity, unigram_baseline
+from bertjax.data.unigram import unigram_baseline
+from bertjax.evals import objective_eval, pseudo_perplexity
 from bertjax.evals.pseudo_perplexity import one_mask_each
 from bertjax.models import bert
 from bertjax.objectives import masked_lm

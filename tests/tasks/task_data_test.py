@@ -249,6 +249,104 @@ class DatasetTest(TaskTestCase):
       self.data(name, records=records).dataset()
 
 
+class ContractTest(TaskTestCase):
+  """What a run asks of its data, whatever the task."""
+
+  def test_majority_and_shares_by_hand(self):
+    words = ["ba", "be", "bi", "bo"]
+    records = [
+      {"text": w, "label": y} for w, y in zip(words, ("no", "yes", "yes", None))
+    ]
+    data = self.data("classification", records=[*records, records[1]])
+    facts = data.facts()
+    self.assertEqual(facts["class_shares"], {"no": 0.25, "yes": 0.75})
+    self.assertAlmostEqual(facts["unlabelled_share"], 0.2)
+    self.assertAlmostEqual(facts["duplicate_share"], 0.2)
+    self.assertEqual(facts["truncated_share"], 0.0)
+    # Always "yes": 3 of 4 right, precision 3/4, recall 1.
+    baseline = data.baseline("validation")
+    self.assertEqual(baseline["majority_accuracy"], 0.75)
+    self.assertAlmostEqual(baseline["majority_f1"], 6 / 7)
+    self.assertEqual(baseline["majority_matthews"], 0.0)
+
+  @parameterized.parameters(
+    ("regression", {"pearson": 0.0, "spearman": 0.0}),
+    ("choices", {"accuracy": 6 / 16}),  # 0 is right in 6 of 16
+    ("questions", {"exact": 25.0, "best_exact": 25.0}),  # "no answer"
+    ("pairs", {"accuracy": 0.5}),
+  )
+  def test_guessing_the_commonest_answer(self, name, expected):
+    baseline = self.data(name).baseline("validation")
+    for metric, value in expected.items():
+      self.assertAlmostEqual(baseline[f"majority_{metric}"], value)
+
+  def test_tags_are_guessed_as_the_commonest(self):
+    data = self.data("tagging")
+    shares = data.facts()["class_shares"]
+    self.assertAlmostEqual(sum(shares.values()), 1.0)
+    baseline = data.baseline("validation")
+    self.assertAlmostEqual(baseline["majority_accuracy"], shares["O"])
+    self.assertEqual(baseline["majority_entity_f1"], 0.0)
+
+  def test_rows_that_do_not_fit_are_counted(self):
+    data = self.data("pairs", seq_len=13)  # of 3 + 6 + 6 tokens
+    self.assertEqual(data.facts()["truncated_share"], 1.0)
+
+  @parameterized.parameters((1, 2), (3, 6), (0.5, 1), (1.6, 4))
+  def test_epochs_in_steps(self, epochs, steps):
+    self.assertEqual(self.data("pairs").steps(epochs), steps)  # 16 rows by 8
+
+  def test_the_objective_is_completed_not_contradicted(self):
+    data = self.data("classification")
+    self.assertEqual(
+      data.objective({"dropout_rate": 0.3, "labels": ["no", "yes"]}),
+      {
+        "name": "classification",
+        "num_classes": 2,
+        "labels": ["no", "yes"],
+        "dropout_rate": 0.3,
+      },
+    )
+    with self.assertRaisesRegex(ValueError, r"labels=\['yes', 'no'\] does not"):
+      data.objective({"labels": ["yes", "no"]})
+
+  @parameterized.parameters(*KINDS)
+  def test_predictions_agree_with_scores(self, name):
+    """What is said of each record, scored by hand, is the kind's own score."""
+    data = self.data(name)
+    features = data.dataset().features
+    rng = np.random.default_rng(0)
+    tail = data.task.kind.constant_logits(features).shape
+    rows = len(features.arrays["labels"])
+    logits = rng.normal(size=(rows, *tail)).astype(np.float32)
+    said = data.task.kind.predictions(logits, features)
+    self.assertLen(said, COUNT)
+    json.dumps(said)  # plain values
+    records = examples(KINDS[name][1])
+    score = data.task.kind.score(logits, features)
+    gold = [r[data.task.kind.fields[-1]] for r in records]
+    if name in ("classification", "choices"):
+      key = "label" if name == "classification" else "choice"
+      right = [one[key] == y for one, y in zip(said, gold)]
+    elif name == "pairs":
+      right = [one["label"] == "ab"[y] for one, y in zip(said, gold)]
+    elif name == "tagging":
+      right = [
+        a == b for one, y in zip(said, gold) for a, b in zip(one["labels"], y)
+      ]
+    elif name == "questions":
+      right = [
+        100 * (one["answer"] in (y["text"] or [""]))
+        for one, y in zip(said, gold)
+      ]
+    else:
+      found = np.corrcoef([one["value"] for one in said], gold)[0, 1]
+      self.assertAlmostEqual(score["pearson"], found, places=5)
+      return
+    metric = "exact" if name == "questions" else "accuracy"
+    self.assertAlmostEqual(score[metric], np.mean(right))
+
+
 class ReaderTest(TaskTestCase):
   def read(self, name, text, suffix, **options):
     path = self.folder() / f"data{suffix}"
@@ -284,6 +382,21 @@ class ReaderTest(TaskTestCase):
     (found,) = self.read("squad", text, ".json")
     self.assertEqual(found["id"], "q")
     self.assertEqual(found["answers"], {"text": ["x"], "answer_start": [2]})
+
+  def test_docstrings_know_their_package(self):
+    packages = ("absl-py", "optax")
+    task = TASKS["docstrings"](packages=packages)
+    source = READERS["docstrings"](packages=packages)
+    seen = set()
+    for split in ("train", "validation", "test"):
+      for record in source.examples(split):
+        self.assertTrue(record["id"].startswith(record["package"]))
+        self.assertNotIn(record["text"].lower(), seen)
+        seen.add(record["text"].lower())
+    self.assertGreater(len(seen), 300)
+    self.assertEqual(task.kind.labels, packages)
+    with self.assertRaisesRegex(ValueError, "'optex' is not .*Close: optax"):
+      READERS["docstrings"](packages=("absl-py", "optex"))
 
   def test_published_tasks_read_local_files_or_name_what_they_need(self):
     path = self.folder() / "rte.jsonl"

@@ -128,13 +128,17 @@ class SentencesTest(parameterized.TestCase):
 
   def test_other_number_of_classes_is_refused(self):
     kind = kinds.Sentences("text", labels=("no", "yes"))
-    features = kinds.Features({"labels": np.zeros(2, np.int32)})
+    features = kinds.Features(
+      {"labels": np.zeros(2, np.int32)}, np.zeros(2, bool)
+    )
     with self.assertRaisesRegex(ValueError, "num_classes=3.*2 labels"):
       kind.score(np.zeros((2, 3)), features)
 
   def test_unlabelled_split_is_refused(self):
     kind = kinds.Sentences("text", labels=("no", "yes"))
-    features = kinds.Features({"labels": np.full(2, -1, np.int32)})
+    features = kinds.Features(
+      {"labels": np.full(2, -1, np.int32)}, np.zeros(2, bool)
+    )
     with self.assertRaisesRegex(ValueError, "no labels"):
       kind.score(np.zeros((2, 2)), features)
 

@@ -72,7 +72,7 @@ def _stdlib_files() -> _Files:
   return sorted(found)
 
 
-def _site_folders() -> list[str]:
+def site_packages() -> list[str]:
   """Folders of installed packages, in the order in which Python searches."""
   return [
     path
@@ -82,7 +82,7 @@ def _site_folders() -> list[str]:
   ]
 
 
-def _installed(folders: Sequence[str]) -> dict[str, tuple[str, _Files]]:
+def installed(folders: Sequence[str]) -> dict[str, tuple[str, _Files]]:
   """`{distribution: (version, files)}`, sorted by name; bertjax left out."""
   found = {}
   for dist in importlib.metadata.distributions(path=list(folders)):
@@ -127,7 +127,7 @@ def assign_splits(
   return splits
 
 
-def _scan(paths: Sequence[str]) -> list[list[str]]:
+def scan(paths: Sequence[str]) -> list[list[str]]:
   """Docstrings of each file, parsed on all cores."""
   workers = min(os.cpu_count() or 1, 8, 1 + len(paths) // 200)
   if workers == 1 or not sys.executable:
@@ -208,8 +208,8 @@ class PythonDocs:
         f"max_documents={max_documents} of source 'python_docs' must be at"
         " least 1, or None for all."
       )
-    self._installed = _installed(
-      _site_folders() if site_folders is None else site_folders
+    self._installed = installed(
+      site_packages() if site_folders is None else site_folders
     )
     self._has_stdlib = packages is None or _STDLIB in packages
     if packages is not None:
@@ -270,7 +270,7 @@ class PythonDocs:
       if self.package_splits[name] == split
       for inside, path, _ in files
     ]
-    texts = _scan([path for *_, path in order])
+    texts = scan([path for *_, path in order])
     modules = [("train", *topic) for topic in _topics()]
     if not self._has_stdlib:
       modules = []

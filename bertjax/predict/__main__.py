@@ -1,0 +1,224 @@
+r"""Uses a trained or published model from the command line.
+
+  python -m bertjax.predict fill_mask --model=runs/quickstart \
+      --text="The default [MASK] is None."
+  python -m bertjax.predict embed --model=FOLDER --file=texts.txt \
+      --pooling=mean --normalize --output=vectors.npy
+  python -m bertjax.predict classify --model=runs/sentiment --file=texts.txt
+  python -m bertjax.predict answer --model=runs/squad \
+      --text="Who wrote it?" --pair="Ada wrote the notes."
+
+Texts come from --text (several times), --file (a text a line, or a .jsonl file
+of objects) or standard input; second texts, such as contexts, from --pair (as
+often as --text). Objects have the fields text, pair (classify), text or words
+(tag), question, context (answer), text, endings (choose). Classes, tags,
+answers and choices are written as JSON lines.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from bertjax import cli
+from bertjax.loading import LoadedModel, load_model
+from bertjax.predict.answers import REQUESTS
+from bertjax.predict.embed import POOLING, embed
+from bertjax.predict.fill_mask import fill_mask
+from bertjax.registry import lookup
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+Request = dict[str, Any]
+
+
+def _opened(path: str | None) -> contextlib.AbstractContextManager:
+  """A file to write text to; standard output without a path."""
+  if path is None:
+    return contextlib.nullcontext(sys.stdout)
+  return open(path, "w", encoding="utf-8")
+
+
+def _print_json(line: Any, out: Any) -> None:
+  print(json.dumps(line, ensure_ascii=False), file=out)
+
+
+def _texts(requests: list[Request]) -> list[str]:
+  return [request["text"] for request in requests]
+
+
+def _fill_mask(model: LoadedModel, requests: list[Request], f: Any) -> None:
+  texts = _texts(requests)
+  results = fill_mask(
+    model, texts, f.top_k, batch_size=f.batch_size, truncate=f.truncate
+  )
+  with _opened(f.output) as out:
+    for text, masks in zip(texts, results):
+      if f.format == "json":
+        guesses = [[dataclasses.asdict(g) for g in mask] for mask in masks]
+        _print_json({"text": text, "masks": guesses}, out)
+        continue
+      print(text, file=out)
+      for i, mask in enumerate(masks):
+        label = f"mask {i + 1}" if len(masks) > 1 else ""
+        for guess in mask:
+          print(
+            f"  {label:8s}{guess.probability:8.4f}  {guess.piece:16s}"
+            f"  {guess.text}",
+            file=out,
+          )
+
+
+def _embed(model: LoadedModel, requests: list[Request], f: Any) -> None:
+  texts = _texts(requests)
+  vectors = embed(
+    model,
+    texts,
+    f.pooling,
+    f.batch_size,
+    f.max_length,
+    normalize=f.normalize,
+    truncate=f.truncate,
+  )
+  if f.output and f.output.endswith(".npy"):
+    np.save(f.output, vectors)
+    return
+  with _opened(f.output) as out:
+    for text, vector in zip(texts, vectors):
+      # The shortest decimal of a float32 reads back as the same float32.
+      values = [float(str(x)) for x in vector]
+      _print_json({"text": text, "embedding": values}, out)
+
+
+def _ask(task: str) -> Callable[[LoadedModel, list[Request], Any], None]:
+  def run(model: LoadedModel, requests: list[Request], f: Any) -> None:
+    fields, ask = REQUESTS[task]
+    used = [name for name in fields if any(name in r for r in requests)]
+    for number, request in enumerate(requests):
+      if lacking := [name for name in used if name not in request]:
+        raise ValueError(
+          f"Request {number} has no {lacking[0]!r}, which others have."
+        )
+    columns = [[r[name] for r in requests] for name in used]
+    options = {"null": f.null_answer} if task == "answer" else {}
+    said = ask(
+      model, *columns, batch_size=f.batch_size, truncate=f.truncate, **options
+    )
+    with _opened(f.output) as out:
+      for request, reply in zip(requests, said):
+        _print_json(request | reply, out)
+
+  return run
+
+
+Command = Callable[[LoadedModel, list[Request], Any], None]
+
+# By name: what it does, the fields of a request, and what does and prints it.
+TASKS: dict[str, tuple[str, tuple[str, ...], Command]] = {
+  "fill_mask": ("guesses for every mask", ("text",), _fill_mask),
+  "embed": ("one vector a text (.npy or JSON lines)", ("text",), _embed),
+  "classify": (
+    "labels with probabilities", REQUESTS["classify"][0], _ask("classify")
+  ),
+  "tag": ("a label for every word", REQUESTS["tag"][0], _ask("tag")),
+  "answer": ("a span of the context", REQUESTS["answer"][0], _ask("answer")),
+  "choose": ("the right ending", REQUESTS["choose"][0], _ask("choose")),
+}  # fmt: skip
+
+
+def _define_flags() -> None:
+  """Made when the command runs, so that importing adds none."""
+  flags.DEFINE_string("model", None, "Workdir or published folder.")
+  flags.DEFINE_multi_string("text", [], "A text; may be given several times.")
+  flags.DEFINE_multi_string("pair", [], "The second text of each --text.")
+  flags.DEFINE_string("file", None, "File with a text a line, or .jsonl.")
+  flags.DEFINE_string("output", None, "File to write; standard output if none.")
+  flags.DEFINE_integer("step", None, "Checkpoint of a workdir; the newest.")
+  flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Compute dtype.")
+  flags.DEFINE_integer("batch_size", 32, "Texts at a time.", lower_bound=1)
+  flags.DEFINE_bool("truncate", False, "Cut texts that are too long.")
+  flags.DEFINE_multi_string("ignore", [], "Regex of tensors to leave out.")
+  flags.DEFINE_integer("top_k", 5, "fill_mask: guesses per mask.")
+  flags.DEFINE_enum(
+    "format", "table", ("table", "json"), "fill_mask: how to print."
+  )
+  flags.DEFINE_enum("pooling", "mean", list(POOLING), "embed: how to pool.")
+  flags.DEFINE_integer("max_length", None, "embed: longest row in tokens.")
+  flags.DEFINE_bool("normalize", False, "embed: vectors of length 1.")
+  flags.DEFINE_bool("null_answer", None, "answer: may there be no answer?")
+
+
+def _lines(path: pathlib.Path, first: str) -> list[Request]:
+  lines = path.read_text("utf-8").splitlines()
+  if path.suffix != ".jsonl":
+    return [{first: line} for line in lines if line.strip()]
+  requests = []
+  for number, line in enumerate(lines, 1):
+    if line.strip():
+      try:
+        requests.append(dict(json.loads(line)))
+      except (TypeError, ValueError) as err:
+        raise ValueError(
+          f"{path}, line {number} is no JSON object: {err}."
+        ) from err
+  return requests
+
+
+def _requests(f: Any, fields: tuple[str, ...]) -> list[Request]:
+  """What is asked, by the names of its fields."""
+  first, *rest = fields
+  requests = [{first: text} for text in f.text if text.strip()]
+  if f.pair:
+    if not rest or len(f.pair) != len(requests):
+      raise ValueError(
+        f"--pair is given {len(f.pair)} times and --text {len(requests)} times;"
+        + (" give both equally often." if rest else " this task has no pairs.")
+      )
+    for request, pair in zip(requests, f.pair):
+      request[rest[0]] = pair
+  if f.file is not None:
+    path = pathlib.Path(f.file)
+    if not path.is_file():
+      raise ValueError(f"--file={f.file} is not a file.")
+    requests += _lines(path, first)
+  if not requests and not sys.stdin.isatty():
+    lines = sys.stdin.read().splitlines()
+    requests = [{first: line} for line in lines if line.strip()]
+  for number, request in enumerate(requests):
+    # A list of words may stand for the text.
+    if first not in request and "words" in request:
+      request[first] = request["words"]
+    if first not in request:
+      raise ValueError(
+        f"Request {number} has no {first!r}; it has"
+        f" {', '.join(map(repr, request)) or 'nothing'}."
+      )
+  return requests
+
+
+def main(argv: list[str]) -> None:
+  f = flags.FLAGS
+  if len(argv) != 2 or not f.model:
+    tasks = "\n".join(f"  {k:12s}{v[0]}" for k, v in TASKS.items())
+    raise app.UsageError(
+      f"Usage: python -m bertjax.predict TASK --model=FOLDER ...\n{tasks}"
+    )
+  cli.quiet()
+  with cli.clear_errors():
+    _, fields, command = lookup(TASKS, argv[1], "task")
+    requests = _requests(f, fields)
+    model = load_model(
+      f.model, dtype=DTYPES[f.dtype], step=f.step, ignore=f.ignore
+    )
+    command(model, requests, f)
+
+
+if __name__ == "__main__":
+  _define_flags()
+  app.run(main)

@@ -1,0 +1,306 @@
+"""What fine-tuned models say: classes, tags, answers, choices.
+
+A task's kind makes the rows and reads the logits, here as in training, so a
+model is asked exactly as it was trained.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from bertjax.interop.heads import default_labels
+from bertjax.loading import LoadedModel
+from bertjax.predict import rows as rows_lib
+from bertjax.tasks import (
+  Choices,
+  Kind,
+  Questions,
+  Sentences,
+  Tagging,
+  build_task,
+)
+from bertjax.tasks.inputs import pair_style_of
+
+Record = Mapping[str, Any]
+Answers = list[dict[str, Any]]
+
+_QUESTION_LENGTH = 384  # of rows, as Devlin et al. 2018 read SQuAD
+
+
+@functools.partial(jax.jit, static_argnames=("objective",))
+def _logits(
+  params: Any, batch: dict[str, jax.Array], *, objective: nn.Module
+) -> jax.Array:
+  return objective.apply({"params": params}, batch, method="logits")
+
+
+def logits_of(
+  model: LoadedModel, arrays: Mapping[str, np.ndarray], batch_size: int
+) -> np.ndarray:
+  """Logits of rows, in their order; padding that no row needs is not run.
+
+  Args:
+    model: with a fine-tuning head.
+    arrays: those of `Features`.
+    batch_size: rows at a time.
+  """
+  run = functools.partial(_logits, model.params, objective=model.objective)
+  arrays = {k: v for k, v in arrays.items() if k != "labels"}
+  whole = jax.eval_shape(run, arrays)
+  logits = np.zeros(whole.shape, whole.dtype)
+  pad_id = model.need_tokenizer().pad_id
+  for chosen, batch in rows_lib.array_batches(arrays, batch_size, pad_id):
+    found = jax.device_get(run(batch))[: len(chosen)]
+    # Scores of tokens are as long as the batch, the rest stays 0.
+    logits[(chosen, *map(slice, found.shape[1:]))] = found
+  return logits
+
+
+def _ask(
+  model: LoadedModel,
+  kind: Kind,
+  records: Sequence[Record],
+  *,
+  batch_size: int,
+  truncate: bool,
+  longest: int | None = None,
+) -> Answers:
+  if not records:
+    raise ValueError("There is no text; pass at least one.")
+  tokenizer = model.need_tokenizer()
+  seq_len = _row_length(model, longest)
+  given, style = (model.config or {}).get("data", {}), None
+  if given.get("name") == "task":
+    style = given.get("pair_style")
+  features = kind.features(
+    records, tokenizer, seq_len, pair_style_of(tokenizer, style)
+  )
+  if features.truncated.any() and not truncate:
+    long = np.flatnonzero(features.truncated)
+    raise ValueError(
+      f"{len(long)} of {len(features.truncated)} rows, the first of them row"
+      f" {long[0]}, need more than {seq_len} tokens. Shorten the texts, or ask"
+      " for truncation (--truncate)."
+    )
+  logits = logits_of(model, features.arrays, batch_size)
+  return kind.predictions(logits, features)
+
+
+def _row_length(model: LoadedModel, longest: int | None) -> int:
+  """As in training; else what the model can read, or `longest`."""
+  given = (model.config or {}).get("data", {})
+  if given.get("name") == "task":
+    return given["seq_len"]
+  return min(model.max_positions, longest or model.max_positions)
+
+
+def _classes(model: LoadedModel) -> tuple[str, ...]:
+  spec = model.objective_spec
+  return tuple(spec.get("labels") or default_labels(spec["num_classes"]))
+
+
+def classify(
+  model: LoadedModel,
+  texts: Sequence[str],
+  pairs: Sequence[str] | None = None,
+  *,
+  batch_size: int = 32,
+  truncate: bool = False,
+) -> Answers:
+  """Classes with probabilities, or numbers, of texts or pairs of texts.
+
+  Args:
+    model: of the objective "classification".
+    texts: plain texts.
+    pairs: the second text of each.
+    batch_size: rows at a time.
+    truncate: cut texts that are too long, the longer of two first.
+
+  Returns:
+    For each text `label`, `probability` and `probabilities` by label; `labels`
+    and `probabilities` if a text may have several; `value` for a number.
+
+  Raises:
+    ValueError: another kind of model, or a text that is too long.
+  """
+  _check(model, "classification", texts, pairs)
+  spec = model.objective_spec
+  if pairs is not None and len(pairs) != len(texts):
+    raise ValueError(
+      f"There are {len(texts)} texts but {len(pairs)} second texts (--pair)."
+    )
+  multilabel = bool(spec.get("multilabel"))
+  number = spec.get("num_classes", 1) == 1 and not multilabel
+  kind = Sentences(
+    "text",
+    None if pairs is None else "pair",
+    labels=() if number else _classes(model),
+    multilabel=multilabel,
+  )
+  second = pairs if pairs is not None else [None] * len(texts)
+  records = [
+    {"text": a, "pair": b, "label": None} for a, b in zip(texts, second)
+  ]
+  return _ask(
+    model,
+    kind,
+    records,
+    batch_size=batch_size,
+    truncate=truncate,
+  )
+
+
+def tag(
+  model: LoadedModel,
+  texts: Sequence[str | Sequence[str]],
+  *,
+  batch_size: int = 32,
+  truncate: bool = False,
+) -> Answers:
+  """A label for every word, and the entities that IOB labels describe.
+
+  Args:
+    model: of the objective "token_classification".
+    texts: lists of words, or texts that are divided at their spaces.
+    batch_size: rows at a time.
+    truncate: give words that do not fit the first label.
+
+  Returns:
+    For each text `words`, `labels`, and with IOB labels `entities`: type, first
+    and last word, text.
+
+  Raises:
+    ValueError: another kind of model, or a text that is too long.
+  """
+  _check(model, "token_classification", texts)
+  words = [t.split() if isinstance(t, str) else list(t) for t in texts]
+  labels = _classes(model)
+  iob = all(label == "O" or label[:2] in ("B-", "I-") for label in labels)
+  records = [{"words": w, "labels": None} for w in words]
+  return _ask(
+    model,
+    Tagging(labels=labels, entity=iob),
+    records,
+    batch_size=batch_size,
+    truncate=truncate,
+  )
+
+
+def answer(
+  model: LoadedModel,
+  questions: Sequence[str],
+  contexts: Sequence[str],
+  *,
+  null: bool | None = None,
+  batch_size: int = 32,
+  truncate: bool = False,
+) -> Answers:
+  """The span of its context that answers each question.
+
+  Args:
+    model: of the objective "span_qa".
+    questions: plain texts.
+    contexts: one for each; long ones are read through overlapping windows.
+    null: give "" where "no answer" scores higher (SQuAD 2.0); None: if the
+      task that the model was trained on had such questions.
+    batch_size: rows at a time.
+    truncate: cut questions that are too long.
+
+  Returns:
+    For each question `answer`, its `score` and the `null_score`.
+
+  Raises:
+    ValueError: another kind of model, or a question that is too long.
+  """
+  _check(model, "span_qa", questions, contexts)
+  if len(questions) != len(contexts):
+    raise ValueError(
+      f"There are {len(questions)} questions but {len(contexts)} contexts"
+      " (--pair)."
+    )
+  records = [
+    {"question": q, "context": c, "answers": None}
+    for q, c in zip(questions, contexts)
+  ]
+  if null is None:
+    given = (model.config or {}).get("data", {})
+    null = given.get("name") == "task" and build_task(given["task"]).kind.null
+  longest = _row_length(model, _QUESTION_LENGTH)
+  kind = Questions(
+    null=null,
+    max_question_tokens=max(1, min(64, longest // 2)),
+    stride=max(1, min(128, longest // 4)),
+  )
+  return _ask(
+    model,
+    kind,
+    records,
+    batch_size=batch_size,
+    truncate=truncate,
+    longest=_QUESTION_LENGTH,
+  )
+
+
+def choose(
+  model: LoadedModel,
+  texts: Sequence[str],
+  endings: Sequence[Sequence[str]],
+  *,
+  batch_size: int = 32,
+  truncate: bool = False,
+) -> Answers:
+  """Which of several endings goes with each text.
+
+  Args:
+    model: of the objective "multiple_choice".
+    texts: plain texts.
+    endings: for each text equally many.
+    batch_size: texts at a time.
+    truncate: cut texts that are too long.
+
+  Returns:
+    For each text the index `choice`, and `probabilities` of all endings.
+
+  Raises:
+    ValueError: another kind of model, or a text that is too long.
+  """
+  _check(model, "multiple_choice", texts, *endings)
+  count = len(endings[0]) if endings else 0
+  if len(endings) != len(texts) or count < 2:
+    raise ValueError(
+      f"There are {len(texts)} texts and {len(endings)} lists of endings, the"
+      f" first with {count}; each text needs the same number, two or more."
+    )
+  records = [
+    {"text": t, "endings": list(e), "label": None}
+    for t, e in zip(texts, endings)
+  ]
+  return _ask(
+    model,
+    Choices("text", "endings", count),
+    records,
+    batch_size=batch_size,
+    truncate=truncate,
+  )
+
+
+def _check(model: LoadedModel, objective: str, *given: Any) -> None:
+  if (found := model.objective_spec["name"]) != objective:
+    raise ValueError(
+      f"{model.path} was made for {found!r}; this needs {objective!r}."
+    )
+  if any(isinstance(texts, str) for texts in given):
+    raise ValueError("texts is one string; pass a list of texts.")
+
+
+# Fields of a request by task, and the function that answers their columns.
+REQUESTS: dict[str, tuple[tuple[str, ...], Callable[..., Answers]]] = {
+  "classify": (("text", "pair"), classify),
+  "tag": (("text",), tag),
+  "answer": (("question", "context"), answer),
+  "choose": (("text", "endings"), choose),
+}

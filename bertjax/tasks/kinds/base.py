@@ -1,0 +1,180 @@
+"""What all kinds of tasks have in common."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bertjax.data.tokenizers import Tokenizer
+from bertjax.registry import lookup
+from bertjax.tasks import inputs, metrics
+from bertjax.tasks.inputs import Ids, PairStyle
+
+Record = Mapping[str, Any]
+Field = str | tuple[str, ...]  # several fields are joined by a space
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Features:
+  """Rows of a split.
+
+  Attributes:
+    arrays: what a batch is made of, leading axis n.
+    truncated: bool [n], which rows had to leave something out.
+    facts: what scoring needs beyond the arrays, as the kind likes.
+  """
+
+  arrays: dict[str, np.ndarray]
+  truncated: np.ndarray
+  facts: Any = None
+
+  @property
+  def labelled(self) -> np.ndarray:
+    """Which entries of `labels` are known; bool, same shape."""
+    labels = self.arrays["labels"]
+    return ~np.isnan(labels) if labels.dtype.kind == "f" else labels >= 0
+
+
+class Kind(abc.ABC):
+  """What is common to tasks that share a head.
+
+  A kind knows which fields of a record it reads, makes `Features` of records,
+  names the objective that learns them, and says what the logits mean.
+  """
+
+  @property
+  @abc.abstractmethod
+  def fields(self) -> tuple[str, ...]:
+    """Fields of a record that are read."""
+
+  @property
+  @abc.abstractmethod
+  def objective(self) -> dict[str, Any]:
+    """The `config.objective` that fits."""
+
+  @abc.abstractmethod
+  def row_shapes(self, seq_len: int) -> dict[str, tuple[tuple, type]]:
+    """Shape and dtype of every array of one row."""
+
+  @abc.abstractmethod
+  def texts(self, record: Record) -> list[str]:
+    """The record's texts, for training a vocabulary."""
+
+  @abc.abstractmethod
+  def features(
+    self,
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    seq_len: int,
+    style: PairStyle,
+  ) -> Features:
+    """Rows of records."""
+
+  @abc.abstractmethod
+  def score(self, logits: np.ndarray, features: Features) -> dict[str, float]:
+    """Metrics of the logits of all rows, in the order of the features."""
+
+  @abc.abstractmethod
+  def predictions(
+    self, logits: np.ndarray, features: Features
+  ) -> list[dict[str, Any]]:
+    """What the logits say of every record, as plain values for JSON."""
+
+  @abc.abstractmethod
+  def class_shares(self, features: Features) -> dict[str, float]:
+    """Share of every label among the known ones; {} for a number."""
+
+  @abc.abstractmethod
+  def constant_logits(self, features: Features) -> np.ndarray:
+    """Logits of one row that give the commonest answer of these features."""
+
+
+def joined(record: Record, field: Field) -> str:
+  """The text of one field, or of several."""
+  names = (field,) if isinstance(field, str) else field
+  return " ".join(str(record[name]) for name in names)
+
+
+def field_names(fields: Sequence[Field | None]) -> tuple[str, ...]:
+  """All names in some fields, each once."""
+  flat = []
+  for field in fields:
+    flat += [field] if isinstance(field, str) else list(field or ())
+  return tuple(dict.fromkeys(flat))
+
+
+def label_id(value: Any, labels: Sequence[str], field: str) -> int:
+  """The class of a label: a name, an index, or None and -1 for unknown.
+
+  Raises:
+    ValueError: neither.
+  """
+  if value is None or value == "":
+    return -1
+  if isinstance(value, str):
+    if value not in labels:
+      raise ValueError(
+        f"{field}={value!r} is no label; choose from {', '.join(labels)}."
+      )
+    return list(labels).index(value)
+  if not -1 <= int(value) < len(labels):
+    raise ValueError(
+      f"{field}={value!r} is outside -1..{len(labels) - 1}; the labels are"
+      f" {', '.join(labels)}."
+    )
+  return int(value)
+
+
+def encoded(
+  texts: Sequence[tuple[Ids, ...]],
+  tokenizer: Tokenizer,
+  seq_len: int,
+  style: PairStyle,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  """Arrays of rows, and which of the rows were cut."""
+  arrays = inputs.encode_rows(texts, tokenizer, seq_len, style)
+  lengths = [inputs.row_length(parts, style) for parts in texts]
+  return arrays, np.array(lengths, np.int64) > seq_len
+
+
+def shares(counts: np.ndarray, labels: Sequence[str]) -> dict[str, float]:
+  """Counts of classes as shares by name."""
+  total = max(float(counts.sum()), 1.0)
+  return {name: float(n) / total for name, n in zip(labels, counts)}
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+  """Probabilities over the last axis."""
+  powers = np.exp(logits - logits.max(-1, keepdims=True))
+  return powers / powers.sum(-1, keepdims=True)
+
+
+def row(seq_len: int, *lead: int) -> dict[str, tuple[tuple, type]]:
+  """Shapes and dtypes of what an encoder reads."""
+  names = ("tokens", "segment_ids", "positions", "type_ids")
+  return {name: ((*lead, seq_len), np.int32) for name in names}
+
+
+def refuse_other_size(found: int, labels: Sequence[str]) -> None:
+  """Raises ValueError unless there are as many logits as labels."""
+  if found != len(labels):
+    raise ValueError(
+      f"objective.num_classes={found}, but the task has {len(labels)} labels:"
+      f" {', '.join(labels)}."
+    )
+
+
+def check_metrics(names: Sequence[str]) -> None:
+  """Raises ValueError for a name that is not in `METRICS`."""
+  for name in names:
+    lookup(metrics.METRICS, name, "metrics")
+
+
+def refuse_unlabelled(known: Any) -> None:
+  """Raises ValueError if nothing is known."""
+  if not np.any(known):
+    raise ValueError(
+      "This split has no labels to score against; choose another split."
+    )

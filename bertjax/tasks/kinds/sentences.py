@@ -1,0 +1,139 @@
+"""Classes, labels or a number for one text or two."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from bertjax.tasks import metrics
+from bertjax.tasks.kinds import base
+from bertjax.tasks.kinds.base import Features, Field, Kind, Record
+
+
+@dataclasses.dataclass(frozen=True)
+class Sentences(Kind):
+  """A class, several labels or a number for one text or two.
+
+  Attributes:
+    first: field (or fields, joined) of the first text.
+    second: of the second; None: there is one.
+    label: field of the label: a name, an index, a number, or a list of names
+      or indices if `multilabel`.
+    labels: names of the classes; () means a number.
+    multilabel: whether a text has any number of labels.
+    metrics: keys of `METRICS`.
+  """
+
+  first: Field
+  second: Field | None = None
+  label: str = "label"
+  labels: tuple[str, ...] = ()
+  multilabel: bool = False
+  metrics: tuple[str, ...] = ("accuracy",)
+
+  def __post_init__(self):
+    base.check_metrics(self.metrics)
+    if len(self.labels) == 1 or (self.multilabel and not self.labels):
+      raise ValueError(
+        f"labels={self.labels!r} must name two classes or more, or none for"
+        " regression."
+      )
+
+  @property
+  def fields(self) -> tuple[str, ...]:
+    return base.field_names((self.first, self.second, self.label))
+
+  @property
+  def objective(self) -> dict[str, Any]:
+    spec = {"name": "classification", "num_classes": len(self.labels) or 1}
+    spec |= {"labels": self.labels} if self.labels else {}
+    return spec | ({"multilabel": True} if self.multilabel else {})
+
+  def row_shapes(self, seq_len: int) -> dict[str, tuple[tuple, type]]:
+    shape = (len(self.labels),) if self.multilabel else ()
+    dtype = np.int32 if self.labels else np.float32
+    return {**base.row(seq_len), "labels": (shape, dtype)}
+
+  def texts(self, record: Record) -> list[str]:
+    fields = [f for f in (self.first, self.second) if f is not None]
+    return [base.joined(record, f) for f in fields]
+
+  def _label(self, record: Record):
+    value = record[self.label]
+    if self.multilabel:
+      row = np.full(len(self.labels), -1 if value is None else 0, np.int32)
+      chosen = value or ()
+      row[[base.label_id(v, self.labels, self.label) for v in chosen]] = 1
+      return row
+    if self.labels:
+      return base.label_id(value, self.labels, self.label)
+    return np.nan if value in (None, "") else float(value)
+
+  def features(self, records, tokenizer, seq_len, style) -> Features:
+    parts = [self.texts(r) for r in records]
+    flat = tokenizer.encode_batch([t for texts in parts for t in texts])
+    size = len(parts[0])
+    texts = [tuple(flat[i : i + size]) for i in range(0, len(flat), size)]
+    arrays, truncated = base.encoded(texts, tokenizer, seq_len, style)
+    dtype = self.row_shapes(seq_len)["labels"][1]
+    arrays["labels"] = np.array([self._label(r) for r in records], dtype)
+    return Features(arrays, truncated)
+
+  def score(self, logits, features) -> dict[str, float]:
+    labels, known = features.arrays["labels"], features.labelled
+    if not self.labels:
+      guesses = logits[:, 0]
+    else:
+      base.refuse_other_size(logits.shape[-1], self.labels)
+      guesses = (logits > 0).astype(np.int32)
+      if self.multilabel:
+        known = known.all(-1)
+      else:
+        guesses = logits.argmax(-1)
+    base.refuse_unlabelled(known)
+    return {
+      name: metrics.METRICS[name](labels[known], guesses[known])
+      for name in self.metrics
+    }
+
+  def predictions(self, logits, features) -> list[dict[str, Any]]:
+    """The label with all probabilities, the likely labels, or the value."""
+    del features
+    if not self.labels:
+      return [{"value": float(x)} for x in logits[:, 0]]
+    base.refuse_other_size(logits.shape[-1], self.labels)
+    if self.multilabel:
+      chances = 1 / (1 + np.exp(-logits.astype(np.float64)))
+    else:
+      chances = base.softmax(logits)
+    said = []
+    for row in chances:
+      named = {k: float(p) for k, p in zip(self.labels, row)}
+      if self.multilabel:
+        answer = {"labels": [k for k, p in named.items() if p > 0.5]}
+      else:
+        best = self.labels[int(row.argmax())]
+        answer = {"label": best, "probability": named[best]}
+      said.append({**answer, "probabilities": named})
+    return said
+
+  def _counts(self, features: Features) -> np.ndarray:
+    labels, known = features.arrays["labels"], features.labelled
+    if self.multilabel:
+      return (labels > 0).sum(0)
+    return np.bincount(labels[known], minlength=len(self.labels))
+
+  def class_shares(self, features) -> dict[str, float]:
+    if not self.labels:
+      return {}
+    if self.multilabel:
+      known = np.maximum(features.labelled.sum(0), 1)
+      return dict(zip(self.labels, map(float, self._counts(features) / known)))
+    return base.shares(self._counts(features), self.labels)
+
+  def constant_logits(self, features) -> np.ndarray:
+    if not self.labels:
+      return np.nanmean(features.arrays["labels"], keepdims=True)
+    if self.multilabel:
+      return self._counts(features) - features.labelled.sum(0) / 2
+    return self._counts(features).astype(np.float32)

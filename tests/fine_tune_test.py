@@ -1,0 +1,293 @@
+"""From pre-training to an exported classifier, as a user goes about it."""
+
+import atexit
+import csv
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import tempfile
+
+from absl.testing import absltest, parameterized
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+from bertjax import convert, evaluate, experiment, loading, predict, train
+from bertjax.checkpoint import load_params
+from bertjax.config import merge, settings
+from bertjax.handover import initial_state
+from tests import tiny
+
+_ROOT = pathlib.Path(__file__).parents[1]
+_LABELS = ("animal", "bread")
+_TEXTS = ("the loaf of room 3 burns every day .", "the dog barks .", "oven")
+
+
+def write_task(folder: pathlib.Path) -> None:
+  """Sentences of the pre-training corpus with their topic, by split."""
+  rng = random.Random(0)
+  for split, count in (("train", 72), ("validation", 21), ("test", 15)):
+    lines = []
+    for _ in range(count):
+      label = min(rng.randrange(3), 1)  # bread is twice as common
+      words = tiny.TOPICS[2 * label]
+      noun, verb = rng.choice(words[:3]), rng.choice(words[3:])
+      text = f"the {noun} of room {rng.randrange(30)} {verb} every day ."
+      lines.append(json.dumps({"text": text, "label": _LABELS[label]}))
+    (folder / f"{split}.jsonl").write_text("\n".join(lines))
+
+
+@functools.cache
+def pretrained() -> pathlib.Path:
+  """The workdir of a short pre-training, beside which the task lies."""
+  folder = tempfile.TemporaryDirectory()
+  atexit.register(folder.cleanup)
+  root = pathlib.Path(folder.name)
+  tiny.write_corpus(root)
+  write_task(root)
+  train.train(tiny.config(root, stop=dict(steps=2)), root / "pretrained")
+  return root / "pretrained"
+
+
+def fine_tuning(folder: pathlib.Path, **changes):
+  """A config that takes model and tokenizer from `folder`."""
+  paths = {
+    split: str(folder.parent / f"{split}.jsonl")
+    for split in ("train", "validation", "test")
+  }
+  base = dict(
+    seed=1,
+    init_from=dict(path=str(folder)),
+    model=dict(dropout_rate=0.0),  # the rest is the folder's
+    data=dict(
+      name="task",
+      task=dict(
+        name="classification",
+        labels=list(_LABELS),
+        metrics=["accuracy", "macro_f1"],
+        source=dict(name="jsonl", paths=paths),
+      ),
+      seq_len=24,
+      batch_size=16,
+    ),
+    optim=dict(
+      name="adamw",
+      learning_rate=5e-3,
+      clip_norm=1.0,
+      schedule=dict(name="linear", warmup=0.1),
+    ),
+    stop=dict(epochs=20),
+    evals=dict(dev=dict(name="task_metrics", every_epochs=8)),
+    every=dict(log=9, checkpoint=36),
+    samples=_TEXTS[:2],
+    writers=("csv",),
+  )
+  return merge(base, changes)
+
+
+class FineTuningTestCase(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.pretrained = pretrained()
+    cls.root = cls.pretrained.parent
+
+  def config(self, **changes):
+    return fine_tuning(self.pretrained, **changes)
+
+
+class EndToEndTest(FineTuningTestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.workdir = cls.root / "tuned"
+    cls.result = train.train(fine_tuning(cls.pretrained), cls.workdir)
+    cls.model = loading.load_model(cls.workdir)
+
+  def test_two_topics_are_learned(self):
+    self.assertEqual(self.result.step, 90)  # 20 epochs of 72 rows by 16
+    self.assertGreater(self.result.metrics["dev/accuracy"], 0.95)
+    self.assertLess(self.result.metrics["dev/majority_accuracy"], 0.85)
+    with (self.workdir / "metrics.csv").open() as file:
+      evaluated = [
+        int(float(row["step"]))
+        for row in csv.DictReader(file)
+        if row["dev/accuracy"]
+      ]
+    self.assertEqual(evaluated, [36, 72, 90])  # 8 epochs, 16, the end
+
+  def test_the_workdir_says_what_was_left_open(self):
+    config = json.loads((self.workdir / "config.json").read_text())
+    self.assertEqual(config["objective"]["labels"], list(_LABELS))
+    self.assertEqual(config["model"]["emb_dim"], 16)
+    self.assertEqual(config["model"]["dropout_rate"], 0.0)
+    self.assertEqual(config["stop"], {"steps": 90})
+    before = loading.load_model(self.pretrained).tokenizer
+    self.assertEqual(before.fingerprint(), self.model.tokenizer.fingerprint())
+
+  def test_the_report_speaks_of_classes(self):
+    report = (self.workdir / "report" / "report.md").read_text()
+    self.assertRegex(report, r"class shares \| bread \d\d\.\d%, ")
+    self.assertIn("dev/majority_accuracy (baseline)", report)
+    self.assertIn("rows that were cut | 0.0%", report)
+    self.assertRegex(report, r"burns every day \. \| bread \(")
+    self.assertNotIn("masking", report)
+
+  def test_evaluation_gives_what_training_saw_on_any_split(self):
+    found = evaluate.evaluate(
+      self.workdir, split="validation", evaluators=["task_metrics"]
+    )
+    for name in ("accuracy", "macro_f1", "majority_accuracy"):
+      self.assertAlmostEqual(
+        found[name], self.result.metrics[f"dev/{name}"], places=6
+      )
+    lines = (self.root / "test.jsonl").read_text().splitlines()
+    records = list(map(json.loads, lines))
+    said = predict.classify(self.model, [r["text"] for r in records])
+    right = [s["label"] == r["label"] for s, r in zip(said, records)]
+    test = evaluate.evaluate(
+      self.workdir, split="test", evaluators=["task_metrics"]
+    )
+    self.assertAlmostEqual(test["accuracy"], np.mean(right), places=6)
+
+  def test_the_exported_model_says_the_same_in_transformers(self):
+    folder = self.root / "exported"
+    convert.convert(self.workdir, folder, format="huggingface")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+      folder
+    ).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+      inputs = tokenizer(list(_TEXTS), padding=True, return_tensors="pt")
+      want = torch.softmax(theirs(**inputs).logits, -1).numpy()
+    for model in (self.model, loading.load_model(folder)):
+      said = predict.classify(model, _TEXTS)
+      found = [list(s["probabilities"].values()) for s in said]
+      np.testing.assert_allclose(found, want, atol=1e-4)
+      for one, row in zip(said, want):
+        self.assertEqual(one["label"], theirs.config.id2label[row.argmax()])
+
+  def test_a_run_in_two_parts_is_the_whole_run(self):
+    workdir = self.root / "parts"
+    stage = settings(self.config(samples=()))
+    train.run(stage, workdir, limit=50)
+    again = train.run(stage, workdir)
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      self.result.state.params,
+      again.state.params,
+    )
+
+  def test_the_command_answers_in_json_lines(self):
+    file = self.root / "texts.jsonl"
+    file.write_text("\n".join(json.dumps({"text": t}) for t in _TEXTS))
+    done = subprocess.run(
+      [sys.executable, "-m", "bertjax.predict", "classify",
+       f"--model={self.workdir}", f"--file={file}"],
+      cwd=_ROOT,
+      env=os.environ | {"JAX_PLATFORMS": "cpu"},
+      capture_output=True,
+      text=True,
+    )  # fmt: skip
+    self.assertEqual(done.returncode, 0, done.stderr)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    self.assertEqual([x["text"] for x in lines], list(_TEXTS))
+    want = predict.classify(self.model, _TEXTS)
+    self.assertEqual([x["label"] for x in lines], [x["label"] for x in want])
+
+
+class HandoverTest(FineTuningTestCase):
+  def start(self, **changes):
+    built = experiment.build(settings(self.config(**changes)))
+    return initial_state(built).params, built.init().params
+
+  def test_all_but_the_head_is_taken_or_begins_afresh_as_asked(self):
+    reinit = dict(top_k=1, parameters=["^encoder/embeddings/norm/"])
+    found, fresh = self.start(init_from=dict(reinit=reinit))
+    old, _ = load_params(self.pretrained)
+    same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+    same(found["pooler"], old["pooler"])
+    same(found["classifier"], fresh["classifier"])
+    self.assertEqual(set(found), {"encoder", "pooler", "classifier"})
+    now, new, was = (tree["encoder"] for tree in (found, fresh, old))
+    same(now["embeddings"]["token"], was["embeddings"]["token"])
+    same(now["embeddings"]["norm"], new["embeddings"]["norm"])
+    for layer, origin in enumerate((was, new)):
+      same(*(jax.tree.map(lambda x, i=layer: x[i], tree["layers"])
+             for tree in (now, origin)))  # fmt: skip
+
+  def test_a_head_that_no_table_knows_is_not_dropped_silently(self):
+    model = loading.load_model(self.pretrained)
+    odd = dataclasses.replace(
+      model, params={**model.params, "odd": {"bias": np.ones(3, np.float32)}}
+    )
+    convert.write_workdir(odd, self.root / "odd", "float32")
+    with self.assertRaisesRegex(ValueError, "this model has no odd/bias"):
+      self.start(init_from=dict(path=str(self.root / "odd")))
+
+  @parameterized.named_parameters(
+    (
+      "another_shape",
+      dict(model=dict(mlp_dim=40)),
+      "pretrained does not explain .*mlp/",
+    ),
+    (
+      "too_many_layers",
+      dict(init_from=dict(reinit=dict(top_k=3))),
+      "reinit.top_k=3 must lie between 0 and the 2 layers",
+    ),
+    (
+      "another_objective",
+      dict(objective=dict(name="span_qa")),
+      "objective.name='span_qa' does not fit data.task, .*'classification'",
+    ),
+    (
+      "other_classes",
+      dict(objective=dict(num_classes=3)),
+      "num_classes=3 does not fit data.task, which needs 2",
+    ),
+    (
+      "both_paces",
+      dict(evals=dict(dev=dict(every=3))),
+      "evals.dev has both every",
+    ),
+    (
+      "no_length",
+      dict(stop=dict(epochs=None, wall_clock_s=9)),
+      "stop.steps or stop.epochs",
+    ),
+  )
+  def test_what_does_not_fit_is_one_clear_message(self, changes, message):
+    with self.assertRaisesRegex(ValueError, message):
+      self.start(**changes)
+
+
+class StagesTest(FineTuningTestCase):
+  def test_pre_training_hands_over_to_a_task(self):
+    tuning = self.config(stop=dict(epochs=1))
+    config = tiny.config(self.root, stop=dict(steps=2)) | dict(
+      evals={},
+      stages=dict(
+        pretrain={},
+        tune=dict(
+          init_from={}, objective=dict(name="classification"),
+          **{k: tuning[k] for k in ("data", "stop", "evals")},
+        ),
+      )
+    )  # fmt: skip
+    result = train.train(config, self.root / "staged")
+    self.assertEqual(result.step, 2)  # stop.steps=2 comes before the epoch
+    self.assertIn("dev/macro_f1", result.metrics)
+
+
+if __name__ == "__main__":
+  absltest.main()
