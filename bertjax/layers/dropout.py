@@ -28,10 +28,9 @@ def hashed_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Random 32-bit words: a keyed hash of each element's index.
 
   Two words drawn from `key` enter three rounds of multiply and xor-shift (the
-  finalizer "triple32" of Wellons' hash prospector). A block cipher such as
-  Threefry per word costs about six times as much on a CPU, more than half of
-  the exponentials of a softmax. Like it, this gives the same words on any mesh;
-  unlike it, it is meant for dropout only. Distinct within 2**32 elements.
+  finalizer "triple32" of Wellons' hash prospector). Threefry for every element
+  costs about six times as much on a CPU. Like it, this gives the same words on
+  any mesh; unlike it, it is meant for dropout only.
   """
   first, second = jax.random.bits(key, (2,), jnp.uint32)
   x = _element_index(shape) + first
