@@ -38,8 +38,8 @@ class Settings:
     horizon: steps that the schedule is drawn for; `stop.steps` by default.
     seed: of initialisation, dropout, data order and masks.
     dtype: compute dtype; parameters and optimizer state are float32.
-    prng: generator of dropout: "threefry2x32" gives the same numbers on any
-      mesh; "rbg" is several times cheaper on TPU.
+    prng: generator of initialisation and of dropout's seeds: "threefry2x32"
+      gives the same numbers on any mesh; "rbg" need not.
     mesh: arguments of `make_mesh`.
     microbatches: parts into which a batch is split for accumulation.
     evals: evaluators by any name: `name` of `EVALUATORS`, `every` (steps) or

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
@@ -16,9 +17,27 @@ def gelu(x: jax.Array) -> jax.Array:
   return jax.nn.gelu(x, approximate=False)
 
 
+@jax.custom_vjp
 def gelu_tanh(x: jax.Array) -> jax.Array:
   """The tanh approximation that the original BERT was trained with."""
   return jax.nn.gelu(x, approximate=True)
+
+
+def _gelu_tanh_forward(x):
+  return gelu_tanh(x), x
+
+
+def _gelu_tanh_backward(x, g):
+  # The tanh is computed again: cheaper than keeping it. The barrier keeps XLA
+  # from finding out that it has it already.
+  slope = jax.lax.optimization_barrier(jnp.asarray((2 / np.pi) ** 0.5, x.dtype))
+  square = x * x
+  t = jnp.tanh(slope * x * (1 + 0.044715 * square))
+  inner = slope * (1 + 3 * 0.044715 * square)
+  return (g * 0.5 * (1 + t + x * (1 - t * t) * inner),)
+
+
+gelu_tanh.defvjp(_gelu_tanh_forward, _gelu_tanh_backward)
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {

@@ -1,5 +1,6 @@
 """A linear map over named axes, with logical axis names for sharding."""
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -11,6 +12,33 @@ from bertjax.layers.matmul import einsum
 
 # "normal truncated at two std with std 0.02": the real deviation is 0.0176.
 bert_init = nn.initializers.truncated_normal(0.02)
+
+
+def _flat_product(
+  spec: str, x: jax.Array, kernel: jax.Array, dtype: Dtype
+) -> jax.Array:
+  """`einsum(spec, x, kernel)` by a two-dimensional kernel, float32.
+
+  XLA's CPU backend copies a kernel of three dimensions before every product.
+  """
+  inputs, out = spec.split("->")
+  given, letters = inputs.split(",")
+  summed = "".join(c for c in letters if c not in out)
+  made = letters.removeprefix(summed)
+  if not (given.endswith(summed) and out.endswith(made)):
+    raise ValueError(
+      f"spec={spec!r}: the kernel's letters must be the last of the input, then"
+      " the last of the output, such as 'bte,ehd->bthd'."
+    )
+  lead = given.removesuffix(summed)
+  width = math.prod(kernel.shape[: len(summed)])
+  y = einsum(
+    f"{lead}x,xy->{lead}y",
+    x.reshape(*x.shape[: len(lead)], width),
+    kernel.reshape(width, -1),
+    dtype,
+  )
+  return y.reshape(*y.shape[:-1], *kernel.shape[len(summed) :])
 
 
 class Linear(nn.Module):
@@ -46,7 +74,7 @@ class Linear(nn.Module):
       shape,
       jnp.float32,
     )
-    y = einsum(self.spec, x, kernel, self.dtype)
+    y = _flat_product(self.spec, x, kernel, self.dtype)
     if self.use_bias:
       kept = [i for i, c in enumerate(letters) if c in out]
       bias = self.param(

@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 from absl.testing import absltest, parameterized
+from jax.sharding import NamedSharding, PartitionSpec
 
-from bertjax.layers.dropout import Dropout, dropout, keep_mask
+from bertjax.layers.dropout import Dropout, dropout, hashed_bits
 
 
 class DropoutTest(parameterized.TestCase):
@@ -19,11 +21,6 @@ class DropoutTest(parameterized.TestCase):
     self.assertAlmostEqual((y == 0).mean(), rate, delta=4 * 0.5 / 318)
     kept = float(jnp.asarray(1 / (1 - rate), dtype))
     np.testing.assert_allclose(y[y != 0], kept, rtol=1e-6)
-
-  def test_neighbours_in_one_random_word_are_independent(self):
-    kept = np.asarray(keep_mask(jax.random.key(1), (500, 400), 0.5))
-    agree = (kept[:, ::2] == kept[:, 1::2]).mean()
-    self.assertAlmostEqual(agree, 0.5, delta=4 * 0.5 / 316)  # 100,000 pairs
 
   def test_a_key_decides(self):
     x = jnp.ones((7, 9))
@@ -40,6 +37,71 @@ class DropoutTest(parameterized.TestCase):
     x = jnp.ones((8, 8))
     value, pull = jax.vjp(lambda x: dropout(x, jax.random.key(2), 0.3), x)
     np.testing.assert_array_equal(pull(jnp.ones_like(x))[0], value)
+
+
+class HashedBitsTest(parameterized.TestCase):
+  """The words behave like random ones in what dropout could notice."""
+
+  SHAPE = (4, 96, 256)
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.draw = staticmethod(
+      jax.jit(lambda seed: hashed_bits(jax.random.key(seed), cls.SHAPE))
+    )
+    cls.words = np.stack([np.asarray(cls.draw(seed)) for seed in range(8)])
+
+  def assert_uniform(self, values, num_values):
+    counts = np.bincount(values.ravel(), minlength=num_values)
+    statistic, probability = scipy.stats.chisquare(counts)
+    self.assertGreater(probability, 1e-4, f"chi square {statistic}")
+
+  @parameterized.parameters(0, 8, 16, 24)
+  def test_every_byte_is_uniform(self, shift):
+    self.assert_uniform((self.words >> shift) & 255, 256)
+
+  @parameterized.parameters(1, 2, 3)
+  def test_pairs_along_an_axis_are_independent(self, axis):
+    top = np.moveaxis(self.words >> 28, axis, 0).astype(np.int64)
+    for lag in (1, 2, 16):
+      if lag < len(top):
+        self.assert_uniform(top[lag:] * 16 + top[:-lag], 256)
+
+  def test_keys_give_independent_words(self):
+    top = (self.words >> 28).astype(np.int64)
+    self.assert_uniform(top[1:] * 16 + top[:-1], 256)
+
+  @parameterized.parameters(0.1, 0.5)
+  def test_rows_and_columns_keep_as_many_as_coins_would(self, rate):
+    # Counts that vary too little betray a counter, too much a pattern.
+    kept = self.words >= rate * 2**32
+    for axis in (2, 3):
+      counts = kept.sum(axis)
+      n = kept.shape[axis]
+      variance = n * rate * (1 - rate)
+      self.assertAlmostEqual(
+        counts.var() / variance, 1.0, delta=5 * (2 / counts.size) ** 0.5
+      )
+
+  def test_a_flipped_bit_of_the_index_flips_half_of_the_word(self):
+    flat = self.words.reshape(8, -1)
+    for bit in range(16):
+      other = np.arange(flat.shape[1]) ^ (1 << bit)
+      inside = other < flat.shape[1]
+      changed = flat[:, inside] ^ flat[:, other[inside]]
+      each = [((changed >> i) & 1).mean() for i in range(32)]
+      # Pairs count twice: at least 8 * 2**15 distinct ones.
+      np.testing.assert_allclose(each, 0.5, atol=5 * 0.5 / 2**9)
+
+  def test_words_do_not_depend_on_the_mesh(self):
+    mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
+    sharding = NamedSharding(mesh, PartitionSpec("a", None, "b"))
+    words = jax.jit(
+      lambda: hashed_bits(jax.random.key(3), self.SHAPE),
+      out_shardings=sharding,
+    )()
+    np.testing.assert_array_equal(words, self.words[3])
 
 
 if __name__ == "__main__":
