@@ -12,11 +12,14 @@ from bertjax.layers.dropout import Dropout, dropout, hashed_bits
 
 class DropoutTest(parameterized.TestCase):
   @parameterized.product(
-    rate=(0.1, 0.5, 0.9), dtype=(jnp.float32, jnp.bfloat16)
+    rate=(0.1, 0.5, 0.9),
+    dtype=(jnp.float32, jnp.bfloat16),
+    generator=("threefry2x32", "rbg"),
   )
-  def test_rate_and_scale(self, rate, dtype):
-    x = jnp.ones((101, 1003), dtype)  # odd: half of the last word is unused
-    y = np.asarray(dropout(x, jax.random.key(0), rate), np.float32)
+  def test_rate_and_scale(self, rate, dtype, generator):
+    x = jnp.ones((101, 1003), dtype)
+    key = jax.random.key(0, impl=generator)
+    y = np.asarray(dropout(x, key, rate), np.float32)
     # 4 standard deviations of 101,303 draws at the most
     self.assertAlmostEqual((y == 0).mean(), rate, delta=4 * 0.5 / 318)
     kept = float(jnp.asarray(1 / (1 - rate), dtype))
@@ -28,6 +31,14 @@ class DropoutTest(parameterized.TestCase):
     np.testing.assert_array_equal(a, b)
     c = dropout(x, jax.random.key(1), 0.5)
     self.assertTrue((a != c).any())
+
+  def test_the_key_chooses_the_generator(self):
+    def lowered(impl):
+      key = jax.random.key(0, impl=impl)
+      return jax.jit(lambda x: dropout(x, key, 0.5)).lower(jnp.ones((7, 9)))
+
+    self.assertIn("rng_bit_generator", lowered("rbg").as_text())
+    self.assertNotIn("rng_bit_generator", lowered("threefry2x32").as_text())
 
   def test_evaluation_is_the_identity_and_needs_no_key(self):
     x = jnp.arange(6.0)
