@@ -1,0 +1,1 @@
+"""Kernels for TPU and GPU, each with a plain JAX reference."""

@@ -1,0 +1,121 @@
+"""What a backend is, and the one differentiation rule that all of them share.
+
+A backend is a module that offers three functions on plain arrays:
+
+    refuse(q, k, v, extras, options) -> None, or raises `Unsupported`
+    forward(q, k, v, extras, options) -> (out, lse)
+    backward(q, k, v, extras, options, out, lse, dout, dlse) -> Gradients
+
+`out` has the layout and dtype of v, `lse` is float32 [b, h, t]; gradients have
+the shapes of what they are gradients of. `attend` makes an operator of them. It
+is differentiated here and not in each backend, so that a choice by platform can
+be made inside the two passes: both sides of the choice then keep the same
+residuals (q, k, v, extras, out, lse), of which "flash_out" and "flash_lse" are
+names for a remat policy.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from kernels.flash_attention.options import Extras, Options, check
+
+NAMES = ("flash_out", "flash_lse")
+
+
+class Gradients(NamedTuple):
+  """Cotangents; the last two are None where there is no such input."""
+
+  q: jax.Array
+  k: jax.Array
+  v: jax.Array
+  bias: jax.Array | None = None
+  alibi_slopes: jax.Array | None = None
+
+
+class Backend(Protocol):
+  """A module, or a hashable object like one; see the module's docstring."""
+
+  refuse: Callable[..., None]
+  forward: Callable[..., tuple[jax.Array, jax.Array]]
+  backward: Callable[..., Gradients]
+
+
+class _Static:
+  """A numpy array as a hashable static argument."""
+
+  def __init__(self, array: np.ndarray):
+    self.array = np.ascontiguousarray(array)
+    self._key = (self.array.shape, self.array.dtype.str, self.array.tobytes())
+
+  def __hash__(self):
+    return hash(self._key)
+
+  def __eq__(self, other):
+    return isinstance(other, _Static) and self._key == other._key
+
+
+def _with_mask(extras: Extras, mask: _Static | None) -> Extras:
+  return extras if mask is None else extras._replace(block_mask=mask.array)
+
+
+def delta(
+  out: jax.Array, dout: jax.Array, dlse: jax.Array, layout: str
+) -> jax.Array:
+  """D = rowsum(dout * out) - dlse, float32 [b, h, t]; dS = P * (dP - D)."""
+  product = dout.astype(jnp.float32) * out.astype(jnp.float32)
+  rows = product.sum(layout.index("d"))
+  if layout == "bthd":
+    rows = rows.swapaxes(1, 2)
+  return rows - dlse
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(backend, options, mask, q, k, v, extras):
+  return backend.forward(q, k, v, _with_mask(extras, mask), options)
+
+
+def _attend_forward(backend, options, mask, q, k, v, extras):
+  out, lse = _attend(backend, options, mask, q, k, v, extras)
+  out, lse = map(checkpoint_name, (out, lse), NAMES)
+  return (out, lse), (q, k, v, extras, out, lse)
+
+
+def _attend_backward(backend, options, mask, residuals, cotangents):
+  q, k, v, extras, out, lse = residuals
+  grads = backend.backward(
+    q, k, v, _with_mask(extras, mask), options, out, lse, *cotangents
+  )
+  # None is the gradient of integers.
+  extras = Extras(bias=grads.bias, alibi_slopes=grads.alibi_slopes)
+  return grads.q, grads.k, grads.v, extras
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def attend(
+  backend: Backend,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  extras: Extras,
+  options: Options,
+) -> tuple[jax.Array, jax.Array]:
+  """(out, lse) of a backend, differentiable in q, k, v, bias and slopes.
+
+  Raises:
+    ValueError: shapes that do not fit, or `Unsupported` by the backend.
+  """
+  check(q, k, v, extras, options)
+  backend.refuse(q, k, v, extras, options)
+  mask = None
+  if isinstance(extras.block_mask, np.ndarray):
+    mask = _Static(extras.block_mask)
+    extras = extras._replace(block_mask=None)
+  return _attend(backend, options, mask, q, k, v, extras)

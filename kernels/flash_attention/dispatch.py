@@ -1,0 +1,129 @@
+"""Which backend runs: the named one, or the lowering platform's."""
+
+import dataclasses
+import importlib
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from kernels.flash_attention import backend as backends
+from kernels.flash_attention import reference
+from kernels.flash_attention.backend import Backend
+from kernels.flash_attention.options import Extras, Options, Unsupported
+
+_PACKAGE = __name__.rpartition(".")[0]
+
+# Modules of this package, imported when first used: Pallas takes a while.
+BACKENDS = ("reference", "blockwise", "gpu", "tpu")
+
+
+class Platform(NamedTuple):
+  """What a platform runs: a backend, and its fastest dropout generator."""
+
+  backend: str
+  generator: str = "counter"
+
+
+PLATFORMS = {"cuda": Platform("gpu"), "tpu": Platform("tpu", "hardware")}
+OTHER = Platform("blockwise")
+
+
+def module(name: str) -> Backend:
+  """The backend of that name.
+
+  Raises:
+    ValueError: there is none.
+  """
+  if name not in BACKENDS:
+    raise ValueError(
+      f"backend={name!r} is unknown; choose from {', '.join(BACKENDS)}."
+    )
+  return importlib.import_module(f"{_PACKAGE}.{name}")
+
+
+def resolve(options: Options, platform: Platform) -> Options:
+  """Replaces dropout_generator="auto" by the platform's."""
+  if options.dropout_generator != "auto":
+    return options
+  return dataclasses.replace(options, dropout_generator=platform.generator)
+
+
+def _platform_backend(platform, q, k, v, extras, options):
+  """The platform's backend, or blockwise if that refuses."""
+  backend = module(platform.backend)
+  resolved = resolve(options, platform)
+  try:
+    backend.refuse(q, k, v, extras, resolved)
+  except Unsupported:
+    return module(OTHER.backend), resolve(options, OTHER)
+  return backend, resolved
+
+
+class ByPlatform:
+  """The backend that is chosen when the program is lowered for a platform.
+
+  Compiling for a TPU on a laptop takes the TPU's kernels. A platform whose
+  kernels refuse the options runs blockwise. Both passes choose alike.
+  """
+
+  @staticmethod
+  def refuse(q, k, v, extras, options):
+    module(OTHER.backend).refuse(q, k, v, extras, resolve(options, OTHER))
+
+  @staticmethod
+  def forward(q, k, v, extras, options):
+    return _run("forward", q, k, v, extras, options)
+
+  @staticmethod
+  def backward(q, k, v, extras, options, *rest):
+    return _run("backward", q, k, v, extras, options, *rest)
+
+
+def _run(direction, q, k, v, extras, options, *rest):
+  mask = extras.block_mask
+  static = isinstance(mask, np.ndarray)
+
+  def branch(platform):
+    backend, resolved = _platform_backend(platform, q, k, v, extras, options)
+
+    def run(q, k, v, extras, *rest):
+      if static:
+        extras = extras._replace(block_mask=mask)
+      return getattr(backend, direction)(q, k, v, extras, resolved, *rest)
+
+    return run
+
+  # A static mask must not become an operand, which would make it traced.
+  operands = extras._replace(block_mask=None) if static else extras
+  return jax.lax.platform_dependent(
+    q,
+    k,
+    v,
+    operands,
+    *rest,
+    default=branch(OTHER),
+    **{name: branch(platform) for name, platform in PLATFORMS.items()},
+  )
+
+
+def attend(
+  name: str | None,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  extras: Extras,
+  options: Options,
+) -> tuple[jax.Array, jax.Array]:
+  """(out, lse) of the named backend, or of the platform lowered for.
+
+  Raises:
+    ValueError: unknown name, shapes that do not fit, or `Unsupported`.
+  """
+  if name is None:
+    return backends.attend(ByPlatform, q, k, v, extras, options)
+  platforms = {p.backend: p for p in PLATFORMS.values()}
+  options = resolve(options, platforms.get(name, OTHER))
+  if name == "reference":
+    return reference.attend(q, k, v, extras, options)
+  return backends.attend(module(name), q, k, v, extras, options)
