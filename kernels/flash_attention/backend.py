@@ -88,8 +88,11 @@ def _attend_forward(backend, options, mask, q, k, v, extras):
 
 def _attend_backward(backend, options, mask, residuals, cotangents):
   q, k, v, extras, out, lse = residuals
+  dout, dlse = cotangents
+  # An lse of -inf depends on nothing, but logaddexp's gradient there is NaN.
+  dlse = jnp.where(lse == -jnp.inf, 0.0, dlse)
   grads = backend.backward(
-    q, k, v, _with_mask(extras, mask), options, out, lse, *cotangents
+    q, k, v, _with_mask(extras, mask), options, out, lse, dout, dlse
   )
   # None is the gradient of integers.
   extras = Extras(bias=grads.bias, alibi_slopes=grads.alibi_slopes)
