@@ -1,0 +1,259 @@
+"""Every backend against float64, the reference's gradients and invariances."""
+
+import functools
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax.test_util import check_grads
+
+from kernels.flash_attention import BACKENDS, flash_attention
+from kernels.flash_attention.dropout import keep_mask, make_seed
+from tests.kernels.flash_attention.cases import CASES, normal, qkv
+from tests.kernels.flash_attention.oracle import softmax_attention
+
+# Scores of size 1-10 in float32 sums of at most 300 products.
+ATOL = 2e-5
+FUSED = tuple(
+  name
+  for name in BACKENDS
+  if name != "reference"
+  and importlib.util.find_spec(f"kernels.flash_attention.{name}")
+)
+ALL = ("reference", *FUSED)
+
+
+def run(backend, *args, **kwargs):
+  interpret = backend in ("gpu", "tpu")
+  return flash_attention(*args, backend=backend, interpret=interpret, **kwargs)
+
+
+@functools.cache
+def solve(backend, name, **more):
+  """(out, lse) and the gradients of a case's arrays, by name."""
+  case = CASES[name]
+  arguments = case.arguments | more
+  diff = {
+    key: arguments.pop(key)
+    for key in ("bias", "alibi_slopes")
+    if key in arguments
+  }
+  if case.traced:
+    traced = jnp.asarray(arguments.pop("block_mask"))
+  else:
+    traced = None
+  q, k, v, out_weights, lse_weights = qkv(case.sizes)
+
+  def loss(diff, mask):
+    arguments_ = arguments | ({} if mask is None else {"block_mask": mask})
+    q, k, v = (diff[key] for key in "qkv")
+    rest = {key: x for key, x in diff.items() if key not in "qkv"}
+    out, lse = run(backend, q, k, v, return_lse=True, **rest, **arguments_)
+    finite = jnp.where(lse == -jnp.inf, 0.0, lse * lse_weights)
+    return (out * out_weights).sum() + finite.sum(), (out, lse)
+
+  grad = jax.jit(jax.grad(loss, has_aux=True))
+  grads, (out, lse) = grad({"q": q, "k": k, "v": v, **diff}, traced)
+  return out, lse, grads
+
+
+def assert_close(found, want, atol=5e-5):
+  """Equal up to `atol` times the largest finite value, or 1."""
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+    largest = np.abs(b, where=np.isfinite(b), out=np.zeros(b.shape)).max()
+    np.testing.assert_allclose(a, b, atol=atol * max(1.0, largest))
+
+
+class CasesTest(parameterized.TestCase):
+  @parameterized.product(backend=ALL, name=tuple(CASES))
+  def test_output_and_lse_equal_float64(self, backend, name):
+    case = CASES[name]
+    out, lse, _ = solve(backend, name)
+    want_out, want_lse = softmax_attention(*qkv(case.sizes)[:3], **case.oracle)
+    np.testing.assert_allclose(out, want_out, atol=ATOL)
+    np.testing.assert_allclose(lse, want_lse, atol=ATOL)
+
+  @parameterized.product(backend=FUSED, name=tuple(CASES))
+  def test_gradients_equal_those_of_the_reference(self, backend, name):
+    found, want = solve(backend, name)[2], solve("reference", name)[2]
+    self.assertEqual(set(found), set(want))
+    # Sums over up to 2 * 2 * 129 rows; slopes weigh distances up to 200.
+    assert_close(found, want)
+
+
+class DropoutTest(parameterized.TestCase):
+  @parameterized.product(backend=ALL)
+  def test_values_of_the_identity_recover_the_mask(self, backend):
+    b, t, h, rate = 2, 40, 3, 0.3
+    q, k = normal(0, b, t, h, 16), normal(1, b, t, h, 16)
+    eye = jnp.broadcast_to(jnp.eye(t)[None, :, None], (b, t, h, t))
+    seed = jnp.array([3, 4], jnp.uint32)
+    probs = run(backend, q, k, eye, dropout_rate=rate, dropout_seed=seed)
+    kept = keep_mask(make_seed(seed), b, h, t, t, rate)
+    np.testing.assert_array_equal(probs.swapaxes(1, 2) != 0, kept)
+    plain = run(backend, q, k, eye).swapaxes(1, 2)
+    np.testing.assert_allclose(
+      probs.swapaxes(1, 2), kept * plain / (1 - rate), atol=1e-6
+    )
+
+  @parameterized.product(
+    backend=FUSED, name=("segments", "window_grouped_heads", "blocks_per_head")
+  )
+  def test_values_and_gradients_equal_the_reference(self, backend, name):
+    more = dict(dropout_rate=0.4, dropout_seed=11)
+    found, want = solve(backend, name, **more), solve("reference", name, **more)
+    assert_close(found, want)
+
+  @parameterized.product(backend=FUSED)
+  def test_rate_zero_is_no_dropout_bit_for_bit(self, backend):
+    q, k, v = qkv((1, 40, 33, 2, 2, 16, 16))[:3]
+    np.testing.assert_array_equal(
+      run(backend, q, k, v, dropout_rate=0.0, dropout_seed=1),
+      run(backend, q, k, v),
+    )
+
+  def test_the_mean_over_seeds_is_the_output_without(self):
+    q, k, v = qkv((1, 9, 17, 2, 2, 8, 8))[:3]
+    drop = functools.partial(run, "blockwise", q, k, v, dropout_rate=0.25)
+    outs = jax.lax.map(
+      lambda seed: drop(dropout_seed=seed),
+      jnp.arange(4096, dtype=jnp.uint32),
+      batch_size=256,
+    )
+    # One output deviates by at most about 0.8 a draw: 5 sigma of 4096.
+    np.testing.assert_allclose(
+      outs.mean(0), run("blockwise", q, k, v), atol=0.06
+    )
+
+
+TILES = {
+  "blockwise": ((129, 16), (24, 200), (8, 40)),
+  "gpu": ((16, 64), (64, 16), (32, 32)),
+}
+
+
+class InvarianceTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    (f"{backend}_{tiles[0]}_{tiles[1]}", backend, tiles)
+    for backend in TILES
+    for tiles in TILES[backend]
+  )
+  def test_tile_sizes_change_nothing(self, backend, tiles):
+    more = dict(dropout_rate=0.2, dropout_seed=5)
+    want = solve(backend, "everything", **more)
+    found = solve(backend, "everything", tiles=tiles, **more)
+    assert_close(found, want)
+
+  @parameterized.product(backend=ALL, layout=("bhtd", "bhdt"))
+  def test_layouts_are_transpositions(self, backend, layout):
+    order = ["bthd".index(c) for c in layout]
+    back = [layout.index(c) for c in "bthd"]
+    x = qkv((2, 40, 33, 4, 2, 16, 24))[:3]
+
+    def grads(f):
+      return jax.jit(jax.value_and_grad(lambda *x: (f(*x) ** 2).sum(), (0, 1)))
+
+    def other(*x):
+      y = [a.transpose(order) for a in x]
+      return run(backend, *y, layout=layout).transpose(back)
+
+    want = grads(functools.partial(run, backend))(*x)
+    for a, b in zip(jax.tree.leaves(grads(other)(*x)), jax.tree.leaves(want)):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+  @parameterized.product(backend=ALL)
+  def test_packed_sequences_equal_separate_ones(self, backend):
+    q, k, v = qkv((1, 100, 100, 2, 2, 16, 16))[:3]
+    ids = jnp.repeat(jnp.array([1, 2, 0]), jnp.array([37, 50, 13]))[None]
+    packed = run(backend, q, k, v, segment_ids=ids)
+    for part in (slice(0, 37), slice(37, 87)):
+      alone = run(backend, q[:, part], k[:, part], v[:, part])
+      np.testing.assert_allclose(packed[:, part], alone, atol=1e-5)
+    np.testing.assert_array_equal(packed[:, 87:], 0.0)
+
+  @parameterized.product(backend=FUSED)
+  def test_a_constant_per_row_changes_only_lse(self, backend):
+    q, k, v = qkv((1, 40, 33, 2, 2, 16, 16))[:3]
+    shift = jnp.broadcast_to(normal(5, 1, 2, 40, 1), (1, 2, 40, 33))
+    out, lse = run(backend, q, k, v, return_lse=True)
+    moved, moved_lse = run(backend, q, k, v, bias=shift, return_lse=True)
+    np.testing.assert_allclose(moved, out, atol=1e-5)
+    np.testing.assert_allclose(moved_lse, lse + shift[..., 0], atol=1e-5)
+
+  @parameterized.product(backend=FUSED)
+  def test_the_order_of_keys_does_not_matter(self, backend):
+    q, k, v = qkv((1, 40, 129, 2, 2, 16, 16))[:3]
+    order = np.random.default_rng(0).permutation(129)
+    bias, ids = normal(6, 1, 1, 40, 129), jnp.arange(129)[None] % 3
+    ones = jnp.ones((1, 40), int)
+    want = run(backend, q, k, v, bias=bias, segment_ids=(ones, ids))
+    found = run(
+      backend,
+      q,
+      k[:, order],
+      v[:, order],
+      bias=bias[..., order],
+      segment_ids=(ones, ids[:, order]),
+    )
+    np.testing.assert_allclose(found, want, atol=1e-5)
+
+  @parameterized.product(backend=ALL)
+  def test_finite_differences(self, backend):
+    q, k, v = qkv((1, 5, 7, 2, 1, 4, 3))[:3]
+    bias, slopes = normal(6, 1, 2, 1, 7), jnp.array([0.1, 0.3])
+    ids = jnp.array([[1, 1, 0, 2, 3]]), jnp.array([[1, 1, 1, 2, 2, 0, 1]])
+
+    @jax.jit
+    def f(q, k, v, bias, slopes):
+      out, lse = run(
+        backend,
+        q,
+        k,
+        v,
+        bias=bias,
+        alibi_slopes=slopes,
+        segment_ids=ids,
+        logit_softcap=4.0,
+        return_lse=True,
+      )
+      return out, jnp.where(lse == -jnp.inf, 0.0, lse)
+
+    # float32 differences: 1e-7 of values near 1 over steps of 1e-2.
+    check_grads(
+      f, (q, k, v, bias, slopes), 1, modes="rev", atol=2e-3, rtol=2e-3, eps=1e-2
+    )
+
+
+class PrecisionTest(parameterized.TestCase):
+  @parameterized.product(backend=FUSED, dtype=(jnp.bfloat16, jnp.float16))
+  def test_no_worse_than_the_plain_form(self, backend, dtype):
+    # FlashAttention's own criterion: twice the error of dense attention in
+    # the same dtype, three times for gradients.
+    sizes = (1, 129, 200, 2, 2, 32, 32)
+    exact, low = qkv(sizes)[:3], qkv(sizes, dtype)[:3]
+
+    def plain(q, k, v):
+      logits = jnp.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
+      probs = jax.nn.softmax(logits, axis=-1)
+      return jnp.einsum("bhts,bshd->bthd", probs, v)
+
+    def both(f, x):
+      def loss(*x):
+        out = f(*x)
+        return (out.astype(jnp.float32) ** 2).sum(), out
+
+      grads, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*x)
+      return [a.astype(jnp.float32) for a in (out, *grads)]
+
+    want = both(plain, exact)
+    naive, found = both(plain, low), both(functools.partial(run, backend), low)
+    self.assertEqual(run(backend, *low).dtype, dtype)
+    for i, (a, n, w) in enumerate(zip(found, naive, want)):
+      allowed = (3 if i else 2) * jnp.abs(n - w).max()
+      self.assertLess(float(jnp.abs(a - w).max()), float(allowed))
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,159 @@
+"""The table of attention problems that every backend must solve.
+
+A case is a seed-independent problem: sizes, the arguments of
+`flash_attention`, and what they mean to the numpy oracle. Lengths are 1, one
+off 128, and 200: never a multiple of a tile.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One problem.
+
+  Attributes:
+    sizes: (b, t, s, h, heads of k and v, d, dv).
+    arguments: of `flash_attention`; numpy block masks are static.
+    oracle: of `oracle.softmax_attention`.
+    traced: whether the block mask is to be traced.
+  """
+
+  sizes: tuple[int, ...]
+  arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+  oracle: dict[str, Any] = dataclasses.field(default_factory=dict)
+  traced: bool = False
+
+
+def normal(seed: int, *shape: int) -> jnp.ndarray:
+  draws = np.random.default_rng(seed).normal(size=shape)
+  return jnp.asarray(draws, jnp.float32)
+
+
+def qkv(sizes, dtype=jnp.float32):
+  """q, k, v and the weights of a scalar loss of (out, lse)."""
+  b, t, s, h, kv, d, dv = sizes
+  return (
+    normal(0, b, t, h, d).astype(dtype),
+    normal(1, b, s, kv, d).astype(dtype),
+    normal(2, b, s, kv, dv).astype(dtype),
+    normal(3, b, t, h, dv),
+    normal(4, b, h, t),
+  )
+
+
+def positions(t, s):
+  return np.arange(t)[:, None] + s - t, np.arange(s)[None]
+
+
+def _causal(sizes):
+  rows, columns = positions(*sizes[1:3])
+  return Case(sizes, {"causal": True}, {"visible": columns <= rows})
+
+
+def _window(sizes, left, right):
+  rows, columns = positions(*sizes[1:3])
+  shown = (columns >= rows - left) & (columns <= rows + right)
+  return Case(sizes, {"window": (left, right)}, {"visible": shown})
+
+
+def _segments(sizes):
+  b, t, s = sizes[:3]
+  # Padding (0) at both ends, a query segment (5) that has no keys.
+  q_ids = np.sort(np.random.default_rng(5).integers(0, 6, (b, t)))
+  kv_ids = np.sort(np.random.default_rng(6).integers(0, 5, (b, s)))
+  shown = (q_ids[:, :, None] == kv_ids[:, None]) & (kv_ids[:, None] > 0)
+  ids = jnp.asarray(q_ids), jnp.asarray(kv_ids)
+  return Case(sizes, {"segment_ids": ids}, {"visible": shown[:, None]})
+
+
+def _lengths(sizes, lengths):
+  shown = np.arange(sizes[2]) < np.array(lengths)[:, None]
+  return Case(
+    sizes,
+    {"kv_lengths": jnp.array(lengths)},
+    {"visible": shown[:, None, None]},
+  )
+
+
+def _bias(sizes, shape, **more):
+  bias = normal(7, *shape)
+  cap = {"softcap": more["logit_softcap"]} if more else {}
+  return Case(sizes, {"bias": bias, **more}, {"bias": np.asarray(bias), **cap})
+
+
+def _alibi(sizes, shape):
+  slopes = jnp.abs(normal(8, *shape)) / 8
+  return Case(
+    sizes, {"alibi_slopes": slopes}, {"alibi_slopes": np.asarray(slopes)}
+  )
+
+
+def _blocks(sizes, block, heads, traced=False, causal=False):
+  t, s = sizes[1:3]
+  count = -(-t // block[0]), -(-s // block[1])
+  mask = np.random.default_rng(9).random((heads, *count)) < 0.5
+  mask[:, 0] = False  # no key for the first rows
+  shown = np.kron(mask, np.ones(block, bool))[None, :, :t, :s]
+  if causal:
+    rows, columns = positions(t, s)
+    shown = shown & (columns <= rows)
+  arguments = {"block_mask": mask, "block_size": block, "causal": causal}
+  return Case(sizes, arguments, {"visible": shown}, traced)
+
+
+def _everything(sizes):
+  b, t, s, h = sizes[:4]
+  rows, columns = positions(t, s)
+  lengths = np.arange(1, b + 1) * s // b
+  bias, slopes = normal(10, 1, h, t, s), jnp.abs(normal(11, h)) / 8
+  shown = (columns >= rows - 90) & (columns <= rows + 70)
+  shown = shown & (np.arange(s) < lengths[:, None])[:, None, None]
+  return Case(
+    sizes,
+    {
+      "bias": bias,
+      "alibi_slopes": slopes,
+      "kv_lengths": jnp.asarray(lengths),
+      "window": (90, 70),
+      "logit_softcap": 3.0,
+      "sm_scale": 0.4,
+    },
+    {
+      "bias": np.asarray(bias),
+      "alibi_slopes": np.asarray(slopes)[None],
+      "visible": shown,
+      "softcap": 3.0,
+      "scale": 0.4,
+    },
+  )
+
+
+CASES = {
+  "single_token": Case((2, 1, 1, 3, 3, 8, 8)),
+  "plain": Case((2, 129, 200, 2, 2, 20, 12)),
+  "wide_head": Case((1, 33, 40, 1, 1, 72, 96)),
+  "causal_more_keys": _causal((1, 127, 200, 2, 1, 16, 16)),
+  "causal_more_queries": _causal((1, 200, 129, 2, 2, 16, 16)),
+  "window_grouped_heads": _window((2, 129, 127, 4, 2, 16, 24), 30, 7),
+  "segments": _segments((2, 127, 200, 2, 2, 16, 16)),
+  "lengths": _lengths((3, 40, 129, 2, 1, 16, 16), (129, 0, 65)),
+  "bias_full": _bias((2, 33, 129, 2, 2, 16, 16), (2, 2, 33, 129)),
+  "bias_per_key": _bias((2, 129, 127, 2, 2, 16, 16), (2, 1, 1, 127)),
+  "bias_per_head": _bias((3, 129, 40, 2, 1, 16, 16), (1, 2, 129, 40)),
+  "bias_shared_capped": _bias(
+    (2, 33, 129, 2, 2, 16, 16), (1, 1, 33, 129), logit_softcap=2.0
+  ),
+  "alibi": _alibi((2, 129, 200, 2, 2, 16, 16), (2,)),
+  "alibi_per_example": _alibi((2, 127, 40, 4, 2, 16, 16), (2, 4)),
+  "blocks": _blocks((1, 200, 300, 2, 2, 16, 16), (128, 128), 1),
+  "blocks_traced": _blocks((1, 300, 200, 2, 2, 16, 16), (128, 128), 1, True),
+  "blocks_per_head": _blocks(
+    (2, 300, 300, 2, 1, 16, 16), (128, 128), 2, causal=True
+  ),
+  "everything": _everything((2, 129, 200, 4, 2, 16, 24)),
+}
