@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.flash_attention import dispatch
+from kernels.flash_attention import dispatch, sharded
 from kernels.flash_attention.dispatch import BACKENDS
 from kernels.flash_attention.dropout import make_seed
 from kernels.flash_attention.options import (
@@ -17,8 +17,9 @@ from kernels.flash_attention.options import (
   Unsupported,
   check_arrays,
 )
+from kernels.flash_attention.sharded import Sharding
 
-__all__ = ["BACKENDS", "Unsupported", "flash_attention"]
+__all__ = ["BACKENDS", "Sharding", "Unsupported", "flash_attention"]
 
 
 def _segments(segment_ids, kv_lengths, t, s):
@@ -72,7 +73,7 @@ def flash_attention(
   backend: str | None = None,
   tiles: tuple[int, ...] | None = None,
   interpret: bool = False,
-  offset: jax.Array | None = None,
+  sharding: Sharding | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """softmax(sm_scale * q k^T + bias) v in memory linear in the lengths.
 
@@ -112,8 +113,8 @@ def flash_attention(
     backend: one of `BACKENDS`; None: that of the platform compiled for.
     tiles: the backend's tile sizes, for tuning; None: its table.
     interpret: run Pallas kernels in the interpreter, for tests on a CPU.
-    offset: position of query 0 where key 0 is at 0; s - t by default. Set on
-      shards of a longer sequence (`ring.py`).
+    sharding: mesh axes to split over; needed wherever the arrays are sharded
+      over a mesh, as the partitioner cannot see into a kernel.
 
   Returns:
     The output [b, t, h, dv] in `layout` and the dtype of v; with `return_lse`
@@ -135,7 +136,6 @@ def flash_attention(
     seed=make_seed(dropout_seed)
     if dropout_rate and dropout_seed is not None
     else None,
-    offset=offset,
   )
   options = Options(
     scale=n.d**-0.5 if sm_scale is None else sm_scale,
@@ -149,5 +149,10 @@ def flash_attention(
     tiles=tiles,
     interpret=interpret,
   )
-  out, lse = dispatch.attend(backend, q, k, v, extras, options)
+  # The reference is plain JAX, which the partitioner splits by itself.
+  if sharding is not None and sharding.axes and backend != "reference":
+    chosen, options = dispatch.choose(backend, options)
+    out, lse = sharded.attend(chosen, q, k, v, extras, options, sharding)
+  else:
+    out, lse = dispatch.attend(backend, q, k, v, extras, options)
   return (out, lse) if return_lse else out

@@ -223,7 +223,7 @@ def table(active: np.ndarray | jax.Array) -> Table:
   order = xp.argsort(~active, axis=-1, stable=True).astype(np.int32)
   if static:
     order = order[..., : max(1, int(count.max(initial=0)))]
-  slot = np.arange(order.shape[-1])
+  slot = np.arange(order.shape[-1])[None, None]
   last = xp.maximum(count[..., None] - 1, 0)
   index = xp.take_along_axis(order, xp.minimum(slot, last), axis=-1)
   return Table(count, xp.where(count[..., None] > 0, index, 0))

@@ -107,6 +107,18 @@ def _run(direction, q, k, v, extras, options, *rest):
   )
 
 
+def choose(name: str | None, options: Options) -> tuple[Backend, Options]:
+  """The named backend, or the choice by platform, and its options.
+
+  Raises:
+    ValueError: unknown name.
+  """
+  if name is None:
+    return ByPlatform, options
+  platforms = {p.backend: p for p in PLATFORMS.values()}
+  return module(name), resolve(options, platforms.get(name, OTHER))
+
+
 def attend(
   name: str | None,
   q: jax.Array,
@@ -120,10 +132,7 @@ def attend(
   Raises:
     ValueError: unknown name, shapes that do not fit, or `Unsupported`.
   """
-  if name is None:
-    return backends.attend(ByPlatform, q, k, v, extras, options)
-  platforms = {p.backend: p for p in PLATFORMS.values()}
-  options = resolve(options, platforms.get(name, OTHER))
-  if name == "reference":
+  backend, options = choose(name, options)
+  if name == "reference":  # differentiated by JAX, for it is the oracle
     return reference.attend(q, k, v, extras, options)
-  return backends.attend(module(name), q, k, v, extras, options)
+  return backends.attend(backend, q, k, v, extras, options)
