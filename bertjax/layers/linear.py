@@ -45,7 +45,8 @@ class Linear(nn.Module):
   """`y = einsum(spec, x, kernel) + bias`.
 
   Attributes:
-    spec: einsum of input and kernel, such as "bte,ehd->bthd".
+    spec: einsum of input and kernel, such as "bte,ehd->bthd"; the output keeps
+      the order of the kernel's letters.
     features: sizes of the kernel's letters that the input lacks, in order;
       the other sizes are the input's.
     axes: logical axis name of each kernel dimension.
@@ -85,5 +86,5 @@ class Linear(nn.Module):
         tuple(shape[i] for i in kept),
         jnp.float32,
       )
-      y += bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+      y += bias.reshape([sizes[c] if c in letters else 1 for c in out])
     return y.astype(self.dtype)

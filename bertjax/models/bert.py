@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from bertjax.layers.attention import Attend, SelfAttention, reference_attend
+from bertjax.layers.attention import ATTENTION, Attend, SelfAttention
 from bertjax.layers.block import RESIDUALS, Block
 from bertjax.layers.embeddings import Embeddings
 from bertjax.layers.feed_forward import ACTIVATIONS, FeedForward
@@ -52,7 +52,7 @@ def bert(
   remat: str = "none",
   keep_layers: bool = False,
   dtype: Dtype = jnp.float32,
-  attend: Attend = reference_attend,
+  attend: str | Attend = "auto",
 ) -> Encoder:
   """A BERT encoder of a published size, any dimension of which may be replaced.
 
@@ -76,7 +76,7 @@ def bert(
     remat: see `Encoder`.
     keep_layers: see `Encoder`.
     dtype: compute dtype; parameters are float32.
-    attend: attention implementation.
+    attend: key of `ATTENTION`, or an implementation.
 
   Raises:
     ValueError: an unknown name, or heads that do not divide the width.
@@ -98,6 +98,8 @@ def bert(
     if not 0.0 <= rate < 1.0:
       raise ValueError(f"model.{name}={rate} must lie in [0, 1).")
   lookup(REMAT, remat, "model.remat")
+  if isinstance(attend, str):
+    attend = lookup(ATTENTION, attend, "model.attend")
   act = lookup(ACTIVATIONS, activation, "model.activation")
   make_norm = functools.partial(LayerNorm, epsilon=epsilon, dtype=dtype)
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from bertjax.parallel.sharding import constrain
 from bertjax.registry import lookup
+from kernels.flash_attention.backend import RESIDUALS
 
 # What a remat policy keeps of the forward pass; all else is computed again.
 REMAT: dict[str, Callable | None] = {
@@ -20,6 +21,8 @@ REMAT: dict[str, Callable | None] = {
   "full": jax.checkpoint_policies.nothing_saveable,
   "dots": jax.checkpoint_policies.dots_saveable,
   "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  # Attention is not run again; it reads projections that are.
+  "attention": jax.checkpoint_policies.save_only_these_names(*RESIDUALS),
 }
 
 

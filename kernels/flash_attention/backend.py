@@ -25,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels.flash_attention.options import Extras, Options, check
 
-NAMES = ("flash_out", "flash_lse")
+RESIDUALS = ("flash_out", "flash_lse")
 
 
 class Gradients(NamedTuple):
@@ -82,7 +82,7 @@ def _attend(backend, options, mask, q, k, v, extras):
 
 def _attend_forward(backend, options, mask, q, k, v, extras):
   out, lse = _attend(backend, options, mask, q, k, v, extras)
-  out, lse = map(checkpoint_name, (out, lse), NAMES)
+  out, lse = map(checkpoint_name, (out, lse), RESIDUALS)
   return (out, lse), (q, k, v, extras, out, lse)
 
 

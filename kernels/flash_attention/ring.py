@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels.flash_attention.backend import NAMES, Backend, attend
+from kernels.flash_attention.backend import RESIDUALS, Backend, attend
 from kernels.flash_attention.options import (
   Extras,
   Options,
@@ -127,7 +127,7 @@ def _ring(backend, options, axis, q, k, v, extras):
 
 def _ring_forward(backend, options, axis, q, k, v, extras):
   out, lse = _ring(backend, options, axis, q, k, v, extras)
-  out, lse = map(checkpoint_name, (out, lse), NAMES)
+  out, lse = map(checkpoint_name, (out, lse), RESIDUALS)
   return (out, lse), (q, k, v, extras, out, lse)
 
 

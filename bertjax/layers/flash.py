@@ -1,0 +1,85 @@
+"""FlashAttention as the encoders' attention, split as the mesh is."""
+
+import dataclasses
+
+import jax
+
+from bertjax.parallel.sharding import RULES
+from kernels.flash_attention import Sharding, flash_attention
+
+
+def mesh_sharding() -> Sharding | None:
+  """Over which axes of the context's mesh attention is split; None: no mesh.
+
+  Axes that an enclosing `shard_map` has split already are left out.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return None
+  rules = dict(RULES)
+
+  def axes(name):
+    listed = rules[name]
+    listed = (listed,) if isinstance(listed, str) else listed
+    return tuple(
+      a for a in listed if a not in mesh.manual_axes and mesh.shape[a] > 1
+    )
+
+  return Sharding(
+    batch=axes("batch"),
+    heads=axes("heads"),
+    sequence=next(iter(axes("length")), None),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class FlashAttend:
+  """`Attend` by a kernel; see `kernels.flash_attention.flash_attention`.
+
+  Attributes:
+    backend: name of one, or None: that of the platform compiled for.
+    layout: order of the axes of q, k, v and the output.
+    dropout_generator: see `flash_attention`; "auto" is the platform's fastest.
+    interpret: run Pallas kernels in the interpreter, for tests on a CPU.
+  """
+
+  backend: str | None = None
+  # What the TPU kernels read; the other backends transpose at little cost.
+  layout: str = "bhdt"
+  dropout_generator: str = "auto"
+  interpret: bool = False
+
+  def __call__(
+    self,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    alibi_slopes: jax.Array | None = None,
+    window: int | None = None,
+    block_mask: jax.Array | None = None,
+    causal: bool = False,
+    dropout_rate: float = 0.0,
+    dropout_seed: jax.Array | None = None,
+  ) -> jax.Array:
+    """Attention of arrays laid out as `layout` says; see `Attend`."""
+    return flash_attention(
+      q,
+      k,
+      v,
+      segment_ids=segment_ids,
+      bias=bias,
+      alibi_slopes=alibi_slopes,
+      window=window,
+      block_mask=block_mask,
+      causal=causal,
+      dropout_rate=dropout_rate,
+      dropout_seed=dropout_seed,
+      dropout_generator=self.dropout_generator,
+      layout=self.layout,
+      backend=self.backend,
+      interpret=self.interpret,
+      sharding=mesh_sharding(),
+    )

@@ -1,0 +1,211 @@
+"""BERT with kernels for attention: the same losses, no layout left behind."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from bertjax.layers.attention import ATTENTION, Attend, SelfAttention
+from bertjax.layers.flash import FlashAttend, mesh_sharding
+from bertjax.models import bert
+from bertjax.objectives import masked_lm
+from bertjax.parallel.mesh import make_mesh
+
+V, E, H, F, L, T = 53, 24, 3, 40, 2, 40
+REFERENCE = FlashAttend("reference", "bthd")
+KERNELS = {
+  "gpu": FlashAttend("gpu", "bhtd", interpret=True),
+  "auto": FlashAttend(),
+}
+
+
+def objective(attend, **options):
+  dims = dict(vocab_size=V, emb_dim=E, num_heads=H, mlp_dim=F, num_layers=L)
+  encoder = bert(**dims, max_positions=T, attend=attend, **options)
+  return masked_lm(encoder=encoder)
+
+
+def batch_of(segment_ids):
+  segment_ids = np.asarray(segment_ids, np.int32)
+  rows, length = segment_ids.shape
+  rng = np.random.default_rng(0)
+  return {
+    "tokens": jnp.asarray(rng.integers(5, V, (rows, length), np.int32)),
+    "segment_ids": jnp.asarray(segment_ids),
+    "type_ids": jnp.zeros((rows, length), jnp.int32),
+    "masked_positions": jnp.array([[1, 5], [2, 8]], jnp.int32)[:rows],
+    "labels": jnp.array([[7, 9], [50, -1]], jnp.int32)[:rows],
+  }
+
+
+@functools.cache
+def params():
+  model, batch = objective("reference"), batch_of(np.ones((2, T)))
+  variables = jax.jit(lambda k: model.init(k, batch, train=False))(
+    jax.random.key(0)
+  )
+  # Larger weights than at the start, so that attention is felt.
+  return jax.tree.map(
+    lambda x: x * 5 if x.ndim > 1 else x, nn.meta.unbox(variables["params"])
+  )
+
+
+def solve(attend, batch, *, train, **options):
+  """Loss and gradients."""
+  model = objective(attend, **options)
+
+  def loss(p):
+    rngs = {"dropout": jax.random.key(3)} if train else {}
+    return model.apply({"params": p}, batch, train=train, rngs=rngs)[0]["mlm"]
+
+  return jax.jit(jax.value_and_grad(loss))(params())
+
+
+PADDED = np.arange(T) < np.array([[31], [T]])
+PACKED = np.stack([np.repeat([1, 2, 0], [17, 20, 3]), np.repeat([1, 2], 20)])
+
+
+def assert_close(found, want, atol=2e-5):
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+    scale = max(1.0, float(jnp.abs(b).max()))
+    np.testing.assert_allclose(a, b, atol=atol * scale)
+
+
+class BertTest(parameterized.TestCase):
+  def test_every_row_of_the_table_keeps_the_contract(self):
+    for attend in ATTENTION.values():
+      self.assertIsInstance(attend, Attend)
+    with self.assertRaisesRegex(ValueError, "model.attend='flush'.*'flash'"):
+      objective("flush")
+
+  @parameterized.product(kernel=tuple(KERNELS))
+  def test_training_equals_the_reference(self, kernel):
+    # Padded and packed, with dropout: the counter draws the same masks.
+    batch = batch_of(PACKED)
+    options = dict(dropout_rate=0.0, attention_dropout_rate=0.3, train=True)
+    found = solve(KERNELS[kernel], batch, **options)
+    assert_close(found, solve(REFERENCE, batch, **options))
+
+  def test_evaluation_equals_the_plain_reference(self):
+    batch = batch_of(PADDED)
+    want = solve("reference", batch, train=False)
+    assert_close(solve("auto", batch, train=False), want)
+
+  def test_packed_rows_equal_separate_sequences(self):
+    encoder = objective("auto").encoder
+    batch = batch_of(PACKED)
+    batch["positions"] = jnp.asarray(
+      np.where(
+        PACKED == 2,
+        np.arange(T) - np.argmax(PACKED == 2, 1)[:, None],
+        np.arange(T),
+      )
+    )
+    apply = functools.partial(encoder.apply, {"params": params()["encoder"]})
+    packed = apply(batch).hidden
+    for ids in (1, 2):
+      place = np.flatnonzero(PACKED[0] == ids)
+      alone = {k: x[:1, place] for k, x in batch.items() if x.shape[1] == T}
+      np.testing.assert_allclose(
+        packed[:1, place], apply(alone).hidden, atol=2e-5
+      )
+
+  def test_remat_attention_does_not_run_the_kernel_again(self):
+    batch = batch_of(PACKED)
+
+    def forward_kernels(remat):
+      model = objective("auto", remat=remat, scan=False)
+
+      def loss(p):
+        return model.apply({"params": p}, batch, train=False)[0]["mlm"]
+
+      shapes = jax.eval_shape(
+        lambda k: nn.meta.unbox(model.init(k, batch, train=False)["params"]),
+        jax.random.key(0),
+      )
+      jaxpr = str(jax.make_jaxpr(jax.grad(loss))(shapes))
+      return jaxpr.count("name=flash_attention_forward")
+
+    # The branch of GPUs is in the program whatever it is compiled for.
+    self.assertEqual(forward_kernels("none"), L)
+    self.assertEqual(forward_kernels("attention"), L)
+    self.assertEqual(forward_kernels("full"), 2 * L)
+
+  def test_remat_changes_no_gradient(self):
+    batch, options = batch_of(PACKED), dict(train=True, dropout_rate=0.1)
+    want = solve("blockwise", batch, **options)
+    found = solve("blockwise", batch, remat="attention", **options)
+    assert_close(found, want)
+
+
+class LayoutTest(absltest.TestCase):
+  def test_projections_write_what_the_kernel_reads(self):
+    seen = []
+
+    class Spy:
+      layout = "bhdt"
+
+      def __call__(self, q, k, v, **options):
+        seen.append(q.shape)
+        return v
+
+    x = jnp.ones((2, 5, 12))
+    for attend in (Spy(), ATTENTION["reference"]):
+      layer = SelfAttention(num_heads=3, head_dim=4, attend=attend)
+      variables = layer.init(jax.random.key(0), x, None, train=False)
+      shape = variables["params"]["query"]["kernel"].unbox().shape
+      self.assertEqual(shape, (12, 3, 4))
+    self.assertEqual(seen, [(2, 3, 4, 5)])
+
+  def test_layouts_give_one_layer(self):
+    x = jax.random.normal(jax.random.key(0), (2, 5, 12))
+    outs = []
+    for layout in ("bthd", "bhtd", "bhdt"):
+      attend = FlashAttend("blockwise", layout)
+      layer = SelfAttention(num_heads=3, head_dim=4, attend=attend)
+      variables = layer.init(jax.random.key(1), x, None, train=False)
+      variables = jax.tree.map(lambda p: p + 0.1, variables)  # biases count
+      outs.append(layer.apply(variables, x, None, train=False))
+    np.testing.assert_allclose(outs[1], outs[0], atol=1e-5)
+    np.testing.assert_allclose(outs[2], outs[0], atol=1e-5)
+
+
+class MeshTest(absltest.TestCase):
+  def test_axes_are_those_of_the_rules(self):
+    self.assertIsNone(mesh_sharding())
+    mesh = make_mesh(data=2, model=2, seq=2)
+    with jax.set_mesh(mesh):
+      sharding = mesh_sharding()
+    self.assertEqual(sharding.axes, ("data", "model", "seq"))
+
+  def test_a_sharded_encoder_equals_the_whole(self):
+    dims = dict(vocab_size=V, emb_dim=32, num_heads=4, num_layers=1)
+    batch = batch_of(PACKED)
+    encoder = bert(
+      **dims,
+      max_positions=T,
+      attend="auto",
+      dropout_rate=0.0,
+      attention_dropout_rate=0.3,
+    )
+    variables = nn.meta.unbox(
+      jax.jit(lambda k: encoder.init(k, batch))(jax.random.key(0))
+    )
+
+    def loss(variables):
+      out = encoder.apply(
+        variables, batch, train=True, rngs={"dropout": jax.random.key(1)}
+      )
+      return (out.hidden**3).sum()
+
+    want = jax.jit(jax.value_and_grad(loss))(variables)
+    with jax.set_mesh(make_mesh(data=2, model=2, seq=2)):
+      found = jax.jit(jax.value_and_grad(loss))(variables)
+    assert_close(found, want, atol=1e-4)
+
+
+if __name__ == "__main__":
+  absltest.main()
