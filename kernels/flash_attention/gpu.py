@@ -50,8 +50,8 @@ LAUNCHES = {
     (256, Launch(64, 32, 8, 2)),
   ),
   ("forward", 4): (
-    (64, Launch(64, 32, 4, 2)),
-    (128, Launch(32, 32, 4, 2)),
+    (64, Launch(32, 32, 4, 2)),
+    (128, Launch(32, 32, 8, 2)),
     (256, Launch(32, 16, 8, 1)),
   ),
   ("backward", 2): (
@@ -62,7 +62,7 @@ LAUNCHES = {
   ("backward", 4): (
     (64, Launch(32, 32, 4, 1)),
     (128, Launch(32, 32, 8, 1)),
-    (256, Launch(16, 16, 8, 1)),
+    (256, Launch(16, 16, 4, 1)),
   ),
 }
 
@@ -107,10 +107,22 @@ def refuse(
       )
 
 
+def _busy(extras: Extras, options: Options) -> bool:
+  """Whether scores are changed by what needs registers of its own."""
+  return bool(
+    extras.bias is not None
+    or extras.alibi_slopes is not None
+    or options.softcap is not None
+    or options.dropout_rate
+  )
+
+
 def _launch(direction: str, q, n, extras, options) -> Launch:
   width = max(n.d, n.dv)
   choices = LAUNCHES[direction, q.dtype.itemsize]
   launch = next(x for limit, x in choices if width <= limit)
+  if _busy(extras, options):
+    launch = launch._replace(columns=max(MIN_TILE, launch.columns // 2))
   if options.tiles is not None:
     return launch._replace(rows=options.tiles[0], columns=options.tiles[1])
   fitted = []
