@@ -1,0 +1,191 @@
+"""The public function: what it refuses, where it runs, what it occupies."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from kernels.flash_attention import Unsupported, flash_attention
+from tests.kernels.flash_attention.cases import normal, qkv
+
+B, T, S, H, D = 2, 6, 8, 4, 16
+Q, K, V = qkv((B, T, S, H, 2, D, D))[:3]
+WIDE = normal(0, 1, 4, 1, 300)
+
+
+class RefusalTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    ("layout", dict(layout="bhd"), "layout='bhd'.*bthd, bhtd, bhdt"),
+    ("backend", dict(backend="cuda"), "backend='cuda'.*reference, blockwise"),
+    ("rank", dict(q=Q[0]), r"q has shape \(6, 4, 16\).*bthd"),
+    ("dtype", dict(q=Q.astype(int)), "q has dtype int32"),
+    ("width", dict(q=Q[..., :3]), "k of shape.*head width must be equal"),
+    ("values", dict(v=V[:, :5]), "v of shape.*all but the head width"),
+    ("heads", dict(q=Q[:, :, :3]), "2 heads, which do not divide q's 3"),
+    ("bias", dict(bias=Q), r"bias has shape.*\[1\|2, 1\|4, 1\|6, 8\]"),
+    ("slopes", dict(alibi_slopes=Q[0, 0]), r"alibi_slopes.*\[4\] or \[2, 4\]"),
+    ("ids", dict(segment_ids=jnp.ones((B, T))), r"\(q, kv\) pair"),
+    (
+      "padding_twice",
+      dict(segment_ids=jnp.ones((B, T)), kv_lengths=jnp.ones(B)),
+      "segment_ids and kv_lengths.*give one",
+    ),
+    ("rate", dict(dropout_rate=1.0), r"dropout_rate=1.0 must lie in \[0, 1\)"),
+    ("seed", dict(dropout_rate=0.1), "needs dropout_seed"),
+    (
+      "generator",
+      dict(dropout_generator="philox"),
+      "dropout_generator='philox'.*counter, hardware, auto",
+    ),
+    ("window", dict(window=(1, -1)), r"window=\(1, -1\).*at least 0"),
+    ("cap", dict(logit_softcap=0.0), "logit_softcap=0.0 must be positive"),
+    ("mask", dict(block_mask=np.ones((4, 4), bool)), "does not tile.*(6, 8)"),
+    (
+      "mask_dtype",
+      dict(block_mask=np.ones((3, 4))),
+      "block_mask is float64.*must be bool",
+    ),
+    (
+      "mask_size",
+      dict(block_mask=np.ones((3, 4), bool), block_size=(4, 2)),
+      r"\(3, 4\) blocks.*make \(2, 4\)",
+    ),
+    ("size_alone", dict(block_size=(2, 2)), "without a block_mask"),
+  )
+  def test_bad_arguments_are_named(self, changes, message):
+    arguments = dict(q=Q, k=K, v=V) | changes
+    with self.assertRaisesRegex(ValueError, message):
+      flash_attention(**arguments)
+
+  @parameterized.named_parameters(
+    (
+      "blockwise_hardware",
+      "blockwise",
+      dict(dropout_rate=0.1, dropout_seed=0, dropout_generator="hardware"),
+      "'hardware' exists on a TPU only",
+    ),
+    ("blockwise_tiles", "blockwise", dict(tiles=(8,)), r"\(rows, columns\)"),
+    (
+      "gpu_hardware",
+      "gpu",
+      dict(dropout_rate=0.1, dropout_seed=0, dropout_generator="hardware"),
+      "'hardware' exists on a TPU only",
+    ),
+    ("gpu_tiles", "gpu", dict(tiles=(24, 16)), "powers of two from 16"),
+    ("gpu_width", "gpu", dict(q=WIDE, k=WIDE, v=WIDE), "300.*exceed.*256"),
+    (
+      "gpu_blocks",
+      "gpu",
+      dict(block_mask=np.ones((3, 4), bool)),
+      r"blocks of \(2, 2\).*multiples of 16",
+    ),
+  )
+  def test_what_a_backend_cannot_do_is_named(self, backend, changes, message):
+    arguments = dict(q=Q, k=K, v=V, backend=backend) | changes
+    with self.assertRaisesRegex(Unsupported, message):
+      flash_attention(**arguments)
+
+
+class DispatchTest(parameterized.TestCase):
+  def lower(self, platform, **options):
+    def loss(q, k, v):
+      return flash_attention(q, k, v, **options).sum()
+
+    grad = jax.jit(jax.grad(loss, (0, 1, 2)))
+    return grad.trace(Q, K, V).lower(lowering_platforms=(platform,)).as_text()
+
+  def test_cuda_gets_triton_and_cpu_gets_none_of_it(self):
+    kernels = re.findall(
+      "flash_attention_(?:forward|dq|dkv)", self.lower("cuda")
+    )
+    self.assertEqual(
+      set(kernels),
+      {f"flash_attention_{k}" for k in ("forward", "dq", "dkv")},
+    )
+    self.assertNotIn("flash_attention_", self.lower("cpu"))
+
+  def test_what_the_kernels_refuse_runs_blockwise(self):
+    mask = np.ones((3, 4), bool)  # blocks of 2, too small for a tensor core
+    self.assertNotIn("flash_attention_", self.lower("cuda", block_mask=mask))
+
+  def test_auto_dropout_is_the_counter_where_there_is_no_other(self):
+    drop = dict(dropout_rate=0.3, dropout_seed=1)
+    np.testing.assert_array_equal(
+      flash_attention(Q, K, V, dropout_generator="auto", **drop),
+      flash_attention(Q, K, V, dropout_generator="counter", **drop),
+    )
+
+
+class TransformationTest(absltest.TestCase):
+  def test_vmap_equals_a_loop(self):
+    q, k, v = (jnp.stack([x, x[::-1] + 1]) for x in (Q, K, V))
+    mask = jnp.asarray(np.random.default_rng(0).random((2, 3, 4)) < 0.6)
+
+    def f(q, k, v, mask):
+      return flash_attention(q, k, v, block_mask=mask, causal=True)
+
+    def grads(*x):
+      return jax.grad(lambda *x: (f(*x, mask_of) ** 2).sum(), (0, 1, 2))(*x)
+
+    found = jax.vmap(f)(q, k, v, mask)
+    for i in range(2):
+      np.testing.assert_allclose(
+        found[i], f(q[i], k[i], v[i], mask[i]), atol=1e-6
+      )
+    mask_of = mask[0]
+    batched = jax.vmap(grads)(q, k, v)
+    for i in range(2):
+      alone = grads(q[i], k[i], v[i])
+      for a, b in zip(batched, alone):
+        np.testing.assert_allclose(a[i], b, atol=1e-5)
+
+  def test_scan_over_layers_equals_a_loop(self):
+    slopes = jnp.arange(3 * H).reshape(3, H) / 10
+
+    def layer(x, slope):
+      return flash_attention(x, x, x, alibi_slopes=slope), None
+
+    def scanned(slopes):
+      return jax.lax.scan(layer, Q, slopes)[0].sum()
+
+    def looped(slopes):
+      x = Q
+      for slope in slopes:
+        x = layer(x, slope)[0]
+      return x.sum()
+
+    for a, b in zip(
+      jax.value_and_grad(scanned)(slopes), jax.value_and_grad(looped)(slopes)
+    ):
+      np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+class MemoryTest(parameterized.TestCase):
+  def temporaries(self, length, **options):
+    x = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.float32)
+
+    def loss(q, k, v):
+      return flash_attention(q, k, v, **options).sum()
+
+    compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
+    self.assertNotRegex(compiled.as_text(), rf"\[[\d,]*{length},{length}\]")
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  @parameterized.named_parameters(
+    ("plain", {}),
+    ("causal_dropout", dict(causal=True, dropout_rate=0.1, dropout_seed=0)),
+  )
+  def test_memory_is_linear_in_the_length(self, options):
+    short, long = (self.temporaries(n, **options) for n in (4096, 8192))
+    array = 8192 * 2 * 64 * 4
+    # Twelve arrays of the size of q, and a few tiles of 4 MB.
+    self.assertLess(long, 12 * array + 8 * 2**22)
+    self.assertLess(long - short, 6 * array)
+    # The scores alone would be 2 * 8192^2 * 4 bytes.
+    self.assertLess(long, 2 * 8192**2 * 4 / 4)
+
+
+if __name__ == "__main__":
+  absltest.main()

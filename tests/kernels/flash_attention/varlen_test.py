@@ -1,0 +1,86 @@
+"""Sequences end to end give what padded ones do."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from kernels.flash_attention import flash_attention, varlen
+from kernels.flash_attention.options import Unsupported
+from tests.kernels.flash_attention.cases import normal
+
+LENGTHS = np.array([150, 3, 200, 40])
+H, KV, D, DV, TOTAL = 4, 2, 8, 12, 420  # 27 places are beyond the last
+ENDS = np.concatenate([[0], np.cumsum(LENGTHS)])
+
+
+def padded(x):
+  rows = [x[a : a + n] for a, n in zip(ENDS, LENGTHS)]
+  longest = LENGTHS.max()
+  return jnp.stack(
+    [jnp.pad(r, ((0, longest - len(r)), (0, 0), (0, 0))) for r in rows]
+  )
+
+
+def unpadded(x):
+  rows = jnp.concatenate([x[i, :n] for i, n in enumerate(LENGTHS)])
+  return jnp.pad(rows, ((0, TOTAL - len(rows)), (0, 0), (0, 0)))
+
+
+class VarlenTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    ("plain", {}),
+    ("causal", {"causal": True}),
+    ("window_alibi", {"window": 30, "alibi_slopes": jnp.arange(H) / 16}),
+  )
+  def test_equals_padded_sequences(self, options):
+    x = (
+      normal(0, TOTAL, H, D),
+      normal(1, TOTAL, KV, D),
+      normal(2, TOTAL, KV, DV),
+    )
+    weights = normal(3, TOTAL, H, DV)
+
+    def packed(*x):
+      out = varlen.flash_attention_varlen(
+        *x, jnp.asarray(ENDS), backend="blockwise", **options
+      )
+      return (out * weights).sum(), out
+
+    def separate(*x):
+      q, k, v = map(padded, x)
+      ids = jnp.arange(q.shape[1])[None] < LENGTHS[:, None]
+      out = flash_attention(
+        q, k, v, segment_ids=ids, backend="blockwise", **options
+      )
+      return (unpadded(out) * weights).sum(), unpadded(out)
+
+    found, want = (
+      jax.jit(jax.grad(f, (0, 1, 2), has_aux=True))(*x)
+      for f in (packed, separate)
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want)):
+      np.testing.assert_allclose(a, b, atol=1e-4)
+
+  def test_only_blocks_where_sequences_meet_are_visited(self):
+    ids = np.asarray(varlen.segment_ids(jnp.asarray(ENDS), TOTAL))
+    np.testing.assert_array_equal(
+      ids, np.repeat([1, 2, 3, 4, 0], [*LENGTHS, TOTAL - LENGTHS.sum()])
+    )
+    found = varlen.meeting_blocks(jnp.asarray(ids), jnp.asarray(ids))
+    same = np.equal.outer(ids, ids) & (ids > 0)
+    for i, j in np.ndindex(found.shape):
+      part = same[i * 128 : i * 128 + 128, j * 128 : j * 128 + 128]
+      self.assertEqual(found[i, j], part.any())
+    self.assertFalse(found.all())
+
+  def test_what_has_no_meaning_is_refused(self):
+    q = normal(0, TOTAL, H, D)
+    with self.assertRaisesRegex(ValueError, "block_mask is not an option"):
+      varlen.flash_attention_varlen(q, q, q, ENDS, block_mask=None)
+    with self.assertRaisesRegex(Unsupported, "causal with cumulative_kv"):
+      varlen.flash_attention_varlen(q, q, q, ENDS, ENDS, causal=True)
+
+
+if __name__ == "__main__":
+  absltest.main()
