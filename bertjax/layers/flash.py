@@ -8,6 +8,12 @@ from bertjax.parallel.sharding import RULES
 from kernels.flash_attention import Sharding, flash_attention
 
 
+def platform() -> str:
+  """The platform that the context's mesh is of; without a mesh, JAX's own."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
 def mesh_sharding() -> Sharding | None:
   """Over which axes of the context's mesh attention is split; None: no mesh.
 
@@ -38,16 +44,22 @@ class FlashAttend:
 
   Attributes:
     backend: name of one, or None: that of the platform compiled for.
-    layout: order of the axes of q, k, v and the output.
+    fixed_layout: see `layout`; None: what the platform's kernels read.
     dropout_generator: see `flash_attention`; "auto" is the platform's fastest.
     interpret: run Pallas kernels in the interpreter, for tests on a CPU.
   """
 
   backend: str | None = None
-  # What the TPU kernels read; the other backends transpose at little cost.
-  layout: str = "bhdt"
+  fixed_layout: str | None = None
   dropout_generator: str = "auto"
   interpret: bool = False
+
+  @property
+  def layout(self) -> str:
+    """Order of the axes of q, k, v and the output."""
+    if self.fixed_layout is not None:
+      return self.fixed_layout
+    return "bhdt" if platform() == "tpu" else "bthd"
 
   def __call__(
     self,

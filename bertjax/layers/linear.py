@@ -14,10 +14,10 @@ from bertjax.layers.matmul import einsum
 bert_init = nn.initializers.truncated_normal(0.02)
 
 
-def _flat_product(
+def _product(
   spec: str, x: jax.Array, kernel: jax.Array, dtype: Dtype
 ) -> jax.Array:
-  """`einsum(spec, x, kernel)` by a two-dimensional kernel, float32.
+  """`einsum(spec, x, kernel)`, float32; by a two-dimensional kernel if it can.
 
   XLA's CPU backend copies a kernel of three dimensions before every product.
   """
@@ -26,10 +26,7 @@ def _flat_product(
   summed = "".join(c for c in letters if c not in out)
   made = letters.removeprefix(summed)
   if not (given.endswith(summed) and out.endswith(made)):
-    raise ValueError(
-      f"spec={spec!r}: the kernel's letters must be the last of the input, then"
-      " the last of the output, such as 'bte,ehd->bthd'."
-    )
+    return einsum(spec, x, kernel, dtype)
   lead = given.removesuffix(summed)
   width = math.prod(kernel.shape[: len(summed)])
   y = einsum(
@@ -45,8 +42,8 @@ class Linear(nn.Module):
   """`y = einsum(spec, x, kernel) + bias`.
 
   Attributes:
-    spec: einsum of input and kernel, such as "bte,ehd->bthd"; the output keeps
-      the order of the kernel's letters.
+    spec: einsum of input and kernel, such as "bte,ehd->bthd"; the bias
+      follows the output's order.
     features: sizes of the kernel's letters that the input lacks, in order;
       the other sizes are the input's.
     axes: logical axis name of each kernel dimension.
@@ -75,7 +72,7 @@ class Linear(nn.Module):
       shape,
       jnp.float32,
     )
-    y = _flat_product(self.spec, x, kernel, self.dtype)
+    y = _product(self.spec, x, kernel, self.dtype)
     if self.use_bias:
       kept = [i for i, c in enumerate(letters) if c in out]
       bias = self.param(
