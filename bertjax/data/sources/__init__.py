@@ -18,6 +18,7 @@ from bertjax.data.sources.formats import (
   text_files,
   tfrecord,
 )
+from bertjax.data.sources.grammar import Grammar
 from bertjax.data.sources.mixture import Mixture
 from bertjax.data.sources.preprocess import PREPROCESSORS, Preprocessed
 from bertjax.data.sources.pubmed import pubmed_xml
@@ -30,6 +31,7 @@ __all__ = [
   "PREPROCESSORS",
   "SOURCES",
   "Example",
+  "Grammar",
   "HashSplit",
   "Mixture",
   "Preprocessed",
@@ -83,6 +85,7 @@ SOURCES: dict[str, Callable[..., Source]] = {
   for name, builder in {
     "corpus": corpus,
     "csv": csv,
+    "grammar": Grammar,
     "jsonl": jsonl,
     "mixture": _mixture,
     "parquet": parquet,
