@@ -212,7 +212,7 @@ TF1 = NameMap(
   ignored=(r"/adam_[mv]$", r"^global_step$"),
 )
 
-HEADS = ("mlm_head", "pooler", "pair_head", "classifier", "span")
+HEADS = ("mlm_head", "lm_head", "pooler", "pair_head", "classifier", "span")
 
 
 def heads_of(params: Mapping[str, Any]) -> frozenset[str]:

@@ -12,7 +12,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from bertjax.layers.attention import ATTENTION, Attend, SelfAttention
+from bertjax.layers.attention import (
+  ATTENTION,
+  Attend,
+  SelfAttention,
+  reference_attend,
+)
 from bertjax.layers.block import RESIDUALS, Block
 from bertjax.layers.embeddings import Embeddings
 from bertjax.layers.feed_forward import ACTIVATIONS, FeedForward
@@ -152,4 +157,9 @@ def bert(
 # RoBERTa differs from BERT in data and objective; in the network only by these.
 roberta = functools.partial(
   bert, num_types=1, position_offset=2, activation="gelu", epsilon=1e-5
+)
+
+# The ablation of BERT in which no token sees a later one (section 5.1).
+left_to_right_bert = functools.partial(
+  bert, attend=functools.partial(reference_attend, causal=True)
 )
