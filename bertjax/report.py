@@ -289,7 +289,8 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
   return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+  """A Markdown table; bars in cells are escaped."""
   lines = [header, ["---"] * len(header), *rows]
   return "\n".join(
     "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
@@ -316,7 +317,7 @@ def _results(table: Table, health: Mapping[str, Any]) -> str:
     value = f"{number:.4g}"
     rows.append([f"{name} (baseline)", value, value, value, value, ""])
   header = ["metric", "first", "last", "least", "largest", "last step"]
-  return "## Results\n\n" + _markdown(header, rows)
+  return "## Results\n\n" + markdown_table(header, rows)
 
 
 def _health_section(checks: Sequence[Check]) -> str:
@@ -330,13 +331,13 @@ def _health_section(checks: Sequence[Check]) -> str:
     else f"All {len(checks)} checks are ok."
   )
   header = ["check", "value", "expected", "verdict"]
-  return f"## Health\n\n{verdict}\n\n" + _markdown(header, rows)
+  return f"## Health\n\n{verdict}\n\n" + markdown_table(header, rows)
 
 
 def _samples_section(samples: Sequence[tuple[str, str]]) -> str:
   if not samples:
     return ""
-  return "## Samples\n\n" + _markdown(["text", "model"], samples)
+  return "## Samples\n\n" + markdown_table(["text", "model"], samples)
 
 
 def _config_section(config: Mapping[str, Any]) -> str:

@@ -38,6 +38,7 @@ class Result:
     reason: why it stopped.
     metrics: the last training and evaluation values.
     interrupted: whether a signal ended it early.
+    elapsed_s: seconds of the (last) stage, over all resumes.
   """
 
   state: Any
@@ -45,6 +46,7 @@ class Result:
   reason: str
   metrics: dict[str, float]
   interrupted: bool = False
+  elapsed_s: float = 0.0
 
 
 def train(
@@ -117,7 +119,7 @@ def run(
   interrupted = end == INTERRUPTED
   if not interrupted and jax.process_index() == 0:
     _report(experiment, workdir, state)
-  return Result(state, step, reason, metrics, interrupted)
+  return Result(state, step, reason, metrics, interrupted, watch.elapsed_s())
 
 
 def _health(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float]:

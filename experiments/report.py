@@ -1,0 +1,73 @@
+r"""One table of what all experiments found.
+
+  python -m experiments.report [FOLDER]
+
+Reads `<paper>/result.json` of every experiment and prints Markdown: paper,
+claim, published and measured effect, verdict (reproduced, partly, not) and
+minutes. FOLDER is that of the experiments by default.
+"""
+
+import collections
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from experiments import tables
+from experiments.outcome import RESULT, VERDICTS
+
+_FIELDS = ("claim", "published", "measured", "verdict")
+
+
+def experiments(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Folders of experiments, by name."""
+  return sorted(path.parent for path in folder.glob("*/run.py"))
+
+
+def rows(folder: pathlib.Path) -> list[dict[str, str]]:
+  """A row a claim; an experiment without results has one that says so.
+
+  Raises:
+    ValueError: a result.json that no run.py wrote.
+  """
+  found = []
+  for experiment in experiments(folder):
+    path = experiment / RESULT
+    if not path.exists():
+      found.append({"experiment": experiment.name, "verdict": "not run yet"})
+      continue
+    try:
+      result = json.loads(path.read_text(encoding="utf-8"))
+      for number, claim in enumerate(result["claims"]):
+        row = {"experiment": experiment.name, "paper": result["paper"]}
+        row |= {name: claim[name] for name in _FIELDS}
+        row["minutes"] = "" if number else f"{result['minutes']:.0f}"
+        found.append(row)
+    except (KeyError, TypeError, ValueError) as err:
+      raise ValueError(
+        f"{path} is not the result of an experiment ({err!r}); run"
+        f" python -m experiments.{experiment.name}.run again."
+      ) from err
+  return found
+
+
+def report(folder: pathlib.Path) -> str:
+  """The table, and how many claims got which verdict."""
+  found = rows(folder)
+  if not found:
+    raise ValueError(f"{folder} holds no experiment (<paper>/run.py).")
+  counts = collections.Counter(row["verdict"] for row in found)
+  verdicts = ", ".join(f"{counts[name]} {name}" for name in VERDICTS)
+  return f"{tables.markdown(found)}\n\nClaims: {verdicts}."
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Command line: the folder, if it is another one."""
+  if len(arguments) > 1:
+    raise SystemExit("usage: python -m experiments.report [FOLDER]")
+  default = pathlib.Path(__file__).parent
+  print(report(pathlib.Path(arguments[0]) if arguments else default))
+
+
+if __name__ == "__main__":
+  main(sys.argv[1:])
