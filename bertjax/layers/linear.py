@@ -20,22 +20,27 @@ def _product(
   """`einsum(spec, x, kernel)`, float32; by a two-dimensional kernel if it can.
 
   XLA's CPU backend copies a kernel of three dimensions before every product.
+  Letters of the kernel that another array does not keep together, as "h" and
+  "d" in "bhtd", leave it as it is.
   """
   inputs, out = spec.split("->")
   given, letters = inputs.split(",")
   summed = "".join(c for c in letters if c not in out)
   made = letters.removeprefix(summed)
-  if not (given.endswith(summed) and out.endswith(made)):
+  if summed not in given or made not in out:
     return einsum(spec, x, kernel, dtype)
-  lead = given.removesuffix(summed)
+  start = given.index(summed)
   width = math.prod(kernel.shape[: len(summed)])
+  rest = x.shape[start + len(summed) :]
   y = einsum(
-    f"{lead}x,xy->{lead}y",
-    x.reshape(*x.shape[: len(lead)], width),
+    f"{given.replace(summed, 'x')},xy->{out.replace(made, 'y')}",
+    x.reshape(*x.shape[:start], width, *rest),
     kernel.reshape(width, -1),
     dtype,
   )
-  return y.reshape(*y.shape[:-1], *kernel.shape[len(summed) :])
+  start = out.index(made)
+  shape = kernel.shape[len(summed) :]
+  return y.reshape(*y.shape[:start], *shape, *y.shape[start + 1 :])
 
 
 class Linear(nn.Module):

@@ -1,0 +1,50 @@
+"""The Triton kernels assembled for an H100: no register goes to memory."""
+
+import importlib.util
+import unittest
+
+from absl.testing import absltest, parameterized
+
+from bertjax.hardware import compile_for
+from tests.kernels.flash_attention import gpu_programs
+
+BERT = dict(segment_ids=True, dropout_rate=0.1, dropout_seed=0)
+EVERYTHING = BERT | dict(
+  bias=True, causal=True, window=(99, 9), logit_softcap=9.0
+)
+
+
+@unittest.skipUnless(
+  importlib.util.find_spec("jax_cuda13_plugin"),
+  "the CUDA compiler is not installed: pip install 'bertjax[gpu_compiler]'",
+)
+class CompileTest(parameterized.TestCase):
+  @parameterized.named_parameters(
+    ("bert", "bfloat16", 64, BERT),
+    ("everything", "bfloat16", 64, EVERYTHING),
+    ("wide", "bfloat16", 128, {}),
+    ("widest", "float16", 256, {}),
+  )
+  def test_nothing_spills(self, dtype, width, options):
+    program = compile_for(
+      "h100:1",
+      gpu_programs.lower,
+      dtype=dtype,
+      width=width,
+      options=options,
+    )
+    kernels = {
+      k.name: k for k in program.kernels if k.name.startswith("flash_attention")
+    }
+    want = {"forward", "dkv", "dq"} | (
+      {"dbias"} if "bias" in options else set()
+    )
+    self.assertEqual(set(kernels), {f"flash_attention_{k}" for k in want})
+    for kernel in kernels.values():
+      self.assertEqual((kernel.spill_stores, kernel.spill_loads), (0, 0))
+      self.assertTrue(kernel.tensor_cores)
+      self.assertLessEqual(kernel.shared_memory, 227 * 1024)
+
+
+if __name__ == "__main__":
+  absltest.main()
