@@ -1,5 +1,6 @@
 """Bidirectional attention of BERT (Devlin et al. 2018, arXiv:1810.04805)."""
 
+import functools
 from collections.abc import Mapping
 from typing import Protocol, runtime_checkable
 
@@ -154,6 +155,13 @@ ATTENTION: Mapping[str, Attend] = {
 }
 
 
+def layout_of(attend: Attend) -> str:
+  """Order of axes that an implementation reads, also inside partials."""
+  while isinstance(attend, functools.partial):
+    attend = attend.func
+  return getattr(attend, "layout", "bthd")
+
+
 class SelfAttention(nn.Module):
   """Multi-head self-attention over rows that may hold several segments.
 
@@ -180,7 +188,7 @@ class SelfAttention(nn.Module):
     train: bool,
   ) -> Float[Array, "b t e"]:
     # The projections write what the kernel reads: nothing is transposed.
-    layout = getattr(self.attend, "layout", "bthd")
+    layout = layout_of(self.attend)
 
     def project(name):
       return Linear(

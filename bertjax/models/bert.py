@@ -16,7 +16,6 @@ from bertjax.layers.attention import (
   ATTENTION,
   Attend,
   SelfAttention,
-  reference_attend,
 )
 from bertjax.layers.block import RESIDUALS, Block
 from bertjax.layers.embeddings import Embeddings
@@ -58,6 +57,7 @@ def bert(
   keep_layers: bool = False,
   dtype: Dtype = jnp.float32,
   attend: str | Attend = "auto",
+  causal: bool = False,
 ) -> Encoder:
   """A BERT encoder of a published size, any dimension of which may be replaced.
 
@@ -82,6 +82,7 @@ def bert(
     keep_layers: see `Encoder`.
     dtype: compute dtype; parameters are float32.
     attend: key of `ATTENTION`, or an implementation.
+    causal: no token sees a later one.
 
   Raises:
     ValueError: an unknown name, or heads that do not divide the width.
@@ -105,6 +106,8 @@ def bert(
   lookup(REMAT, remat, "model.remat")
   if isinstance(attend, str):
     attend = lookup(ATTENTION, attend, "model.attend")
+  if causal:
+    attend = functools.partial(attend, causal=True)
   act = lookup(ACTIVATIONS, activation, "model.activation")
   make_norm = functools.partial(LayerNorm, epsilon=epsilon, dtype=dtype)
 
@@ -160,6 +163,4 @@ roberta = functools.partial(
 )
 
 # The ablation of BERT in which no token sees a later one (section 5.1).
-left_to_right_bert = functools.partial(
-  bert, attend=functools.partial(reference_attend, causal=True)
-)
+left_to_right_bert = functools.partial(bert, causal=True)

@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 
 from bertjax.layers.attention import ATTENTION, Attend, SelfAttention
 from bertjax.layers.flash import FlashAttend, mesh_sharding
-from bertjax.models import bert
+from bertjax.models import bert, left_to_right_bert
 from bertjax.objectives import masked_lm
 from bertjax.parallel.mesh import make_mesh
 
@@ -159,6 +159,19 @@ class LayoutTest(absltest.TestCase):
       shape = variables["params"]["query"]["kernel"].unbox().shape
       self.assertEqual(shape, (12, 3, 4))
     self.assertEqual(seen, [(2, 3, 4, 5)])
+
+  def test_a_causal_encoder_is_causal_whatever_attends(self):
+    dims = dict(vocab_size=V, emb_dim=16, num_heads=2, num_layers=1)
+    batch = batch_of(np.ones((2, T)))
+    outs = {}
+    for attend in ("auto", "reference"):
+      encoder = left_to_right_bert(**dims, max_positions=T, attend=attend)
+      variables = encoder.init(jax.random.key(0), batch)
+      outs[attend] = encoder.apply(variables, batch).hidden
+    np.testing.assert_allclose(outs["auto"], outs["reference"], atol=1e-5)
+    later = batch | {"tokens": batch["tokens"].at[:, 9:].set(1)}
+    moved = encoder.apply(variables, later).hidden
+    np.testing.assert_allclose(moved[:, :9], outs["auto"][:, :9], atol=1e-5)
 
   def test_layouts_give_one_layer(self):
     x = jax.random.normal(jax.random.key(0), (2, 5, 12))
