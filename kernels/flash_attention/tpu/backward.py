@@ -357,7 +357,7 @@ def backward(
   kernel = _Kernel(problem, tiles, schedule)
   results = launch(
     kernel,
-    name="flash_attention_backward",
+    name="flash_attention_tpu_backward",
     problem=problem,
     tiles=tiles,
     schedule=schedule,

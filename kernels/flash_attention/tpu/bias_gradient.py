@@ -158,7 +158,7 @@ def bias_gradient(
 
   result = launch(
     kernel,
-    name="flash_attention_bias_gradient",
+    name="flash_attention_tpu_bias_gradient",
     problem=problem,
     tiles=tiles,
     schedule=schedule,

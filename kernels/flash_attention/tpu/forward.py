@@ -242,7 +242,7 @@ def forward(
   kernel = _Kernel(problem, tiles, schedule)
   results = launch(
     kernel,
-    name="flash_attention_forward",
+    name="flash_attention_tpu_forward",
     problem=problem,
     tiles=tiles,
     schedule=schedule,
