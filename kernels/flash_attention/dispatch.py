@@ -15,7 +15,7 @@ from kernels.flash_attention.options import Extras, Options, Unsupported
 _PACKAGE = __name__.rpartition(".")[0]
 
 # Modules of this package, imported when first used: Pallas takes a while.
-BACKENDS = ("reference", "blockwise", "gpu")
+BACKENDS = ("reference", "blockwise", "gpu", "tpu")
 
 
 class Platform(NamedTuple):
@@ -25,7 +25,7 @@ class Platform(NamedTuple):
   generator: str = "counter"
 
 
-PLATFORMS = {"cuda": Platform("gpu")}
+PLATFORMS = {"cuda": Platform("gpu"), "tpu": Platform("tpu", "hardware")}
 OTHER = Platform("blockwise")
 
 

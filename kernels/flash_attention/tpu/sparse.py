@@ -1,0 +1,84 @@
+"""Block masks: as tiles to visit, and as masks within tiles.
+
+A tile is a multiple of 128 positions each way, as the lanes want. A mask of
+larger blocks is refined to tiles. A mask of smaller blocks makes a tile visited
+if any of its blocks is visible, and evaluated within if not all of them are.
+"""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.flash_attention.options import Extras, Unsupported
+from kernels.flash_attention.tpu.launch import Operand
+from kernels.flash_attention.tpu.problem import LANES, Problem
+from kernels.flash_attention.tpu.tiles import Tiles
+
+_SUBLANES = 8
+_LARGEST = 1024
+
+
+def tile(block: tuple[int, int]) -> tuple[int, int]:
+  """The least tile that whole blocks make up."""
+  return tuple(math.lcm(n, LANES) for n in block)
+
+
+def refuse(block: tuple[int, int]) -> None:
+  """Raises Unsupported for blocks that do not make up tiles."""
+  for size, whole in zip(block, tile(block)):
+    if size % _SUBLANES or (size % LANES and whole > _LARGEST):
+      raise Unsupported(
+        f"block_mask has blocks of {block[0]} x {block[1]}; the TPU kernels"
+        f" take multiples of {LANES}, or multiples of {_SUBLANES} whose least"
+        f" common multiple with {LANES} is at most {_LARGEST}."
+      )
+
+
+def by_tile(mask: Any, block: tuple[int, int], tiles: Tiles) -> tuple[Any, Any]:
+  """(some, all) visible, bool [1|h, row tiles, column tiles].
+
+  Args:
+    mask: bool [1|h, row blocks, column blocks], numpy or traced.
+    block: positions of a block.
+    tiles: whose t and s are multiples or divisors of the block's.
+  """
+  xp = np if isinstance(mask, np.ndarray) else jnp
+  some, whole = mask, mask
+  for axis, size, side, count in (
+    (1, block[0], tiles.t, tiles.rows),
+    (2, block[1], tiles.s, tiles.columns),
+  ):
+    if size >= side:
+      some, whole = (
+        xp.take(xp.repeat(x, size // side, axis), xp.arange(count), axis)
+        for x in (some, whole)
+      )
+      continue
+    missing = [(0, 0)] * 3
+    missing[axis] = (0, count * (side // size) - mask.shape[axis])
+    shape = list(some.shape)
+    shape[axis : axis + 1] = [count, side // size]
+    some = xp.pad(some, missing).reshape(shape).any(axis + 1)
+    # Blocks past the end hide nothing that is not padding.
+    whole = xp.pad(whole, missing, constant_values=True)
+    whole = whole.reshape(shape).all(axis + 1)
+  return some, whole
+
+
+def within(extras: Extras, problem: Problem, tiles: Tiles) -> Operand:
+  """The mask for use within tiles, int32 [1|h, column blocks, queries]."""
+  rows, columns = problem.block
+  mask = jnp.asarray(extras.block_mask).astype(jnp.int32)
+  mask = jnp.repeat(mask.swapaxes(1, 2), rows, axis=2)
+  blocks = -(-tiles.s_pad // columns)
+  missing = (blocks - mask.shape[1], max(tiles.t_pad - mask.shape[2], 0))
+  mask = jnp.pad(mask, [(0, 0), (0, missing[0]), (0, missing[1])])
+  mask = mask[:, :, : tiles.t_pad]
+  heads = mask.shape[0]
+  return Operand(
+    mask,
+    (1, blocks, tiles.t),
+    lambda b, group, visit: (group if heads > 1 else 0, 0, visit.i),
+  )
