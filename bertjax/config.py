@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_collections
+
 from bertjax import registry
 
 Spec = Mapping[str, Any]
@@ -90,6 +92,17 @@ class Settings:
     return json.loads(json.dumps(dataclasses.asdict(self)))
 
 
+def new_config() -> ml_collections.ConfigDict:
+  """What a config starts from: the optional groups of `Settings`, empty.
+
+  A flag can add to a group that is there: `--config.mesh.model=2`.
+  """
+  config = ml_collections.ConfigDict()
+  for name in ("mesh", "evals", "every", "keep", "init_from", "profile"):
+    config[name] = {}
+  return config
+
+
 def plain(config: Any) -> dict[str, Any]:
   """A ConfigDict or mapping as nested dicts of plain values."""
   return config.to_dict() if hasattr(config, "to_dict") else dict(config)
@@ -107,7 +120,12 @@ def settings(config: Any) -> Settings:
     registry.lookup(_every(), key, "every")
     if not isinstance(value, int) or value < 1:
       raise ValueError(f"every.{key}={value!r} must be a positive integer.")
-  return dataclasses.replace(found, every=every)
+  return dataclasses.replace(
+    found,
+    every=every,
+    init_from=found.init_from or None,
+    profile=found.profile or None,
+  )
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict:

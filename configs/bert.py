@@ -13,10 +13,12 @@ then 100k at 512 that go on with optimizer and schedule.
 
 import ml_collections
 
+from bertjax.config import new_config
+
 
 def get_config(variant: str = "base") -> ml_collections.ConfigDict:
   tiny = variant == "tiny"
-  c = ml_collections.ConfigDict()
+  c = new_config()
   c.seed = 0
   c.dtype = "float32" if tiny else "bfloat16"
   c.model = dict(name="bert", size="tiny" if tiny else variant)

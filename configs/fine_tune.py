@@ -24,6 +24,7 @@ Three epochs, the rate up over a tenth of them and down to 0 over the rest.
 import ml_collections
 from ml_collections import config_dict
 
+from bertjax.config import new_config
 from bertjax.tasks import TASKS
 
 # Where the paper differs from batches of 32 rows of 128 tokens.
@@ -43,7 +44,7 @@ def get_config(variant: str = "sst2") -> ml_collections.ConfigDict:
   task = next((name for name in names if name in TASKS), variant)
   recipe = dict(batch_size=32, seq_len=128, learning_rate=3e-5)
   recipe |= _RECIPES.get(task, {})
-  c = ml_collections.ConfigDict()
+  c = new_config()
   c.seed = 0
   c.dtype = "bfloat16"
   c.init_from = dict(path="bert-base-uncased", reinit=dict(top_k=0))
@@ -73,7 +74,7 @@ def get_config(variant: str = "sst2") -> ml_collections.ConfigDict:
 
 def _make_tiny(c: ml_collections.ConfigDict) -> None:
   """Which package a line of documentation is from, learned from nothing."""
-  del c.init_from
+  c.init_from = {}
   c.dtype = "float32"
   c.model = dict(name="bert", size="tiny")
   c.data.task = dict(

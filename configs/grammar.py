@@ -10,10 +10,12 @@ Seen:  masked accuracy 0.421 on held-out documents, 0.123 by frequency alone;
 
 import ml_collections
 
+from bertjax.config import new_config
+
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
   tiny = variant == "tiny"
-  c = ml_collections.ConfigDict()
+  c = new_config()
   c.seed = 0
   c.model = dict(
     name="bert", size="tiny", max_positions=32, dropout_rate=0.0, scan=False

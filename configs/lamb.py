@@ -19,6 +19,8 @@ nothing decays.
 
 import ml_collections
 
+from bertjax.config import new_config
+
 # MLPerf v2.0 and v2.1 logs by global batch: rate, b1, b2, decay, steps of the
 # schedule, warm-up, where on the ramp it starts.
 MLPERF = {
@@ -35,7 +37,7 @@ def evaluation_samples(batch_size: int) -> int:
 
 
 def get_config(variant: str = "large") -> ml_collections.ConfigDict:
-  c = ml_collections.ConfigDict()
+  c = new_config()
   c.seed = 0
   c.dtype = "bfloat16"
   mlperf = variant.startswith("mlperf_")

@@ -12,11 +12,13 @@ drawn afresh in every epoch, batches of 8k sequences.
 
 import ml_collections
 
+from bertjax.config import new_config
+
 
 def get_config(variant: str = "base") -> ml_collections.ConfigDict:
   tiny = variant == "tiny"
   large = variant == "large"
-  c = ml_collections.ConfigDict()
+  c = new_config()
   c.seed = 0
   c.dtype = "float32" if tiny else "bfloat16"
   c.model = dict(name="roberta", size="tiny" if tiny else variant)

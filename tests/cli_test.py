@@ -13,10 +13,12 @@ from tests import tiny
 _ROOT = pathlib.Path(__file__).parents[1]
 _CONFIG = """
 import pathlib
-import ml_collections
+from bertjax.config import new_config
 from tests import tiny
 def get_config():
-  return ml_collections.ConfigDict(tiny.config(pathlib.Path({!r})))
+  c = new_config()
+  c.update(tiny.config(pathlib.Path({!r})))
+  return c
 """
 
 

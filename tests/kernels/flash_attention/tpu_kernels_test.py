@@ -1,6 +1,6 @@
 """What is the TPU kernels' own: steps, schedules, generators, the compiler.
 
-That they mean the same as the other backends, `battery_test.py` tests.
+That they mean the same as the other backends, `backends_test.py` tests.
 """
 
 import importlib.util
