@@ -118,7 +118,8 @@ def attend(
     ValueError: shapes that do not fit or do not divide, or `Unsupported`.
   """
   n = check(q, k, v, extras, options)
-  _divides(n, sharding, jax.sharding.get_abstract_mesh())
+  mesh = jax.sharding.get_abstract_mesh()
+  _divides(n, sharding, mesh)
   mask = extras.block_mask
   static = isinstance(mask, np.ndarray)
   if static and mask.shape[0] > 1 and sharding.heads:
@@ -142,6 +143,8 @@ def attend(
     local,
     in_specs=(like_q, like_q, like_q, like_extras),
     out_specs=(like_q, like_lse),
-    axis_names=set(sharding.axes),
+    # All axes, those that split nothing too: the partitioner must not get to
+    # see a kernel.
+    axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
     check_vma=False,  # kernels do not tell over which axes results vary
   )(q, k, v, operands)
