@@ -57,7 +57,8 @@ class Settings:
     reference_curve: CSV of (step, loss) that the report compares with.
     cache_dir: where vocabularies and token caches live; the environment's
       BERTJAX_CACHE, or a folder in the user's cache, by default.
-    stages: runs that hand over, by name: what each changes in this config.
+    stages: runs by name, what each changes in this config; each starts from
+      the one before, as its `init_from` says.
   """
 
   model: Spec = dataclasses.field(default_factory=dict)

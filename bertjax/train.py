@@ -76,8 +76,8 @@ def _train_stages(
   previous: pathlib.Path | None = None
   for name, fields in stage_configs(config).items():
     stage = settings(fields)
-    if previous is not None and stage.init_from is not None:
-      source = {"path": str(previous), **stage.init_from}
+    if previous is not None:
+      source = {"path": str(previous), **(stage.init_from or {})}
       stage = dataclasses.replace(stage, init_from=source)
     if limit is not None:
       stage = dataclasses.replace(stage, every={"log": 1, "checkpoint": 1})
