@@ -140,7 +140,12 @@ def _health(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float]:
 
 def _report(experiment: Experiment, workdir: pathlib.Path, state: Any) -> None:
   texts = list(experiment.settings.samples)
-  model = loading.from_experiment(experiment, state.params)
+  model = loading.in_memory(
+    experiment.objective,
+    state.params,
+    experiment.data.tokenizer,
+    experiment.settings.to_json(),
+  )
   samples = predict.samples(model, texts) if texts else []
   report.write_report(
     workdir,
