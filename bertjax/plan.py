@@ -83,12 +83,14 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
   given = flags.FLAGS
-  if given.config is None or given.topology is None:
+  if not given["config"].present or given.topology is None:
     raise app.UsageError("--config and --topology are required.")
   cli.quiet()
   figures = {}
   with cli.clear_errors():
-    chosen = {name: rest for name, *rest in stages(given.config)}
+    if given.json != "-":
+      cli.check_output("json", given.json)
+    chosen = {name: rest for name, *rest in stages(cli.config())}
     if given.stage is not None:
       chosen = {given.stage: lookup(chosen, given.stage, "stage")}
     for name, (stage, steps) in chosen.items():

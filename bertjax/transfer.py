@@ -1,13 +1,12 @@
 """Parameters of one model fitted to the tree of another."""
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from bertjax import loading
+from bertjax import loading, rules
 from bertjax.interop import names, published
 
 
@@ -87,9 +86,10 @@ def _renamed(
   params: Mapping[str, Any], renames: Sequence[tuple[str, str]]
 ) -> dict[str, np.ndarray]:
   have: dict[str, np.ndarray] = {}
+  compiled = [(rules.regex(p, "init_from.renames"), r) for p, r in renames]
   for name, leaf in params.items():
-    for pattern, replacement in renames:
-      name = re.sub(pattern, replacement, name)
+    for pattern, replacement in compiled:
+      name = pattern.sub(replacement, name)
     if name in have:
       raise ValueError(f"init_from.renames maps two parameters to {name!r}.")
     have[name] = np.asarray(leaf)

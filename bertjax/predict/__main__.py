@@ -155,7 +155,10 @@ def _define_flags() -> None:
 
 
 def _lines(path: pathlib.Path, first: str) -> list[Request]:
-  lines = path.read_text("utf-8").splitlines()
+  try:
+    lines = path.read_text("utf-8").splitlines()
+  except UnicodeDecodeError as err:
+    raise ValueError(f"{path} is not UTF-8 text: {err}.") from err
   if path.suffix != ".jsonl":
     return [{first: line} for line in lines if line.strip()]
   requests = []
@@ -212,6 +215,7 @@ def main(argv: list[str]) -> None:
   cli.quiet()
   with cli.clear_errors():
     _, fields, command = lookup(TASKS, argv[1], "task")
+    cli.check_output("output", f.output)
     requests = _requests(f, fields)
     model = load_model(
       f.model, dtype=DTYPES[f.dtype], step=f.step, ignore=f.ignore
