@@ -23,18 +23,17 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
 from bertjax import cli
 from bertjax.loading import LoadedModel, load_model
+from bertjax.models import DTYPES
 from bertjax.predict.answers import REQUESTS
 from bertjax.predict.embed import POOLING, embed
 from bertjax.predict.fill_mask import fill_mask
 from bertjax.registry import lookup
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 Request = dict[str, Any]
 
 
