@@ -1,8 +1,11 @@
 """What the commands share."""
 
 import contextlib
+import json
+import pathlib
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -13,7 +16,11 @@ from bertjax.metrics.accumulator import NonFiniteError
 
 _EXPECTED = (
   ValueError,
+  FileExistsError,
   FileNotFoundError,
+  IsADirectoryError,
+  NotADirectoryError,
+  PermissionError,
   CheckpointError,
   CompilerMissing,
   NonFiniteError,
@@ -47,6 +54,55 @@ def define_config() -> flags.FlagHolder:
     lock_config=False,
     accept_new_attributes=True,
   )
+
+
+def config(given: flags.FlagValues = flags.FLAGS) -> Any:
+  """What `--config` names, with its overrides.
+
+  Raises:
+    ValueError: there is no such file.
+  """
+  try:
+    hasattr(given.config, "name")  # a failure to load waits for the first use
+    return given.config
+  except OSError as err:  # a page of attempts, the last line says why
+    raise ValueError(
+      f"--config={given['config'].config_filename} cannot be read:"
+      f" {str(err).strip().splitlines()[-1].strip()}"
+    ) from err
+
+
+def json_object(name: str, text: str | None) -> dict[str, Any] | None:
+  """The value of a flag that is a JSON object; None if it was not given.
+
+  Raises:
+    ValueError: it is something else.
+  """
+  if text is None:
+    return None
+  try:
+    value = json.loads(text)
+  except ValueError as err:
+    raise ValueError(f"--{name}={text} is no JSON: {err}.") from err
+  if not isinstance(value, dict):
+    raise ValueError(
+      f'--{name}={text} must be a JSON object, as {{"name": ...}}.'
+    )
+  return value
+
+
+def check_output(name: str, path: str | None) -> None:
+  """Refuses a file that cannot be written, before any work is done for it.
+
+  Raises:
+    ValueError: its folder is not there, or it is a folder itself.
+  """
+  if path is None:
+    return
+  if pathlib.Path(path).is_dir():
+    raise ValueError(f"--{name}={path} is a folder; name a file.")
+  if not (folder := pathlib.Path(path).absolute().parent).is_dir():
+    raise ValueError(f"--{name}={path}: there is no folder {folder}.")
 
 
 def quiet() -> None:

@@ -2,7 +2,7 @@ r"""Evaluates a trained run or a published checkpoint on any source.
 
   python -m bertjax.evaluate --model=runs/quick --split=test
   python -m bertjax.evaluate --model=FOLDER --split=train \
-      --source='{"name": "text_files", "train": "docs/*.txt"}'
+      --source='{"name": "text_files", "paths": "docs/*.txt"}'
   python -m bertjax.evaluate --model=FOLDER --split=validation \
       --data='{"name": "task", "task": {"name": "glue/sst2"}}'
 
@@ -10,7 +10,6 @@ Of a masked LM its accuracy, loss and pseudo-perplexity, of a fine-tuned model
 the task's metrics, beside what guessing by frequency achieves.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -117,8 +116,12 @@ _DATA_FLAG = flags.DEFINE_string("data", None, "JSON of options of data.")
 _EVALUATORS = flags.DEFINE_list(
   "evaluators", None, "What to measure; by default what suits the data."
 )
-_NUM_BATCHES = flags.DEFINE_integer("num_batches", 50, "Batches to read.")
-_NUM_ROWS = flags.DEFINE_integer("num_rows", 16, "Rows for the perplexity.")
+_NUM_BATCHES = flags.DEFINE_integer(
+  "num_batches", 50, "Batches to read.", lower_bound=1
+)
+_NUM_ROWS = flags.DEFINE_integer(
+  "num_rows", 16, "Rows for the perplexity.", lower_bound=1
+)
 
 
 def main(argv: list[str]) -> None:
@@ -129,11 +132,11 @@ def main(argv: list[str]) -> None:
     values = evaluate(
       _MODEL.value,
       split=_SPLIT.value,
-      source=json.loads(_SOURCE.value) if _SOURCE.value else None,
+      source=cli.json_object("source", _SOURCE.value or None),
       evaluators=_EVALUATORS.value,
       num_batches=_NUM_BATCHES.value,
       num_rows=_NUM_ROWS.value,
-      data=json.loads(_DATA_FLAG.value) if _DATA_FLAG.value else None,
+      data=cli.json_object("data", _DATA_FLAG.value or None),
     )
   for name, value in values.items():
     print(f"{name:24s} {value:.6g}")

@@ -8,7 +8,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from bertjax import registry, resolve, train_state, train_step
@@ -19,7 +18,7 @@ from bertjax.data.text import TextData
 from bertjax.evals import EVALUATORS, Evaluator
 from bertjax.hooks import StopRules, build_stop
 from bertjax.metrics import meters
-from bertjax.models import MODELS
+from bertjax.models import DTYPES, MODELS
 from bertjax.objectives import OBJECTIVES
 from bertjax.optim import Optimizer, build_optimizer, selection
 from bertjax.parallel.mesh import make_mesh
@@ -28,7 +27,6 @@ from bertjax.rules import path_name
 from bertjax.tasks import TaskData
 from bertjax.train_state import TrainState
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 DATA: dict[str, Callable[..., Data]] = {
   "text": TextData,
   "static": StaticData,

@@ -17,9 +17,9 @@ from bertjax import registry
 from bertjax.adaptation import reinitialise
 from bertjax.checkpoint import Checkpointer
 from bertjax.experiment import Experiment
-from bertjax.loading import load_params_for
 from bertjax.optim import hand_over
 from bertjax.train_state import TrainState
+from bertjax.transfer import load_params_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

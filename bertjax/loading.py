@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,9 +23,6 @@ from bertjax.data.tokenizers import Tokenizer, load_tokenizer
 from bertjax.interop import model_spec, names, published, tf1
 from bertjax.models import MODELS
 from bertjax.objectives import OBJECTIVES
-
-if TYPE_CHECKING:
-  from bertjax.experiment import Experiment
 
 WORKDIR, HUGGINGFACE, TF1 = "workdir", "huggingface", "tf1"
 _PUBLISHED = {HUGGINGFACE: published.read_huggingface, TF1: published.read_tf1}
@@ -114,10 +111,49 @@ def origin_of(path: str | os.PathLike) -> str:
   )
 
 
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+  """What a model folder holds; attributes as those of `LoadedModel`."""
+
+  origin: str
+  params: Any
+  tokenizer: Tokenizer | None
+  spec: dict[str, Any]
+  objective_spec: dict[str, Any]
+  config: dict[str, Any] | None = None
+
+
+def read_model(
+  path: str | os.PathLike,
+  *,
+  step: int | None = None,
+  scan: bool | None = None,
+  ignore: Sequence[str] = (),
+) -> SavedModel:
+  """Reads what `load_model` makes a model of; arguments as there.
+
+  Raises:
+    ValueError: the folder holds no model, or one that is not ours.
+    CheckpointError: all checkpoints of the workdir are damaged.
+  """
+  origin = origin_of(path)
+  if origin == WORKDIR:
+    if ignore:
+      raise ValueError(f"ignore={list(ignore)!r} is for published folders.")
+    return _read_workdir(path, step, scan)
+  if step is not None:
+    raise ValueError(f"step={step}: {path} is not a workdir.")
+  found = _PUBLISHED[origin](path, scan=scan is not False, ignore=ignore)
+  spec = model_spec.resolve(found.spec)
+  spec["scan"] = names.is_scanned(found.params)
+  return SavedModel(
+    origin, found.params, found.tokenizer, spec, found.objective
+  )
+
+
 def _read_workdir(
-  path: str | os.PathLike, step: int | None
-) -> tuple[dict[str, Any], dict[str, Any], Tokenizer | None]:
-  """Parameters, config and tokenizer of a run."""
+  path: str | os.PathLike, step: int | None, scan: bool | None
+) -> SavedModel:
   params, config = load_params(path, step)
   for field in ("model", "objective"):
     if field not in config:
@@ -125,8 +161,21 @@ def _read_workdir(
         f"{path}: the checkpoint's config has no {field!r}; it is not one of"
         " bertjax.train."
       )
+  spec = _resolved(config["model"], params)
+  if scan is not None:
+    params = with_scan(params, spec["num_layers"], scan)
+  spec["scan"] = names.is_scanned(params)
   folder = pathlib.Path(path) / "tokenizer"
-  return params, config, load_tokenizer(folder) if folder.is_dir() else None
+  tokenizer = load_tokenizer(folder) if folder.is_dir() else None
+  return SavedModel(
+    WORKDIR, params, tokenizer, spec, dict(config["objective"]), config
+  )
+
+
+def _resolved(model: Mapping[str, Any], params: Any) -> dict[str, Any]:
+  """A run's `config.model`, every dimension and default written out."""
+  vocab_size = len(params["encoder"]["embeddings"]["token"]["embedding"])
+  return model_spec.resolve({**model, "vocab_size": vocab_size})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,38 +237,21 @@ def load_model(
     ValueError: the folder holds no model, or one that is not ours.
     CheckpointError: all checkpoints of the workdir are damaged.
   """
-  origin = origin_of(path)
-  config = None
-  if origin == WORKDIR:
-    if ignore:
-      raise ValueError(f"ignore={list(ignore)!r} is for published folders.")
-    params, config, tokenizer = _read_workdir(path, step)
-    vocab_size = len(params["encoder"]["embeddings"]["token"]["embedding"])
-    spec = model_spec.resolve({**config["model"], "vocab_size": vocab_size})
-    objective_spec = dict(config["objective"])
-    if scan is not None:
-      params = with_scan(params, spec["num_layers"], scan)
-  else:
-    if step is not None:
-      raise ValueError(f"step={step}: {path} is not a workdir.")
-    found = _PUBLISHED[origin](path, scan=scan is not False, ignore=ignore)
-    params, tokenizer = found.params, found.tokenizer
-    spec = model_spec.resolve(found.spec)
-    objective_spec = found.objective
-  spec["scan"] = names.is_scanned(params)
+  saved = read_model(path, step=step, scan=scan, ignore=ignore)
+  tokenizer, spec = saved.tokenizer, saved.spec
   if tokenizer is not None and tokenizer.vocab_size > spec["vocab_size"]:
     raise ValueError(
       f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, the model"
       f" {spec['vocab_size']} rows; they do not belong together."
     )
   return LoadedModel(
-    objective=_objective(spec | options, objective_spec, dtype),
-    params=jax.tree.map(jnp.asarray, cast_matrices(params, dtype)),
+    objective=_objective(spec | options, saved.objective_spec, dtype),
+    params=jax.tree.map(jnp.asarray, cast_matrices(saved.params, dtype)),
     tokenizer=tokenizer,
     spec=spec,
-    objective_spec=objective_spec,
-    origin=origin,
-    config=config,
+    objective_spec=saved.objective_spec,
+    origin=saved.origin,
+    config=saved.config,
     path=str(path),
   )
 
@@ -233,24 +265,29 @@ def _objective(
   )
 
 
-def from_experiment(experiment: "Experiment", params: Any) -> LoadedModel:
-  """The model of a run that is in memory, on one device.
+def in_memory(
+  objective: nn.Module,
+  params: Any,
+  tokenizer: Tokenizer,
+  config: Mapping[str, Any],
+) -> LoadedModel:
+  """The model of a run under way, on one device.
 
   Args:
-    experiment: the run.
+    objective: of the run.
     params: its parameters, all of them addressable from this process.
+    tokenizer: of its data.
+    config: its whole config.
   """
-  settings = experiment.settings
   host = jax.device_get(params)
-  vocab_size = len(host["encoder"]["embeddings"]["token"]["embedding"])
   return LoadedModel(
-    objective=experiment.objective,
+    objective=objective,
     params=jax.tree.map(jnp.asarray, host),
-    tokenizer=experiment.data.tokenizer,
-    spec=model_spec.resolve({**settings.model, "vocab_size": vocab_size}),
-    objective_spec=dict(settings.objective),
+    tokenizer=tokenizer,
+    spec=_resolved(config["model"], host),
+    objective_spec=dict(config["objective"]),
     origin=WORKDIR,
-    config=settings.to_json(),
+    config=dict(config),
     path="the run in memory",
   )
 
@@ -279,130 +316,3 @@ def with_scan(
     return params
   apart = names.unstacked(params, num_layers)
   return names.nest(names.stacked(apart, num_layers) if scan else apart)
-
-
-def load_params_for(
-  path: str | os.PathLike,
-  target: Any,
-  *,
-  fresh: Sequence[str] = (),
-  renames: Sequence[tuple[str, str]] = (),
-  allow_missing: Sequence[str] = (),
-  ignore: Sequence[str] = (),
-  step: int | None = None,
-) -> Any:
-  """Parameters of a saved or published model, fitted to another model's tree.
-
-  Args:
-    path: what `load_model` reads.
-    target: the other model's parameters or their shapes.
-    fresh: parts of the target that stay without value where the saved model has
-      none. With any, heads of the saved model that the target lacks are left.
-    renames: `(regex, replacement)`, applied in order with `re.sub` to the names
-      of the saved parameters (in our spelling, layers as the target has them).
-    allow_missing: regexes of target parameters that may stay without value.
-    ignore: regexes of saved parameters (after renaming) or of published tensors
-      that are left out.
-    step: which checkpoint of a workdir.
-
-  Returns:
-    A tree like `target` of numpy arrays; None where `fresh` or `allow_missing`
-    applies.
-
-  Raises:
-    ValueError: a parameter of either side that nothing explains, another shape,
-      or a pattern that matches nothing.
-  """
-  wanted = names.flatten(target)
-  scan = any(n.startswith("encoder/layers/") for n in wanted)
-  origin = origin_of(path)
-  skipped: set[str] = set()
-  if origin == WORKDIR:
-    params, config, _ = _read_workdir(path, step)
-    # `num_layers` may come from `size`.
-    num_layers = model_spec.resolve({"vocab_size": 0, **config["model"]})[
-      "num_layers"
-    ]
-    params = with_scan(params, num_layers, scan)
-  else:
-    # Published tensors that `ignore` names never become parameters of ours.
-    theirs = published.tensor_names(path)
-    skipped = {p for p in ignore if names.matching(theirs, [p])}
-    params = _PUBLISHED[origin](path, scan=scan, ignore=sorted(skipped)).params
-  have: dict[str, np.ndarray] = {}
-  for name, leaf in names.flatten(params).items():
-    new = name
-    for pattern, replacement in renames:
-      new = re.sub(pattern, replacement, new)
-    if new in have:
-      raise ValueError(f"init_from.renames maps two parameters to {new!r}.")
-    have[new] = np.asarray(leaf)
-  names.refuse_unused(
-    (p for p, _ in renames), names.flatten(params), "init_from.renames"
-  )
-  names.refuse_unused(
-    (p for p in ignore if p not in skipped), have, "init_from.ignore"
-  )
-  names.refuse_unused(allow_missing, wanted, "init_from.allow_missing")
-  for name in names.matching(have, ignore):
-    del have[name]
-  problems = []
-  if fresh:
-    others = set(names.HEADS) - set(target)
-    have = {k: v for k, v in have.items() if k.split("/")[0] not in others}
-  parts = {name.split("/")[0] for name in have}
-  absent = {
-    name
-    for name in set(wanted) - set(have)
-    if name.split("/")[0] not in set(fresh) - parts
-  }
-  if missing := absent - names.matching(absent, allow_missing):
-    problems.append(
-      f"it lacks {names.listed(missing)} (init_from.allow_missing)"
-    )
-  if extra := set(have) - set(wanted):
-    problems.append(
-      f"this model has no {names.listed(extra)} (init_from.ignore or renames)"
-    )
-  problems += _shape_problems(have, wanted, fresh)
-  if problems:
-    raise ValueError(
-      f"{path} does not explain this model's parameters: "
-      + "; ".join(problems)
-      + "."
-    )
-  return names.nest({name: have.get(name) for name in wanted})
-
-
-def _shape_problems(
-  have: Mapping[str, np.ndarray],
-  wanted: Mapping[str, Any],
-  fresh: Sequence[str],
-) -> list[str]:
-  problems = []
-  for name in sorted(set(have) & set(wanted)):
-    theirs, ours = tuple(have[name].shape), tuple(wanted[name].shape)
-    if theirs == ours:
-      continue
-    same_width = theirs[1:] == ours[1:]
-    tables = ("encoder/embeddings/token/embedding", "mlm_head/bias")
-    if same_width and name in tables:
-      if name == "mlm_head/bias" and problems:
-        continue  # said already
-      problems.append(
-        f"its vocabulary has {theirs[0]} rows, this model's {ours[0]} (use its"
-        " tokenizer: data.tokenizer = dict(name='folder', path=...))"
-      )
-    elif same_width and name == "encoder/embeddings/position/embedding":
-      problems.append(
-        f"its table of positions has {theirs[0]} rows, this model's {ours[0]}"
-        " (model.max_positions, model.position_offset)"
-      )
-    else:
-      part = name.split("/")[0]
-      hint = f" (init_from.ignore=['^{part}/'] begins untrained)"
-      problems.append(
-        f"{name} is {theirs} there and {ours} here"
-        + (hint if part in fresh else "")
-      )
-  return problems[:3]

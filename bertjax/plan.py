@@ -9,7 +9,6 @@ Times are estimates from the compiled program; `bertjax.hardware` says how, and
 what they leave out. A config with stages gets a page for each.
 """
 
-import dataclasses
 import json
 import pathlib
 import sys
@@ -21,74 +20,9 @@ from absl import app, flags
 from bertjax import cli, hardware
 from bertjax.config import Settings, settings, stage_configs
 from bertjax.planning import advice, page
-from bertjax.planning.step import StepFacts, lower_step
+from bertjax.planning.outcome import Plan
+from bertjax.planning.step import lower_step
 from bertjax.registry import lookup
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """One stage on one topology.
-
-  Attributes:
-    topology: what it was compiled for.
-    facts: sizes of model, batch and state.
-    steps: that the stage takes.
-    needed_bytes: per device; None if the compiler does not say.
-    memory: per device, when it fits.
-    collectives: exchanges of a step, when it fits.
-    cost: of a step on a TPU, when it fits.
-    kernels: of a GPU program, when it fits.
-    suggestion: change of the config that would make it fit, if one was found.
-  """
-
-  topology: hardware.Topology
-  facts: StepFacts
-  steps: int
-  needed_bytes: float | None
-  memory: hardware.Memory | None = None
-  collectives: tuple[hardware.Collective, ...] = ()
-  cost: hardware.Cost | None = None
-  kernels: tuple[Any, ...] = ()
-  suggestion: advice.Suggestion | None = None
-
-  @property
-  def fits(self) -> bool:
-    """Whether the compiler found room."""
-    return self.memory is not None
-
-  @property
-  def step_s(self) -> float | None:
-    """Seconds of a step if its collectives hide behind its computation."""
-    return self.cost.seconds if self.cost else None
-
-  @property
-  def exchange_s(self) -> float:
-    """Seconds that the collectives of a step take, by rings of neighbours."""
-    sent = sum(c.sent_bytes for c in self.collectives)
-    return sent / self.topology.chip.ring_bandwidth
-
-  @property
-  def tokens_per_s_per_chip(self) -> float | None:
-    """Slots of a batch per second of a step and chip."""
-    if self.step_s is None:
-      return None
-    return self.facts.tokens / self.step_s / self.topology.num_devices
-
-  @property
-  def mfu(self) -> float | None:
-    """Share of the peak that the model's own FLOPs are."""
-    if self.step_s is None:
-      return None
-    chips = self.topology.num_devices
-    peak = self.step_s * chips * self.topology.chip.peak_flops
-    return self.facts.model_flops / peak
-
-  @property
-  def chip_hours(self) -> float | None:
-    """Of all steps."""
-    if self.step_s is None:
-      return None
-    return self.steps * self.step_s * self.topology.num_devices / 3600
 
 
 def plan(
@@ -149,12 +83,14 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
   given = flags.FLAGS
-  if given.config is None or given.topology is None:
+  if not given["config"].present or given.topology is None:
     raise app.UsageError("--config and --topology are required.")
   cli.quiet()
   figures = {}
   with cli.clear_errors():
-    chosen = {name: rest for name, *rest in stages(given.config)}
+    if given.json != "-":
+      cli.check_output("json", given.json)
+    chosen = {name: rest for name, *rest in stages(cli.config())}
     if given.stage is not None:
       chosen = {given.stage: lookup(chosen, given.stage, "stage")}
     for name, (stage, steps) in chosen.items():

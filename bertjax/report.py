@@ -2,233 +2,33 @@
 
 `python -m bertjax.report WORKDIR` reads `metrics.csv`, `config.json` and
 `health.json` of a workdir and writes `WORKDIR/report/` with `report.md`,
-`curves.png` and the `metrics.csv` behind it. A stuck run looks like a slow
-run; the health section is there to tell them apart.
+`curves.png` and the `metrics.csv` behind it.
 """
 
-import dataclasses
 import json
-import math
 import pathlib
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from bertjax import cli
+from bertjax.health import (
+  REFERENCE_TOLERANCE,
+  Check,
+  Table,
+  column,
+  curve_checks,
+  data_checks,
+)
 from bertjax.metrics.writers import read_csv
-
-Table = Mapping[str, Sequence[float]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Check:
-  """One line of the health section.
-
-  Attributes:
-    name: what was looked at.
-    value: what was found, as text.
-    expected: the range, as text.
-    ok: whether the value is inside.
-  """
-
-  name: str
-  value: str
-  expected: str
-  ok: bool
-
-
-def _between(
-  name: str, value: float, low: float, high: float, form: str = ".3g"
-) -> Check:
-  if math.isinf(high):
-    expected = f"at least {low:{form}}"
-  elif math.isinf(low):
-    expected = f"at most {high:{form}}"
-  else:
-    expected = f"{low:{form}} to {high:{form}}"
-  return Check(name, f"{value:{form}}", expected, low <= value <= high)
-
-
-def data_checks(health: Mapping[str, Any]) -> list[Check]:
-  """Checks of the data audit; a key that is absent gives no line.
-
-  Args:
-    health: any of `masking_rate` with `expected_masking_rate`; `mask_share`,
-      `random_share`, `keep_share` with `expected_` twins; `selected` (how many
-      positions were counted); `duplicate_share`; `label_weight_min` and
-      `label_weight_mean` per batch; of a task `class_shares` by label,
-      `truncated_share` and `unlabelled_share`.
-  """
-  checks = _share_checks(health)
-  # The rate is rounded per row and special tokens are never chosen.
-  if "masking_rate" in health:
-    rate = health.get("expected_masking_rate", 0.15)
-    checks.append(
-      _between("masking rate", health["masking_rate"], 0.8 * rate, 1.1 * rate)
-    )
-  # Four standard deviations of a binomial share.
-  for name, default in (("mask", 0.8), ("random", 0.1), ("keep", 0.1)):
-    if f"{name}_share" in health:
-      share = health.get(f"expected_{name}_share", default)
-      count = max(health.get("selected", 1000), 1)
-      band = 4 * math.sqrt(share * (1 - share) / count)
-      checks.append(
-        _between(
-          f"share of {name} among the chosen",
-          health[f"{name}_share"],
-          max(share - band, 0),
-          min(share + band, 1),
-        )
-      )
-  if "label_weight_min" in health:
-    mean = health.get("label_weight_mean", health["label_weight_min"])
-    checks.append(
-      _between(
-        "least label weight of a batch",
-        health["label_weight_min"],
-        max(1.0, 0.2 * mean),
-        math.inf,
-        ".4g",
-      )
-    )
-  return checks
-
-
-def _share_checks(health: Mapping[str, Any]) -> list[Check]:
-  """Of examples that are worth little, and of the classes."""
-  checks = []
-  for key, name, most in (
-    ("duplicate_share", "duplicates", 0.05),
-    ("truncated_share", "rows that were cut", 0.1),
-    ("unlabelled_share", "rows without label", 0.05),
-  ):
-    if key in health:
-      checks.append(_between(name, health[key], -math.inf, most, ".1%"))
-  if shares := health.get("class_shares"):
-    shown = sorted(shares.items(), key=lambda item: -item[1])
-    value = ", ".join(f"{label} {share:.1%}" for label, share in shown[:5])
-    if len(shown) > 5:
-      label, share = shown[-1]
-      value += f", ... {label} {share:.1%}"
-    ok = all(share > 0 for share in shares.values())
-    checks.append(Check("class shares", value, "each above 0", ok))
-  return checks
-
-
-def curve_checks(
-  table: Table,
-  *,
-  initial_loss: float | None = None,
-  clip_norm: float | None = None,
-  reference: Table | None = None,
-  tolerance: float = 0.15,
-) -> list[Check]:
-  """Checks of what the run wrote.
-
-  Args:
-    table: columns of `metrics.csv`.
-    initial_loss: what guessing evenly gives, the loss of an untrained model.
-    clip_norm: gradients above it were clipped.
-    reference: `step` and `loss` of a run known to be good.
-    tolerance: allowed relative distance from the reference.
-  """
-  checks = []
-  step, loss = _column(table, "loss")
-  if initial_loss and len(loss):
-    # The first row is a mean over its log interval, hence the wider low side.
-    low, high = 0.6 * initial_loss, 1.1 * initial_loss
-    checks.append(
-      _between("first loss (even guessing)", loss[0], low, high, ".2f")
-    )
-  if len(loss) >= 6:
-    last = slice(len(loss) - len(loss) // 3, None)
-    if len(loss[last]) >= 2:
-      slope = float(np.polyfit(step[last], loss[last], 1)[0]) * 1000
-      checks.append(
-        Check(
-          "loss slope, last third, per 1000 steps",
-          f"{slope:.3g}",
-          "below 0",
-          slope < 0,
-        )
-      )
-  _, norm = _column(table, "grad_norm")
-  if len(norm):
-    median, largest = float(np.median(norm)), float(np.max(norm))
-    checks.append(
-      Check(
-        "gradient norm, median",
-        f"{median:.3g}",
-        "above 0",
-        0 < median < math.inf,
-      )
-    )
-    checks.append(
-      _between("gradient norm, largest", largest, 0, 100 * median or 0.0)
-    )
-    if clip_norm:
-      clipped = float(np.mean(norm > clip_norm))
-      checks.append(
-        Check(
-          f"share of logged rows with the norm above {clip_norm:g}",
-          f"{clipped:.0%}",
-          "below 95%",
-          clipped < 0.95,
-        )
-      )
-  if reference is not None and len(loss):
-    checks.append(_reference_check(step, loss, reference, tolerance))
-  _, rate = _column(table, "tokens_per_s")
-  if len(rate):
-    checks.append(
-      Check(
-        "tokens/s, median",
-        f"{float(np.median(rate)):,.0f}",
-        "slowest row above a third of it",
-        bool(np.min(rate) > np.median(rate) / 3),
-      )
-    )
-  return checks
-
-
-def _reference_check(
-  step: np.ndarray, loss: np.ndarray, reference: Table, tolerance: float
-) -> Check:
-  known_step, known = _column(reference, "loss")
-  name, expected = "loss against the reference", f"within {tolerance:.0%}"
-  if not len(known):
-    raise ValueError("reference: the curve has no finite loss.")
-  inside = (step >= known_step[0]) & (step <= known_step[-1])
-  if not inside.any():
-    return Check(name, "no common steps", expected, False)
-  wanted = np.interp(step[inside], known_step, known)
-  gap = loss[inside] / wanted - 1
-  worst = int(np.argmax(np.abs(gap)))
-  return Check(
-    name,
-    f"{gap[worst]:+.1%} at step {int(step[inside][worst])}",
-    expected,
-    bool(abs(gap[worst]) <= tolerance),
-  )
-
-
-def _column(table: Table, name: str) -> tuple[np.ndarray, np.ndarray]:
-  """Steps and values where the column has a finite value."""
-  if name not in table:
-    return np.zeros(0), np.zeros(0)
-  step = np.asarray(table["step"], float)
-  values = np.asarray(table[name], float)
-  finite = np.isfinite(values)
-  return step[finite], values[finite]
 
 
 def write_report(
   workdir: str | pathlib.Path,
   *,
   reference: str | pathlib.Path | None = None,
-  tolerance: float = 0.15,
+  tolerance: float = REFERENCE_TOLERANCE,
   samples: Sequence[tuple[str, str]] = (),
 ) -> pathlib.Path:
   """Writes `workdir/report/` and returns the path of its `report.md`.
@@ -258,6 +58,7 @@ def write_report(
   checks = data_checks(health) + curve_checks(
     table,
     initial_loss=health.get("initial_loss"),
+    pretrained=bool(config.get("init_from")),
     clip_norm=health.get("clip_norm"),
     reference=known,
     tolerance=tolerance,
@@ -301,7 +102,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _results(table: Table, health: Mapping[str, Any]) -> str:
   rows = []
   for name in table:
-    step, values = _column(table, name)
+    step, values = column(table, name)
     if name != "step" and len(values):
       rows.append(
         [
@@ -364,7 +165,7 @@ def _plot(
   ):
     for name in table:
       if name == wanted or name.rsplit("/", 1)[-1].endswith(wanted):
-        step, values = _column(table, name)
+        step, values = column(table, name)
         if len(values):
           marker = "o" if "/" in name else None
           axes.plot(step, values, label=name, marker=marker, markersize=3)
@@ -372,7 +173,7 @@ def _plot(
       if name.endswith(wanted):
         axes.axhline(value, color="gray", ls="--", label=name)
     if wanted == "loss" and reference is not None:
-      axes.plot(*_column(reference, "loss"), "k:", label="reference")
+      axes.plot(*column(reference, "loss"), "k:", label="reference")
     axes.set_title(wanted)
     axes.set_xlabel("step")
     if axes.get_legend_handles_labels()[0]:
@@ -385,7 +186,8 @@ def main(arguments: Sequence[str]) -> None:
   if len(arguments) not in (1, 2):
     raise SystemExit("usage: python -m bertjax.report WORKDIR [REFERENCE.csv]")
   reference = arguments[1] if len(arguments) == 2 else None
-  print(write_report(arguments[0], reference=reference))
+  with cli.clear_errors():
+    print(write_report(arguments[0], reference=reference))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,21 @@ def names(tree: Any) -> Any:
   return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), tree)
 
 
+def regex(pattern: str, field: str = "") -> re.Pattern[str]:
+  """The compiled expression.
+
+  Raises:
+    ValueError: it is none.
+  """
+  try:
+    return re.compile(pattern)
+  except re.error as err:
+    where = f"{field}: " if field else ""
+    raise ValueError(
+      f"{where}{pattern!r} is no regular expression: {err}."
+    ) from err
+
+
 def match(rules: Iterable[tuple[str, Any]], tree: Any, field: str) -> Any:
   """For each leaf of `tree`, the value of the first rule that matches.
 
@@ -29,10 +44,10 @@ def match(rules: Iterable[tuple[str, Any]], tree: Any, field: str) -> Any:
 
   Raises:
     ValueError: a leaf that no rule matches, or a rule that matches no leaf
-      (most often a typo, so it is refused rather than ignored). The catch-all
-      patterns `.*` and `` may go unused.
+      (most often a typo, so it is refused rather than ignored), or a pattern
+      that is no expression. The catch-all patterns `.*` and `` may go unused.
   """
-  rules = [(re.compile(pattern), value) for pattern, value in rules]
+  rules = [(regex(pattern, field), value) for pattern, value in rules]
   used = set()
 
   def first(path, _):

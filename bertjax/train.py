@@ -60,13 +60,17 @@ def train(
     dry_run: two steps of everything, in a folder that is removed again.
 
   Raises:
-    ValueError: a config that does not fit, naming the field.
+    ValueError: a config that does not fit, naming the field, or a workdir
+      that is a file.
     NonFiniteError: the loss is NaN; earlier checkpoints are untouched.
   """
   if dry_run:
     with tempfile.TemporaryDirectory() as folder:
       return _train_stages(config, pathlib.Path(folder), limit=2)
-  return _train_stages(config, pathlib.Path(workdir), limit=None)
+  workdir = pathlib.Path(workdir)
+  if workdir.exists() and not workdir.is_dir():
+    raise ValueError(f"workdir={workdir} is a file; name a folder.")
+  return _train_stages(config, workdir, limit=None)
 
 
 def _train_stages(
@@ -140,7 +144,12 @@ def _health(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float]:
 
 def _report(experiment: Experiment, workdir: pathlib.Path, state: Any) -> None:
   texts = list(experiment.settings.samples)
-  model = loading.from_experiment(experiment, state.params)
+  model = loading.in_memory(
+    experiment.objective,
+    state.params,
+    experiment.data.tokenizer,
+    experiment.settings.to_json(),
+  )
   samples = predict.samples(model, texts) if texts else []
   report.write_report(
     workdir,
@@ -149,7 +158,7 @@ def _report(experiment: Experiment, workdir: pathlib.Path, state: Any) -> None:
   )
 
 
-_CONFIG = cli.define_config()
+cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Two real steps, then leave.")
 
@@ -157,11 +166,13 @@ _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Two real steps, then leave.")
 def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
+  if not flags.FLAGS["config"].present:
+    raise app.UsageError("--config is required.")
   if _WORKDIR.value is None and not _DRY_RUN.value:
     raise app.UsageError("--workdir is required, except with --dry_run.")
   cli.quiet()
   with cli.clear_errors():
-    result = train(_CONFIG.value, _WORKDIR.value or "", dry_run=_DRY_RUN.value)
+    result = train(cli.config(), _WORKDIR.value or "", dry_run=_DRY_RUN.value)
   for name, value in sorted(result.metrics.items()):
     print(f"{name:32s} {value:.6g}")
   if not _DRY_RUN.value and not result.interrupted:

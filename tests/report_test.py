@@ -122,6 +122,13 @@ class ReportTest(parameterized.TestCase):
     warned = [x for x in text.splitlines() if "**warn**" in x]
     self.assertTrue(any(name in x for x in warned), warned)
 
+  def test_a_run_from_a_trained_model_may_begin_below_guessing(self):
+    write_run(self.workdir, loss=lambda step: curve(step + 400))
+    self.assertRegex(self.write(HEALTHY), "first loss.*warn")
+    (self.workdir / "config.json").write_text('{"init_from": {"path": "x"}}')
+    text = self.write(HEALTHY)
+    self.assertRegex(text, r"first loss .*at most 9\.12 \| ok")
+
   def test_dead_gradient_warns(self):
     write_run(self.workdir, grad_norm=0.0)
     text = self.write(HEALTHY)
@@ -137,6 +144,19 @@ class ReportTest(parameterized.TestCase):
       check=True,
     )
     self.assertTrue(pathlib.Path(done.stdout.strip()).exists())
+
+  def test_a_folder_that_is_no_workdir_is_one_line(self):
+    done = subprocess.run(
+      [sys.executable, "-m", "bertjax.report", str(self.workdir)],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    self.assertEqual(done.returncode, 1)
+    self.assertRegex(
+      done.stderr, r"\AError: .*metrics.csv does not exist.*\n\Z"
+    )
 
   def test_missing_metrics_are_named(self):
     with self.assertRaisesRegex(FileNotFoundError, "metrics.csv does not"):

@@ -4,6 +4,7 @@ A run that learns nothing often reads something odd: everything masked, all
 padding, one label, the same rows again. `audit` counts what went by.
 """
 
+import collections
 import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -33,36 +34,11 @@ def audit(
   Raises:
     ValueError: there are no batches.
   """
-  total = dict.fromkeys(
-      ("rows", "slots", "real", "segments", "duplicates", "labels", "masks",
-       "kept", "pairs", "positive"), 0
-  )  # fmt: skip
-  labels_per_batch, seen = [], set()
-  has_labels = has_pairs = False
+  total, labels_per_batch, seen = collections.Counter(), [], set()
   for batch in batches:
-    real = batch["segment_ids"] > 0
-    total["rows"] += int(real.any(axis=1).sum())
-    total["slots"] += real.size
-    total["real"] += int(real.sum())
-    total["segments"] += int(batch["segment_ids"].max(axis=1).sum())
-    for row in original_tokens(batch)[real.any(axis=1)]:
-      digest = hashlib.blake2b(row.tobytes(), digest_size=12).digest()
-      total["duplicates"] += digest in seen
-      seen.add(digest)
-    if "labels" in batch:
-      has_labels = True
-      used = batch["labels"] >= 0
-      shown = np.take_along_axis(batch["tokens"], batch["masked_positions"], 1)
-      total["labels"] += int(used.sum())
-      total["masks"] += int((used & (shown == tokenizer.mask_id)).sum())
-      total["kept"] += int((used & (shown == batch["labels"])).sum())
-    if "pair_labels" in batch:
-      has_pairs = True
-      total["pairs"] += int((batch["pair_labels"] >= 0).sum())
-      total["positive"] += int((batch["pair_labels"] == 1).sum())
-    labels_per_batch.append(
-      int((batch["labels"] >= 0).sum()) if "labels" in batch else 0
-    )
+    counts = _counts(batch, tokenizer, seen)
+    total.update(counts)
+    labels_per_batch.append(counts["labels"])
   if not labels_per_batch:
     raise ValueError("audit needs at least one batch; the stream is empty.")
 
@@ -76,7 +52,7 @@ def audit(
     "segments_per_row": share("segments", "rows"),
     "duplicate_rows": share("duplicates", "rows"),
   }
-  if has_labels:
+  if "labels" in total:
     masks, kept = share("masks", "labels"), share("kept", "labels")
     result |= {
       "masked_rate": share("labels", "real"),
@@ -87,12 +63,51 @@ def audit(
       "labels_per_batch_min": min(labels_per_batch),
       "labels_per_batch_max": max(labels_per_batch),
     }
-  if has_pairs:
+  if "pairs" in total:
     result |= {
       "pairs": share("pairs", "rows"),
       "pair_positive": share("positive", "pairs"),
     }
   return result
+
+
+def _counts(
+  batch: Mapping[str, np.ndarray], tokenizer: Any, seen: set[bytes]
+) -> collections.Counter[str]:
+  """Sums over one batch; what its arrays do not tell has no key.
+
+  Args:
+    batch: as `audit` reads them.
+    tokenizer: for its `mask_id`.
+    seen: digests of the rows before, to which those of the batch are added.
+  """
+  real = batch["segment_ids"] > 0
+  filled = real.any(axis=1)
+  counts = collections.Counter(
+    rows=int(filled.sum()),
+    slots=real.size,
+    real=int(real.sum()),
+    segments=int(batch["segment_ids"].max(axis=1).sum()),
+    duplicates=0,
+  )
+  for row in original_tokens(batch)[filled]:
+    digest = hashlib.blake2b(row.tobytes(), digest_size=12).digest()
+    counts["duplicates"] += digest in seen
+    seen.add(digest)
+  if "labels" in batch:
+    used = batch["labels"] >= 0
+    shown = np.take_along_axis(batch["tokens"], batch["masked_positions"], 1)
+    counts.update(
+      labels=int(used.sum()),
+      masks=int((used & (shown == tokenizer.mask_id)).sum()),
+      kept=int((used & (shown == batch["labels"])).sum()),
+    )
+  if "pair_labels" in batch:
+    counts.update(
+      pairs=int((batch["pair_labels"] >= 0).sum()),
+      positive=int((batch["pair_labels"] == 1).sum()),
+    )
+  return counts
 
 
 def original_tokens(batch: Mapping[str, np.ndarray]) -> np.ndarray:

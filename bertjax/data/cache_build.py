@@ -12,7 +12,7 @@ import os
 import pathlib
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -141,9 +141,29 @@ def _lock(path: pathlib.Path) -> Iterator[bool]:
 
 def _build(source, split, tokenizer, splitter, recipe, partial) -> None:
   """Writes all files of a cache into `partial`."""
+  partial.mkdir(exist_ok=True)
+  shards = _shards(source, split, tokenizer, splitter, recipe, partial)
+  counts = {
+    name: int(sum(int(shard[name]) for shard in shards))
+    for name in ("empty", "duplicates", "truncated")
+  }
+  if not any(len(shard["document_lengths"]) for shard in shards):
+    shutil.rmtree(partial)
+    raise ValueError(
+      f"source {source.name!r} has no text in split {split!r}:"
+      f" {counts['empty']} documents, all of them empty. Check its paths,"
+      " filters and fields."
+    )
+  sizes = _write_index(partial, shards)
+  _write_manifest(partial, {**recipe, **sizes, **counts}, len(shards))
+  for shard in range(len(shards)):
+    (partial / _state_name(shard)).unlink()
+
+
+def _shards(source, split, tokenizer, splitter, recipe, partial) -> list:
+  """Facts of all shards; those that a killed build finished are kept."""
   split_text = sentences_lib.SPLITTERS[splitter]
   size, limit = recipe["documents_per_shard"], recipe["max_tokens_per_document"]
-  partial.mkdir(exist_ok=True)
   seen: set[bytes] = set()
   shards = []
   while (done := _finished_shard(partial, len(shards))) is not None:
@@ -157,27 +177,21 @@ def _build(source, split, tokenizer, splitter, recipe, partial) -> None:
     rest = itertools.islice(examples, size - 1)
     documents = _tokenized(itertools.chain(block, rest), tokenizer, split_text)
     shards.append(_write_shard(partial, len(shards), documents, seen, limit))
-  counts = {
-    name: int(sum(int(shard[name]) for shard in shards))
-    for name in ("empty", "duplicates", "truncated")
-  }
-  per_shard = [len(shard["document_lengths"]) for shard in shards]
-  if not sum(per_shard):
-    shutil.rmtree(partial)
-    raise ValueError(
-      f"source {source.name!r} has no text in split {split!r}:"
-      f" {counts['empty']} documents, all of them empty. Check its paths,"
-      " filters and fields."
-    )
+  return shards
+
+
+def _write_index(
+  folder: pathlib.Path, shards: Sequence[Mapping[str, np.ndarray]]
+) -> dict[str, int]:
+  """Writes the lengths of all documents and sentences; their totals."""
 
   def joined(name: str) -> np.ndarray:
     return np.concatenate([shard[name] for shard in shards])
 
-  lengths, sentence_lengths = (
-    joined("document_lengths"),
-    joined("sentence_lengths"),
-  )
-  with open(partial / "index.npz", "wb") as f:
+  lengths = joined("document_lengths")
+  sentence_lengths = joined("sentence_lengths")
+  per_shard = [len(shard["document_lengths"]) for shard in shards]
+  with open(folder / "index.npz", "wb") as f:
     np.savez(
       f,
       document_lengths=lengths,
@@ -187,26 +201,32 @@ def _build(source, split, tokenizer, splitter, recipe, partial) -> None:
       shard_offsets=np.append(0, np.cumsum(per_shard)),
     )
     _sync(f)
-  manifest = {
-    **recipe,
+  return {
     "documents": len(lengths),
     "tokens": int(lengths.sum()),
     "sentences": len(sentence_lengths),
-    **counts,
+  }
+
+
+def _write_manifest(
+  folder: pathlib.Path, facts: Mapping[str, Any], num_shards: int
+) -> None:
+  """Writes what the cache is, and the sums of its files."""
+  names = ["index.npz", *map(cache_lib.shard_name, range(num_shards))]
+  manifest = {
+    **facts,
     "files": {
       name: {
-        "bytes": (partial / name).stat().st_size,
-        "sha256": cache_lib.sha256(partial / name),
+        "bytes": (folder / name).stat().st_size,
+        "sha256": cache_lib.sha256(folder / name),
       }
-      for name in ["index.npz", *map(cache_lib.shard_name, range(len(shards)))]
+      for name in names
     },
   }
   manifest["checksum"] = base.fingerprint_of(manifest)
-  with open(partial / "manifest.json", "w", encoding="utf-8") as f:
+  with open(folder / "manifest.json", "w", encoding="utf-8") as f:
     json.dump(manifest, f, indent=2)
     _sync(f)
-  for shard in range(len(shards)):
-    (partial / _state_name(shard)).unlink()
 
 
 def _tokenized(

@@ -66,11 +66,13 @@ class MaskedData(Data):
       "label_weight_min": found["labels_per_batch_min"],
       "label_weight_mean": found["labels_per_batch"],
       "fill": found["fill"],
+      "row_tokens": found["fill"] * self.seq_len,
       "vocab_size": self.tokenizer.vocab_size,
       "initial_loss": float(np.log(self.tokenizer.vocab_size)),
     }
     if (masking := self.masking) is not None:
       health |= {
+        "masking_unit": masking.unit,
         "expected_masking_rate": masking.rate,
         "expected_mask_share": masking.mask_share,
         "expected_random_share": masking.random_share,

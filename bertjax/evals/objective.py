@@ -28,7 +28,15 @@ def objective_eval(
     split: of the source.
     num_batches: at most so many; None reads the whole split.
     batch_size: of the global batch; that of training by default.
+
+  Raises:
+    ValueError: no batch at all, asked for or found when it is called.
   """
+  if num_batches is not None and num_batches < 1:
+    raise ValueError(
+      f"num_batches={num_batches} must be at least 1; None reads the whole"
+      " split."
+    )
 
   @jax.jit
   def metrics_of(variables, batch):
@@ -43,6 +51,8 @@ def objective_eval(
       for batch in read_batches(data, split, num_batches, batch_size):
         metrics = metrics_of(variables, put_batch(batch, mesh))
         total = metrics if total is None else add(total, metrics)
+    if total is None:
+      raise ValueError(f"split={split!r} has no row to evaluate on.")
     return {
       name: float(value) / max(float(weight), 1.0)
       for name, (value, weight) in jax.device_get(total).items()

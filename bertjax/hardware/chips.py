@@ -1,6 +1,7 @@
 """What the vendors publish about accelerators, and what follows from it."""
 
 import dataclasses
+import functools
 
 
 @dataclasses.dataclass(frozen=True)
@@ -9,7 +10,9 @@ class Chip:
 
   Attributes:
     name: as in topology names.
+    device_kinds: beginnings of `jax.Device.device_kind`.
     platform: of `jax.experimental.topologies`: "tpu" or "cuda".
+    dimensions: of the torus that the chips of a slice form; 1: one host's.
     clock: cycles per second.
     hbm_bandwidth: bytes per second.
     hbm_bytes: capacity.
@@ -24,7 +27,9 @@ class Chip:
   """
 
   name: str
+  device_kinds: tuple[str, ...]
   platform: str
+  dimensions: int
   clock: float
   hbm_bandwidth: float
   hbm_bytes: float
@@ -48,68 +53,89 @@ class Chip:
 _MIB = 2**20
 _GIB = 2**30
 
+_tpu = functools.partial(Chip, platform="tpu", matmul_cycles=16)
+
 # Data sheets (cloud.google.com/tpu/docs, nvidia.com); ring bandwidths are two
 # links of Austin et al. 2025, "How to Scale Your Model", and NVLink 4's 450
 # GB/s each way. matmul_cycles: a matrix unit of v4 and v5 takes one of the 16
-# rows of a bfloat16 register per cycle, that of v6e two.
-CHIPS = {
-  chip.name: chip
-  for chip in (
-    Chip(
-      name="v4",
-      platform="tpu",
-      clock=1.05e9,
-      hbm_bandwidth=1228e9,
-      hbm_bytes=32 * _GIB,
-      vmem_bytes=16 * _MIB,
-      peak_flops=275e12,
-      ring_bandwidth=90e9,
-      cores=2,
-      matmul_cycles=16,
-    ),
-    Chip(
-      name="v5e",
-      platform="tpu",
-      clock=1.5e9,
-      hbm_bandwidth=819e9,
-      hbm_bytes=16 * _GIB,
-      vmem_bytes=128 * _MIB,
-      peak_flops=197e12,
-      ring_bandwidth=90e9,
-      matmul_cycles=16,
-    ),
-    Chip(
-      name="v5p",
-      platform="tpu",
-      clock=1.75e9,
-      hbm_bandwidth=2765e9,
-      hbm_bytes=95 * _GIB,
-      vmem_bytes=64 * _MIB,
-      peak_flops=459e12,
-      ring_bandwidth=180e9,
-      cores=2,
-      matmul_cycles=16,
-    ),
-    Chip(
-      name="v6e",
-      platform="tpu",
-      clock=1.75e9,
-      hbm_bandwidth=1640e9,
-      hbm_bytes=32 * _GIB,
-      vmem_bytes=128 * _MIB,
-      peak_flops=918e12,
-      ring_bandwidth=180e9,
-      matmul_cycles=8,
-    ),
-    Chip(
-      name="h100",
-      platform="cuda",
-      clock=1.98e9,
-      hbm_bandwidth=3352e9,
-      hbm_bytes=80 * _GIB,
-      vmem_bytes=232_448,
-      peak_flops=989e12,
-      ring_bandwidth=450e9,
-    ),
-  )
-}
+# rows of a bfloat16 register per cycle, that of v6e two. "H100" without further
+# words is the SXM form.
+_ROWS = (
+  _tpu(
+    "v4",
+    ("TPU v4",),
+    dimensions=3,
+    cores=2,
+    clock=1.05e9,
+    peak_flops=275e12,
+    hbm_bandwidth=1228e9,
+    hbm_bytes=32 * _GIB,
+    vmem_bytes=16 * _MIB,
+    ring_bandwidth=90e9,
+  ),
+  _tpu(
+    "v5e",
+    ("TPU v5 lite", "TPU v5e"),
+    dimensions=2,
+    clock=1.5e9,
+    peak_flops=197e12,
+    hbm_bandwidth=819e9,
+    hbm_bytes=16 * _GIB,
+    vmem_bytes=128 * _MIB,
+    ring_bandwidth=90e9,
+  ),
+  _tpu(
+    "v5p",
+    ("TPU v5", "TPU v5p"),
+    dimensions=3,
+    cores=2,
+    clock=1.75e9,
+    peak_flops=459e12,
+    hbm_bandwidth=2765e9,
+    hbm_bytes=95 * _GIB,
+    vmem_bytes=64 * _MIB,
+    ring_bandwidth=180e9,
+  ),
+  _tpu(
+    "v6e",
+    ("TPU v6 lite", "TPU v6e"),
+    dimensions=2,
+    clock=1.75e9,
+    peak_flops=918e12,
+    hbm_bandwidth=1640e9,
+    hbm_bytes=32 * _GIB,
+    vmem_bytes=128 * _MIB,
+    ring_bandwidth=180e9,
+    matmul_cycles=8,
+  ),
+  Chip(
+    "h100",
+    ("NVIDIA H100",),
+    platform="cuda",
+    dimensions=1,
+    clock=1.98e9,
+    peak_flops=989e12,
+    hbm_bandwidth=3352e9,
+    hbm_bytes=80 * _GIB,
+    vmem_bytes=232_448,
+    ring_bandwidth=450e9,
+  ),
+)
+CHIPS = {chip.name: chip for chip in _ROWS}
+
+# Dense bfloat16 FLOP/s of one JAX device by the beginning of its
+# `device_kind`; some run that nothing here is compiled for in advance.
+_PEAK_FLOPS = {
+  "NVIDIA A100": 312e12,
+  "NVIDIA H100 PCIe": 756e12,
+} | {kind: chip.peak_flops for chip in _ROWS for kind in chip.device_kinds}
+
+
+def peak_flops(device_kind: str) -> float | None:
+  """Dense bfloat16 FLOP/s of one device; None if it is not known.
+
+  Args:
+    device_kind: of `jax.Device`; the longest known beginning of it counts.
+  """
+  known = [kind for kind in _PEAK_FLOPS if device_kind.startswith(kind)]
+  return _PEAK_FLOPS[max(known, key=len)] if known else None

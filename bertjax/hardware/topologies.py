@@ -15,7 +15,6 @@ from typing import Any
 from bertjax.hardware.chips import CHIPS, Chip
 
 _NAME = re.compile(r"(?:(\d+)x)?([a-z]\w*):(\d+(?:x\d+)*)")
-_DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "h100": 1}
 _EXAMPLES = "v5e:4x4, v5p:4x4x4, 2xv5e:16x16 (two slices) or h100:8"
 
 
@@ -61,22 +60,24 @@ def parse(name: str) -> Topology:
       f"topology={name!r} is unknown; write chip:shape with a chip of"
       f" {', '.join(CHIPS)}, as {_EXAMPLES}."
     )
-  slices, kind = int(match[1] or 1), match[2]
+  slices, chip = int(match[1] or 1), CHIPS[match[2]]
   shape = tuple(map(int, match[3].split("x")))
-  if len(shape) != _DIMENSIONS[kind] or min(*shape, slices) < 1:
+  if len(shape) != chip.dimensions or min(*shape, slices) < 1:
     raise ValueError(
-      f"topology={name!r}: {kind} has {_DIMENSIONS[kind]} positive"
+      f"topology={name!r}: {chip.name} has {chip.dimensions} positive"
       f" dimension(s), as {_EXAMPLES}."
     )
-  if kind == "h100" and slices > 1:
-    raise ValueError(f"topology={name!r}: write h100:{slices * shape[0]}.")
+  if chip.platform == "cuda" and slices > 1:
+    raise ValueError(
+      f"topology={name!r}: write {chip.name}:{slices * shape[0]}."
+    )
   odd = [size for size in shape[:2] if size % 2]
-  if kind != "h100" and odd and math.prod(shape) > 1:
+  if chip.platform == "tpu" and odd and math.prod(shape) > 1:
     raise ValueError(
       f"topology={name!r}: TPU hosts hold 2x2 chips, so {odd[0]} must be even;"
       " only a single chip is an exception."
     )
-  return Topology(CHIPS[kind], shape, slices)
+  return Topology(chip, shape, slices)
 
 
 def require_compiler(chip: Chip) -> None:

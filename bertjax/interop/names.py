@@ -17,6 +17,8 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from bertjax import rules
+
 flatten = functools.partial(traverse_util.flatten_dict, sep="/")
 nest = functools.partial(traverse_util.unflatten_dict, sep="/")
 
@@ -300,7 +302,8 @@ def listed(names: Iterable[str]) -> str:
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
   """The names in which one of the regexes is found."""
-  return {n for n in names if any(re.search(p, n) for p in patterns)}
+  patterns = [rules.regex(p) for p in patterns]
+  return {n for n in names if any(p.search(n) for p in patterns)}
 
 
 def refuse_unused(

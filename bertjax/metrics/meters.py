@@ -14,21 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 
-# Dense bfloat16 FLOP/s of one JAX device, from the vendors' data sheets; the
-# longest matching prefix of `device_kind` counts. H100 without further words
-# is the SXM form.
-PEAK_FLOPS = {
-  "TPU v4": 275e12,
-  "TPU v5 lite": 197e12,
-  "TPU v5e": 197e12,
-  "TPU v5": 459e12,
-  "TPU v5p": 459e12,
-  "TPU v6 lite": 918e12,
-  "TPU v6e": 918e12,
-  "NVIDIA A100": 312e12,
-  "NVIDIA H100": 989e12,
-  "NVIDIA H100 PCIe": 756e12,
-}
+from bertjax.hardware import chips
 
 
 def forward_flops(
@@ -87,20 +73,17 @@ class Peak:
 
 
 def peak_flops(devices: Sequence[jax.Device] | None = None) -> Peak | None:
-  """Peak of `devices` (default: all); None for hardware not in the table.
+  """Peak of `devices` (default: all); None for hardware not in `chips`.
 
   All CPU devices of a process share its cores, so a CPU's peak is measured
   once per process and does not grow with fake devices.
   """
   devices = jax.devices() if devices is None else devices
-  kind = devices[0].device_kind
   if devices[0].platform == "cpu":
     processes = len({d.process_index for d in devices})
     return Peak(processes * _measured_cpu_flops(), measured=True)
-  known = [name for name in PEAK_FLOPS if kind.startswith(name)]
-  if not known:
-    return None
-  return Peak(len(devices) * PEAK_FLOPS[max(known, key=len)], measured=False)
+  each = chips.peak_flops(devices[0].device_kind)
+  return None if each is None else Peak(len(devices) * each, measured=False)
 
 
 @functools.cache

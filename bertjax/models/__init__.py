@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
+from flax.typing import Dtype
+
 from bertjax.models.bert import bert, left_to_right_bert, roberta
 from bertjax.models.encoder import Encoded, Encoder, HeadStyle
 
@@ -11,7 +14,11 @@ MODELS: dict[str, Callable[..., Encoder]] = {
   "roberta": roberta,
 }
 
+# What a model may compute in; its parameters are float32.
+DTYPES: dict[str, Dtype] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
 __all__ = [
+  "DTYPES",
   "MODELS",
   "Encoded",
   "Encoder",

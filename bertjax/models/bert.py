@@ -8,15 +8,10 @@ tanh form as trained (published PyTorch exports use the erf form, "gelu").
 
 import functools
 
-import flax.linen as nn
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from bertjax.layers.attention import (
-  ATTENTION,
-  Attend,
-  SelfAttention,
-)
+from bertjax.layers.attention import ATTENTION, Attend, SelfAttention
 from bertjax.layers.block import RESIDUALS, Block
 from bertjax.layers.embeddings import Embeddings
 from bertjax.layers.feed_forward import ACTIVATIONS, FeedForward
@@ -87,22 +82,13 @@ def bert(
   Raises:
     ValueError: an unknown name, or heads that do not divide the width.
   """
-  dims = dict(lookup(SIZES, size, "model.size"))
-  given = dict(num_layers=num_layers, emb_dim=emb_dim, num_heads=num_heads)
-  dims |= {k: v for k, v in given.items() if v is not None}
-  if dims["emb_dim"] % dims["num_heads"]:
-    raise ValueError(
-      f"model.num_heads={dims['num_heads']} does not divide"
-      f" model.emb_dim={dims['emb_dim']}."
-    )
+  dims = _dimensions(
+    size, num_layers=num_layers, emb_dim=emb_dim, num_heads=num_heads
+  )
   if attention_dropout_rate is None:
     attention_dropout_rate = dropout_rate
-  for name, rate in (
-    ("dropout_rate", dropout_rate),
-    ("attention_dropout_rate", attention_dropout_rate),
-  ):
-    if not 0.0 <= rate < 1.0:
-      raise ValueError(f"model.{name}={rate} must lie in [0, 1).")
+  _check_rate("dropout_rate", dropout_rate)
+  _check_rate("attention_dropout_rate", attention_dropout_rate)
   lookup(REMAT, remat, "model.remat")
   if isinstance(attend, str):
     attend = lookup(ATTENTION, attend, "model.attend")
@@ -110,43 +96,44 @@ def bert(
     attend = functools.partial(attend, causal=True)
   act = lookup(ACTIVATIONS, activation, "model.activation")
   make_norm = functools.partial(LayerNorm, epsilon=epsilon, dtype=dtype)
-
-  def make_mixer() -> nn.Module:
-    return SelfAttention(
-      num_heads=dims["num_heads"],
-      head_dim=dims["emb_dim"] // dims["num_heads"],
-      attend=attend,
-      dropout_rate=attention_dropout_rate,
-      dtype=dtype,
-      name="attention",
-    )
-
+  embeddings = functools.partial(
+    Embeddings,
+    vocab_size=vocab_size,
+    emb_dim=dims["emb_dim"],
+    max_positions=max_positions,
+    num_types=num_types,
+    position_offset=position_offset,
+    dropout_rate=dropout_rate,
+    epsilon=epsilon,
+    dtype=dtype,
+  )
+  mixer = functools.partial(
+    SelfAttention,
+    num_heads=dims["num_heads"],
+    head_dim=dims["emb_dim"] // dims["num_heads"],
+    attend=attend,
+    dropout_rate=attention_dropout_rate,
+    dtype=dtype,
+    name="attention",
+  )
+  feed_forward = functools.partial(
+    FeedForward,
+    mlp_dim=mlp_dim or 4 * dims["emb_dim"],
+    activation=act,
+    dtype=dtype,
+    name="mlp",
+  )
+  block = functools.partial(
+    Block,
+    mixer=mixer,
+    feed_forward=feed_forward,
+    norm=make_norm,
+    residual=lookup(RESIDUALS, norm, "model.norm"),
+    dropout_rate=dropout_rate,
+  )
   return Encoder(
-    make_embeddings=functools.partial(
-      Embeddings,
-      vocab_size=vocab_size,
-      emb_dim=dims["emb_dim"],
-      max_positions=max_positions,
-      num_types=num_types,
-      position_offset=position_offset,
-      dropout_rate=dropout_rate,
-      epsilon=epsilon,
-      dtype=dtype,
-    ),
-    make_block=functools.partial(
-      Block,
-      mixer=make_mixer,
-      feed_forward=functools.partial(
-        FeedForward,
-        mlp_dim=mlp_dim or 4 * dims["emb_dim"],
-        activation=act,
-        dtype=dtype,
-        name="mlp",
-      ),
-      norm=make_norm,
-      residual=lookup(RESIDUALS, norm, "model.norm"),
-      dropout_rate=dropout_rate,
-    ),
+    make_embeddings=embeddings,
+    make_block=block,
     num_layers=dims["num_layers"],
     style=HeadStyle(vocab_size, dims["emb_dim"], act, epsilon, dtype),
     make_final_norm=make_norm if norm == "pre" else None,
@@ -155,6 +142,23 @@ def bert(
     remat=remat,
     keep_layers=keep_layers,
   )
+
+
+def _dimensions(size: str, **given: int | None) -> dict[str, int]:
+  """Those of a published size, but for what is given."""
+  dims = lookup(SIZES, size, "model.size")
+  dims = dims | {k: v for k, v in given.items() if v is not None}
+  if dims["emb_dim"] % dims["num_heads"]:
+    raise ValueError(
+      f"model.num_heads={dims['num_heads']} does not divide"
+      f" model.emb_dim={dims['emb_dim']}."
+    )
+  return dims
+
+
+def _check_rate(name: str, rate: float) -> None:
+  if not 0.0 <= rate < 1.0:
+    raise ValueError(f"model.{name}={rate} must lie in [0, 1).")
 
 
 # RoBERTa differs from BERT in data and objective; in the network only by these.

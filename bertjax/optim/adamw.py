@@ -5,6 +5,7 @@ are sqrt(1 - b2) / (1 - b1), about a third, as careful as Adam's, which warm-up
 hides and small fine-tuning sets do not.
 """
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -62,20 +63,17 @@ def scale_by_adam(
   Reference: Kingma & Ba 2015, arXiv:1412.6980, algorithm 1; Dozat 2016 and
     You et al. 2020, appendix, for Nesterov.
   """
-  for field, value in (("b1", b1), ("b2", b2)):
-    if not 0 <= value < 1:
-      raise ValueError(f"optim.{field}={value} must be in [0, 1).")
-  if eps < 0:
-    raise ValueError(f"optim.eps={eps} must not be negative.")
-  if nesterov not in ("none", "first", "both"):
-    raise ValueError(
-      f"optim.nesterov={nesterov!r} is unknown; choose from none, first, both."
-    )
-  if mu_dtype not in ("float32", "bfloat16"):
-    raise ValueError(
-      f"optim.mu_dtype={mu_dtype!r} is unknown; choose from float32, bfloat16."
-    )
+  _check(b1, b2, eps, nesterov, mu_dtype)
   a1 = 1 - b1 if grad_averaging else 1.0
+  direction = functools.partial(
+    _direction,
+    b1=b1,
+    a1=a1,
+    b2=b2,
+    eps=eps,
+    bias_correction=bias_correction,
+    nesterov=nesterov,
+  )
 
   def init(params):
     return AdamState(
@@ -83,21 +81,6 @@ def scale_by_adam(
       mu=jax.tree.map(lambda p: jnp.zeros_like(p, mu_dtype), params),
       nu=jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params),
     )
-
-  def direction(g, m, v, t):
-    def debias(x, b, steps):
-      return x / (1 - b**steps) if bias_correction else x
-
-    if nesterov == "none":
-      m = debias(m, b1, t)
-    else:
-      m = b1 * debias(m, b1, t + 1) + a1 * debias(g, b1, t)
-    if nesterov == "both":
-      squares = (1 - b2) * debias(jnp.square(g), b2, t)
-      v = b2 * debias(v, b2, t + 1) + squares
-    else:
-      v = debias(v, b2, t)
-    return m / (jnp.sqrt(v) + eps)
 
   def update(updates, state, params=None, **extra_args):
     del params, extra_args
@@ -122,6 +105,54 @@ def scale_by_adam(
     return directions, AdamState(count, mu, nu)
 
   return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check(
+  b1: float, b2: float, eps: float, nesterov: str, mu_dtype: str
+) -> None:
+  for field, value in (("b1", b1), ("b2", b2)):
+    if not 0 <= value < 1:
+      raise ValueError(f"optim.{field}={value} must be in [0, 1).")
+  if eps < 0:
+    raise ValueError(f"optim.eps={eps} must not be negative.")
+  if nesterov not in ("none", "first", "both"):
+    raise ValueError(
+      f"optim.nesterov={nesterov!r} is unknown; choose from none, first, both."
+    )
+  if mu_dtype not in ("float32", "bfloat16"):
+    raise ValueError(
+      f"optim.mu_dtype={mu_dtype!r} is unknown; choose from float32, bfloat16."
+    )
+
+
+def _direction(
+  g: jax.Array,
+  m: jax.Array,
+  v: jax.Array,
+  t: jax.Array,
+  *,
+  b1: float,
+  a1: float,
+  b2: float,
+  eps: float,
+  bias_correction: bool,
+  nesterov: str,
+) -> jax.Array:
+  """u of `scale_by_adam` from the gradient and the moments after step t."""
+
+  def debias(x, b, steps):
+    return x / (1 - b**steps) if bias_correction else x
+
+  if nesterov == "none":
+    m = debias(m, b1, t)
+  else:
+    m = b1 * debias(m, b1, t + 1) + a1 * debias(g, b1, t)
+  if nesterov == "both":
+    squares = (1 - b2) * debias(jnp.square(g), b2, t)
+    v = b2 * debias(v, b2, t + 1) + squares
+  else:
+    v = debias(v, b2, t)
+  return m / (jnp.sqrt(v) + eps)
 
 
 def add_weight_decay(

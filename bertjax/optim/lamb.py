@@ -94,16 +94,6 @@ def lamb(
   Reference: You et al. 2020, arXiv:1904.00962, algorithm 2. Departures: none
     by default; the paper's text has phi clipped, its code the identity.
   """
-  if pre_norm == "clip":
-    first = [clip.clip_by_global_norm(max_grad_norm, global_norm_axes)]
-  elif pre_norm == "divide":
-    first = [clip.normalize_by_global_norm(global_norm_axes)]
-  elif pre_norm == "none":
-    first = []
-  else:
-    raise ValueError(
-      f"optim.pre_norm={pre_norm!r} is unknown; choose from none, clip, divide."
-    )
   if not adapt or (skip_undecayed and weight_decay == 0):
     unadapted = selection.everything
   elif skip_undecayed:
@@ -111,7 +101,7 @@ def lamb(
   else:
     unadapted = no_adaptation
   return optax.chain(
-    *first,
+    *_pre_norm(pre_norm, max_grad_norm, global_norm_axes),
     scale_by_adam(
       b1,
       b2,
@@ -131,4 +121,21 @@ def lamb(
       trust_clip=trust_clip,
     ),
     optax.scale_by_learning_rate(learning_rate),
+  )
+
+
+def _pre_norm(
+  form: str,
+  max_grad_norm: float,
+  global_norm_axes: trust_ratio.MeshAxesFn | None,
+) -> list[optax.GradientTransformation]:
+  """What stands before the moments; see `lamb`."""
+  if form == "clip":
+    return [clip.clip_by_global_norm(max_grad_norm, global_norm_axes)]
+  if form == "divide":
+    return [clip.normalize_by_global_norm(global_norm_axes)]
+  if form == "none":
+    return []
+  raise ValueError(
+    f"optim.pre_norm={form!r} is unknown; choose from none, clip, divide."
   )

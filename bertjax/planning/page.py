@@ -3,13 +3,10 @@
 import collections
 import dataclasses
 import os
-import typing
 from typing import Any
 
 from bertjax import hardware
-
-if typing.TYPE_CHECKING:
-  from bertjax.plan import Plan
+from bertjax.planning.outcome import Plan
 
 _TOP = 10
 _SCOPES_LEFT_OUT = ("while", "body", "closed_call", "checkpoint")
@@ -19,7 +16,7 @@ _LIMITS = (
 )
 
 
-def figures(plan: "Plan") -> dict[str, Any]:
+def figures(plan: Plan) -> dict[str, Any]:
   """All that a plan knows, as JSON values; bytes are per device."""
   facts = dataclasses.asdict(plan.facts) | {"tokens": plan.facts.tokens}
   found = {
@@ -55,7 +52,7 @@ def figures(plan: "Plan") -> dict[str, Any]:
   return found
 
 
-def _collectives(plan: "Plan") -> list[dict[str, Any]]:
+def _collectives(plan: Plan) -> list[dict[str, Any]]:
   """Summed by kind and mesh axes, the largest first."""
   groups = collections.defaultdict(list)
   for collective in plan.collectives:
@@ -74,7 +71,7 @@ def _collectives(plan: "Plan") -> list[dict[str, Any]]:
   return sorted(rows, key=lambda row: -row["sent_bytes"])
 
 
-def render(plan: "Plan", name: str = "") -> str:
+def render(plan: Plan, name: str = "") -> str:
   """The page.
 
   Args:
@@ -100,7 +97,7 @@ def render(plan: "Plan", name: str = "") -> str:
   return "\n".join(lines) + "\n"
 
 
-def _memory_lines(plan: "Plan") -> list[str]:
+def _memory_lines(plan: Plan) -> list[str]:
   facts, memory = plan.facts, plan.memory
   capacity = plan.topology.chip.hbm_bytes
   needed = plan.needed_bytes
@@ -130,7 +127,7 @@ def _memory_lines(plan: "Plan") -> list[str]:
   return lines
 
 
-def _collective_lines(plan: "Plan") -> list[str]:
+def _collective_lines(plan: Plan) -> list[str]:
   rows = _collectives(plan)
   if not rows:
     return ["collectives: none"]
@@ -146,7 +143,7 @@ def _collective_lines(plan: "Plan") -> list[str]:
   ]
 
 
-def _time_lines(plan: "Plan") -> list[str]:
+def _time_lines(plan: Plan) -> list[str]:
   cost, chip = plan.cost, plan.topology.chip
   busy = cost.mxu_cycles / cost.cycles
   memory_s = cost.hbm_bytes / chip.hbm_bandwidth
@@ -188,7 +185,7 @@ def _operation(row: hardware.Row) -> str:
   return f"{shown}  {source}".rstrip()
 
 
-def _kernel_lines(plan: "Plan") -> list[str]:
+def _kernel_lines(plan: Plan) -> list[str]:
   """The kernels that take the most registers."""
   lines = [f"{'registers':>9s}{'spilled':>9s}{'shared':>9s}  kernel"]
   by_registers = sorted(

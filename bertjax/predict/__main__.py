@@ -23,18 +23,17 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
 from bertjax import cli
 from bertjax.loading import LoadedModel, load_model
+from bertjax.models import DTYPES
 from bertjax.predict.answers import REQUESTS
 from bertjax.predict.embed import POOLING, embed
 from bertjax.predict.fill_mask import fill_mask
 from bertjax.registry import lookup
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 Request = dict[str, Any]
 
 
@@ -155,7 +154,10 @@ def _define_flags() -> None:
 
 
 def _lines(path: pathlib.Path, first: str) -> list[Request]:
-  lines = path.read_text("utf-8").splitlines()
+  try:
+    lines = path.read_text("utf-8").splitlines()
+  except UnicodeDecodeError as err:
+    raise ValueError(f"{path} is not UTF-8 text: {err}.") from err
   if path.suffix != ".jsonl":
     return [{first: line} for line in lines if line.strip()]
   requests = []
@@ -212,6 +214,7 @@ def main(argv: list[str]) -> None:
   cli.quiet()
   with cli.clear_errors():
     _, fields, command = lookup(TASKS, argv[1], "task")
+    cli.check_output("output", f.output)
     requests = _requests(f, fields)
     model = load_model(
       f.model, dtype=DTYPES[f.dtype], step=f.step, ignore=f.ignore

@@ -28,6 +28,7 @@ from bertjax.tasks.inputs import pair_style_of
 Record = Mapping[str, Any]
 Answers = list[dict[str, Any]]
 
+_SECOND = "second texts (--pair)"  # in messages
 _QUESTION_LENGTH = 384  # of rows, as Devlin et al. 2018 read SQuAD
 
 
@@ -64,7 +65,6 @@ def _ask(
   model: LoadedModel,
   kind: Kind,
   records: Sequence[Record],
-  *,
   batch_size: int,
   truncate: bool,
   longest: int | None = None,
@@ -73,12 +73,8 @@ def _ask(
     raise ValueError("There is no text; pass at least one.")
   tokenizer = model.need_tokenizer()
   seq_len = _row_length(model, longest)
-  given, style = (model.config or {}).get("data", {}), None
-  if given.get("name") == "task":
-    style = given.get("pair_style")
-  features = kind.features(
-    records, tokenizer, seq_len, pair_style_of(tokenizer, style)
-  )
+  style = pair_style_of(tokenizer, _task_data(model).get("pair_style"))
+  features = kind.features(records, tokenizer, seq_len, style)
   if features.truncated.any() and not truncate:
     long = np.flatnonzero(features.truncated)
     raise ValueError(
@@ -90,12 +86,22 @@ def _ask(
   return kind.predictions(logits, features)
 
 
+def _task_data(model: LoadedModel) -> Mapping[str, Any]:
+  """`config.data` of a run that was trained on a task, else {}."""
+  data = (model.config or {}).get("data", {})
+  return data if data.get("name") == "task" else {}
+
+
 def _row_length(model: LoadedModel, longest: int | None) -> int:
   """As in training; else what the model can read, or `longest`."""
-  given = (model.config or {}).get("data", {})
-  if given.get("name") == "task":
-    return given["seq_len"]
-  return min(model.max_positions, longest or model.max_positions)
+  trained = _task_data(model).get("seq_len")
+  return trained or min(model.max_positions, longest or model.max_positions)
+
+
+def _records(label: str, **columns: Sequence[Any]) -> list[Record]:
+  """One record a row of the columns, without what is asked for."""
+  rows = zip(*columns.values())
+  return [dict(zip(columns, row)) | {label: None} for row in rows]
 
 
 def _classes(model: LoadedModel) -> tuple[str, ...]:
@@ -127,12 +133,9 @@ def classify(
   Raises:
     ValueError: another kind of model, or a text that is too long.
   """
-  _check(model, "classification", texts, pairs)
+  seconds = [None] * len(texts) if pairs is None else pairs
+  _check(model, "classification", {"texts": texts, _SECOND: seconds})
   spec = model.objective_spec
-  if pairs is not None and len(pairs) != len(texts):
-    raise ValueError(
-      f"There are {len(texts)} texts but {len(pairs)} second texts (--pair)."
-    )
   multilabel = bool(spec.get("multilabel"))
   number = spec.get("num_classes", 1) == 1 and not multilabel
   kind = Sentences(
@@ -141,17 +144,8 @@ def classify(
     labels=() if number else _classes(model),
     multilabel=multilabel,
   )
-  second = pairs if pairs is not None else [None] * len(texts)
-  records = [
-    {"text": a, "pair": b, "label": None} for a, b in zip(texts, second)
-  ]
-  return _ask(
-    model,
-    kind,
-    records,
-    batch_size=batch_size,
-    truncate=truncate,
-  )
+  records = _records("label", text=texts, pair=seconds)
+  return _ask(model, kind, records, batch_size, truncate)
 
 
 def tag(
@@ -176,17 +170,13 @@ def tag(
   Raises:
     ValueError: another kind of model, or a text that is too long.
   """
-  _check(model, "token_classification", texts)
+  _check(model, "token_classification", {"texts": texts})
   words = [t.split() if isinstance(t, str) else list(t) for t in texts]
   labels = _classes(model)
   iob = all(label == "O" or label[:2] in ("B-", "I-") for label in labels)
-  records = [{"words": w, "labels": None} for w in words]
+  kind = Tagging(labels=labels, entity=iob)
   return _ask(
-    model,
-    Tagging(labels=labels, entity=iob),
-    records,
-    batch_size=batch_size,
-    truncate=truncate,
+    model, kind, _records("labels", words=words), batch_size, truncate
   )
 
 
@@ -216,33 +206,19 @@ def answer(
   Raises:
     ValueError: another kind of model, or a question that is too long.
   """
-  _check(model, "span_qa", questions, contexts)
-  if len(questions) != len(contexts):
-    raise ValueError(
-      f"There are {len(questions)} questions but {len(contexts)} contexts"
-      " (--pair)."
-    )
-  records = [
-    {"question": q, "context": c, "answers": None}
-    for q, c in zip(questions, contexts)
-  ]
+  given = {"questions": questions, "contexts (--pair)": contexts}
+  _check(model, "span_qa", given)
   if null is None:
-    given = (model.config or {}).get("data", {})
-    null = given.get("name") == "task" and build_task(given["task"]).kind.null
+    task = _task_data(model).get("task")
+    null = task is not None and build_task(task).kind.null
   longest = _row_length(model, _QUESTION_LENGTH)
   kind = Questions(
     null=null,
     max_question_tokens=max(1, min(64, longest // 2)),
     stride=max(1, min(128, longest // 4)),
   )
-  return _ask(
-    model,
-    kind,
-    records,
-    batch_size=batch_size,
-    truncate=truncate,
-    longest=_QUESTION_LENGTH,
-  )
+  records = _records("answers", question=questions, context=contexts)
+  return _ask(model, kind, records, batch_size, truncate, _QUESTION_LENGTH)
 
 
 def choose(
@@ -268,33 +244,40 @@ def choose(
   Raises:
     ValueError: another kind of model, or a text that is too long.
   """
-  _check(model, "multiple_choice", texts, *endings)
+  _check(model, "multiple_choice", {"texts": texts})
+  _refuse_strings({f"endings[{i}]": e for i, e in enumerate(endings)})
   count = len(endings[0]) if endings else 0
   if len(endings) != len(texts) or count < 2:
     raise ValueError(
       f"There are {len(texts)} texts and {len(endings)} lists of endings, the"
       f" first with {count}; each text needs the same number, two or more."
     )
-  records = [
-    {"text": t, "endings": list(e), "label": None}
-    for t, e in zip(texts, endings)
-  ]
-  return _ask(
-    model,
-    Choices("text", "endings", count),
-    records,
-    batch_size=batch_size,
-    truncate=truncate,
-  )
+  kind = Choices("text", "endings", count)
+  records = _records("label", text=texts, endings=[*map(list, endings)])
+  return _ask(model, kind, records, batch_size, truncate)
 
 
-def _check(model: LoadedModel, objective: str, *given: Any) -> None:
+def _check(
+  model: LoadedModel, objective: str, given: Mapping[str, Sequence[Any]]
+) -> None:
+  """Refuses another kind of model, and columns that do not go together."""
   if (found := model.objective_spec["name"]) != objective:
     raise ValueError(
       f"{model.path} was made for {found!r}; this needs {objective!r}."
     )
-  if any(isinstance(texts, str) for texts in given):
-    raise ValueError("texts is one string; pass a list of texts.")
+  _refuse_strings(given)
+  (first, texts), *others = given.items()
+  for name, column in others:
+    if len(column) != len(texts):
+      raise ValueError(
+        f"There are {len(texts)} {first} but {len(column)} {name}."
+      )
+
+
+def _refuse_strings(given: Mapping[str, Sequence[Any]]) -> None:
+  for name, texts in given.items():
+    if isinstance(texts, str):
+      raise ValueError(f"{name} is one string; pass a list of texts.")
 
 
 # Fields of a request by task, and the function that answers their columns.

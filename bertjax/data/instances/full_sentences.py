@@ -13,8 +13,32 @@ from jaxtyping import Int
 from bertjax.data.instances import plan as plan_lib
 
 
+class _WholeSentences:
+  """Rows of consecutive sentences, as many as fit.
+
+  Attributes:
+    stop_at_document: whether a row ends where a document does.
+  """
+
+  stop_at_document: bool
+  min_seq_len = 3
+  min_documents = 1
+  has_pairs = False
+  needs_sources = False
+
+  def plan(
+    self,
+    block: plan_lib.BlockIndex,
+    seq_len: int,
+    rng: np.random.Generator,
+  ) -> plan_lib.Plan:
+    del rng  # the dataset shuffles documents and rows
+    pieces = _pieces(block, seq_len)
+    return _rows(pieces, _boundaries(pieces, seq_len, self.stop_at_document))
+
+
 @dataclasses.dataclass(frozen=True)
-class FullSentences:
+class FullSentences(_WholeSentences):
   """[CLS] sentences of one document [SEP] sentences of the next [SEP] ...
 
   A row is one segment: its documents see each other, as in the paper. Whole
@@ -25,24 +49,11 @@ class FullSentences:
   per sentence.
   """
 
-  min_seq_len = 3
-  min_documents = 1
-  has_pairs = False
-  needs_sources = False
-
-  def plan(
-    self,
-    block: plan_lib.BlockIndex,
-    seq_len: int,
-    rng: np.random.Generator,
-  ) -> plan_lib.Plan:
-    del rng  # the dataset shuffles documents and rows
-    pieces = _pieces(block, seq_len)
-    return _rows(pieces, _boundaries(pieces, seq_len, stop_at_document=False))
+  stop_at_document = False
 
 
 @dataclasses.dataclass(frozen=True)
-class DocSentences:
+class DocSentences(_WholeSentences):
   """[CLS] consecutive sentences of one document [SEP].
 
   As `FullSentences`, but a row never crosses the end of a document, so rows at
@@ -50,20 +61,7 @@ class DocSentences:
   are static and the padding is masked.) Cost: as `FullSentences`.
   """
 
-  min_seq_len = 3
-  min_documents = 1
-  has_pairs = False
-  needs_sources = False
-
-  def plan(
-    self,
-    block: plan_lib.BlockIndex,
-    seq_len: int,
-    rng: np.random.Generator,
-  ) -> plan_lib.Plan:
-    del rng  # the dataset shuffles documents and rows
-    pieces = _pieces(block, seq_len)
-    return _rows(pieces, _boundaries(pieces, seq_len, stop_at_document=True))
+  stop_at_document = True
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,7 +82,7 @@ def _pieces(block: plan_lib.BlockIndex, seq_len: int) -> _Pieces:
 
 
 def _boundaries(
-  pieces: _Pieces, seq_len: int, *, stop_at_document: bool
+  pieces: _Pieces, seq_len: int, stop_at_document: bool
 ) -> Int[np.ndarray, "rows_plus_1"]:
   """Number of the first piece of each row, and the number of pieces."""
   count = len(pieces.starts)

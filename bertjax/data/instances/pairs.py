@@ -8,6 +8,7 @@ that the work is done by numpy. `bertjax.data.bert_instances` is the generator
 in the reference's own order of random draws.
 """
 
+import abc
 import dataclasses
 
 import numpy as np
@@ -51,11 +52,10 @@ class _Pairs:
 
 
 @dataclasses.dataclass(frozen=True)
-class _PairMode:
+class _PairMode(abc.ABC):
   """What the modes share: chunks, their parting, truncation, checks.
 
-  A mode adds the rates of its own and `_pair`, which decides what becomes of a
-  chunk.
+  A mode adds the rates of its own and `_pair`.
   """
 
   short_seq_prob: float = 0.1
@@ -105,10 +105,11 @@ class _PairMode:
       active = active[pairs.following < last[active]]
     return _rows(rounds)
 
+  @abc.abstractmethod
   def _pair(
     self, block: plan_lib.BlockIndex, chunks: _Chunks, rng: np.random.Generator
   ) -> _Pairs:
-    raise NotImplementedError
+    """What becomes of each chunk."""
 
 
 @dataclasses.dataclass(frozen=True)

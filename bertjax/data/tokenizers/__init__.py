@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from bertjax import registry
-from bertjax.data.tokenizers import base, storage, training, words
+from bertjax.data.tokenizers import training, words
 from bertjax.data.tokenizers.base import (
   BERT_SPECIALS,
   ROBERTA_SPECIALS,
@@ -26,6 +26,7 @@ from bertjax.data.tokenizers.extend import (
   pad_vocabulary,
   reuse_unused,
 )
+from bertjax.data.tokenizers.folder import MANIFEST, as_json, sha256
 from bertjax.data.tokenizers.storage import load_tokenizer
 from bertjax.data.tokenizers.training import TRAINERS, train_tokenizer
 
@@ -59,7 +60,7 @@ def _trained(
   resolved = training.resolve(kind, options, "data.tokenizer")
   spec = resolved | {"specials": vars(resolved["specials"])}
   content = {"kind": kind, "options": spec, "source": source_fingerprint}
-  name = f"vocab-{base.sha256(base.as_json(content))[:16]}"
+  name = f"vocab-{sha256(as_json(content))[:16]}"
   folder = pathlib.Path(cache_dir) / name
   if folder.exists():
     try:
@@ -74,7 +75,7 @@ def _trained(
     tokenizer.save(folder)
   except OSError:
     # Another process of the same run may have been faster: same content.
-    if not (folder / storage.MANIFEST).exists():
+    if not (folder / MANIFEST).exists():
       raise
   return load_tokenizer(folder)
 

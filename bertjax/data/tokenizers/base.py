@@ -3,13 +3,15 @@
 import abc
 import dataclasses
 import functools
-import hashlib
-import json
+import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from bertjax.data.tokenizers import folder as folder_lib
+from bertjax.data.tokenizers.folder import as_json, sha256
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: not text
 
@@ -52,17 +54,6 @@ ROBERTA_SPECIALS = Specials(
   mask="<mask>",
   order=("cls", "pad", "sep", "unk", "mask"),
 )
-
-
-def sha256(content: bytes) -> str:
-  """Hex digest of `content`."""
-  return hashlib.sha256(content).hexdigest()
-
-
-def as_json(value: Any) -> bytes:
-  """One fixed JSON text for one value, so that equal content hashes equal."""
-  text = json.dumps(value, ensure_ascii=False, indent=1, sort_keys=True)
-  return (text + "\n").encode()
 
 
 def tokenizer_config(specials: Specials, **options: Any) -> bytes:
@@ -292,11 +283,24 @@ class Tokenizer(abc.ABC):
       "files": {n: sha256(c) for n, c in sorted(self.files().items())},
     }
 
-  def save(self, folder) -> None:
-    """Writes the standard files and manifest.json; see `storage.save`."""
-    from bertjax.data.tokenizers import storage  # it imports the back ends
+  def save(self, folder: str | os.PathLike) -> None:
+    """Writes the standard files and manifest.json; all of them or nothing.
 
-    storage.save(self, folder)
+    To put the standard files beside others, as an export does, write
+    `self.files()`.
+
+    Args:
+      folder: a new or empty folder, or one that this wrote, which is replaced.
+
+    Raises:
+      ValueError: the folder holds something else.
+    """
+    manifest = self.identity() | {
+      "special_ids": self.special_ids.tolist(),
+      "fingerprint": self.fingerprint(),
+      "training": self.training,
+    }
+    folder_lib.write(folder, self.files(), manifest)
 
   def pin_fingerprint(self, files: Mapping[str, str]) -> None:
     """Keeps the fingerprint of the files (name to sha256) it was read from.

@@ -1,9 +1,8 @@
-"""Tokenizers as folders: ours with a manifest, and plain published ones."""
+"""Reads tokenizers: our folders with a manifest, and plain published ones."""
 
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,9 +11,8 @@ from tokenizers import models
 
 from bertjax import registry
 from bertjax.data.tokenizers import base, byte, library, unigram, words
+from bertjax.data.tokenizers.folder import FORMAT, MANIFEST, as_json, sha256
 
-MANIFEST = "manifest.json"
-_FORMAT = 1
 BACKENDS: dict[str, type[base.Tokenizer]] = {
   "words": words.WordTokenizer,
   "library": library.LibraryTokenizer,
@@ -30,51 +28,8 @@ _PUBLISHED = (
 )
 
 
-def save(tokenizer: base.Tokenizer, folder: str | os.PathLike) -> None:
-  """Writes the standard files and manifest.json; all of them or nothing.
-
-  To put the standard files beside others, as an export does, write
-  `tokenizer.files()`.
-
-  Args:
-    tokenizer: what to write.
-    folder: a new or empty folder, or one that `save` wrote, which is replaced.
-
-  Raises:
-    ValueError: the folder holds something else.
-  """
-  folder = pathlib.Path(folder)
-  present = {p.name for p in folder.iterdir()} if folder.exists() else set()
-  if present and MANIFEST not in present:
-    raise ValueError(
-      f"{folder} holds other files ({sorted(present)[0]}, ...); save the"
-      " tokenizer into a folder of its own."
-    )
-  files = tokenizer.files()
-  manifest = tokenizer.identity() | {
-    "format": _FORMAT,
-    "special_ids": tokenizer.special_ids.tolist(),
-    "fingerprint": tokenizer.fingerprint(),
-    "training": tokenizer.training,
-  }
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(
-    dir=folder.parent, prefix=f".{folder.name}-"
-  ) as scratch:
-    new = pathlib.Path(scratch) / "new"
-    new.mkdir()
-    for name, content in {**files, MANIFEST: base.as_json(manifest)}.items():
-      with open(new / name, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    if folder.exists():
-      os.rename(folder, pathlib.Path(scratch) / "old")
-    os.rename(new, folder)
-
-
 def load_tokenizer(folder: str | os.PathLike) -> base.Tokenizer:
-  """Reads a folder that `save` wrote, or a published one.
+  """Reads a folder that `Tokenizer.save` wrote, or a published one.
 
   Published folders are read as `transformers` reads them: tokenizer.json if
   there is one, else vocab.txt, vocab.json with merges.txt, or a SentencePiece
@@ -116,10 +71,10 @@ def _load_ours(folder: pathlib.Path) -> base.Tokenizer:
       raise ValueError(
         f"{path} has no {field!r}; restore it or make the tokenizer again."
       )
-  if manifest["format"] != _FORMAT:
+  if manifest["format"] != FORMAT:
     raise ValueError(
       f"{path}: format={manifest['format']!r}, but this version reads"
-      f" {_FORMAT}; make the tokenizer again."
+      f" {FORMAT}; make the tokenizer again."
     )
   files = {}
   for name, expected in manifest["files"].items():
@@ -129,7 +84,7 @@ def _load_ours(folder: pathlib.Path) -> base.Tokenizer:
         f" {expected}."
       )
     files[name] = (folder / name).read_bytes()
-    if (found := base.sha256(files[name])) != expected:
+    if (found := sha256(files[name])) != expected:
       raise ValueError(
         f"{folder / name} is not the file that was saved: sha256 {found}, the"
         f" manifest expects {expected}; restore it or make the tokenizer"
@@ -146,7 +101,7 @@ def _load_ours(folder: pathlib.Path) -> base.Tokenizer:
   same = {**tokenizer.identity(), "files": manifest["files"]}
   # Files are checked above; a newer library may write the same content anew.
   for field, value in same.items():
-    if json.loads(base.as_json(value)) != manifest.get(field):
+    if json.loads(as_json(value)) != manifest.get(field):
       raise ValueError(
         f"{path}: {field}={manifest.get(field)!r} contradicts the files, which"
         f" give {value!r}; restore it or make the tokenizer again."

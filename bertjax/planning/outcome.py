@@ -1,0 +1,74 @@
+"""What compiling a training step told: sizes, exchanges, time."""
+
+import dataclasses
+from typing import Any
+
+from bertjax import hardware
+from bertjax.planning.advice import Suggestion
+from bertjax.planning.step import StepFacts
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """One stage on one topology.
+
+  Attributes:
+    topology: what it was compiled for.
+    facts: sizes of model, batch and state.
+    steps: that the stage takes.
+    needed_bytes: per device; None if the compiler does not say.
+    memory: per device, when it fits.
+    collectives: exchanges of a step, when it fits.
+    cost: of a step on a TPU, when it fits.
+    kernels: of a GPU program, when it fits.
+    suggestion: change of the config that would make it fit, if one was found.
+  """
+
+  topology: hardware.Topology
+  facts: StepFacts
+  steps: int
+  needed_bytes: float | None
+  memory: hardware.Memory | None = None
+  collectives: tuple[hardware.Collective, ...] = ()
+  cost: hardware.Cost | None = None
+  kernels: tuple[Any, ...] = ()
+  suggestion: Suggestion | None = None
+
+  @property
+  def fits(self) -> bool:
+    """Whether the compiler found room."""
+    return self.memory is not None
+
+  @property
+  def step_s(self) -> float | None:
+    """Seconds of a step if its collectives hide behind its computation."""
+    return self.cost.seconds if self.cost else None
+
+  @property
+  def exchange_s(self) -> float:
+    """Seconds that the collectives of a step take, by rings of neighbours."""
+    sent = sum(c.sent_bytes for c in self.collectives)
+    return sent / self.topology.chip.ring_bandwidth
+
+  @property
+  def tokens_per_s_per_chip(self) -> float | None:
+    """Slots of a batch per second of a step and chip."""
+    if self.step_s is None:
+      return None
+    return self.facts.tokens / self.step_s / self.topology.num_devices
+
+  @property
+  def mfu(self) -> float | None:
+    """Share of the peak that the model's own FLOPs are."""
+    if self.step_s is None:
+      return None
+    chips = self.topology.num_devices
+    peak = self.step_s * chips * self.topology.chip.peak_flops
+    return self.facts.model_flops / peak
+
+  @property
+  def chip_hours(self) -> float | None:
+    """Of all steps."""
+    if self.step_s is None:
+      return None
+    return self.steps * self.step_s * self.topology.num_devices / 3600

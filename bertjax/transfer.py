@@ -1,0 +1,157 @@
+"""Parameters of one model fitted to the tree of another."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bertjax import loading, rules
+from bertjax.interop import names, published
+
+
+def load_params_for(
+  path: str | os.PathLike,
+  target: Any,
+  *,
+  fresh: Sequence[str] = (),
+  renames: Sequence[tuple[str, str]] = (),
+  allow_missing: Sequence[str] = (),
+  ignore: Sequence[str] = (),
+  step: int | None = None,
+) -> Any:
+  """Parameters of a saved or published model, fitted to another model's tree.
+
+  Args:
+    path: what `load_model` reads.
+    target: the other model's parameters or their shapes.
+    fresh: parts of the target that stay without value where the saved model has
+      none. With any, heads of the saved model that the target lacks are left.
+    renames: `(regex, replacement)`, applied in order with `re.sub` to the names
+      of the saved parameters (in our spelling, layers as the target has them).
+    allow_missing: regexes of target parameters that may stay without value.
+    ignore: regexes of saved parameters (after renaming) or of published tensors
+      that are left out.
+    step: which checkpoint of a workdir.
+
+  Returns:
+    A tree like `target` of numpy arrays; None where `fresh` or `allow_missing`
+    applies.
+
+  Raises:
+    ValueError: a parameter of either side that nothing explains, another shape,
+      or a pattern that matches nothing.
+  """
+  wanted = names.flatten(target)
+  # Published tensors that `ignore` names never become parameters of ours.
+  unread = _published_only(path, ignore)
+  saved = loading.read_model(
+    path,
+    step=step,
+    scan=any(name.startswith("encoder/layers/") for name in wanted),
+    ignore=unread,
+  )
+  have = _renamed(names.flatten(saved.params), renames)
+  names.refuse_unused(
+    (p for p in ignore if p not in unread), have, "init_from.ignore"
+  )
+  names.refuse_unused(allow_missing, wanted, "init_from.allow_missing")
+  left_out = names.matching(have, ignore)
+  if fresh:
+    others = set(names.HEADS) - set(target)
+    left_out = left_out | {name for name in have if _part(name) in others}
+  have = {name: leaf for name, leaf in have.items() if name not in left_out}
+  problems = _unexplained(have, wanted, fresh, allow_missing)
+  problems += _shape_problems(have, wanted, fresh)
+  if problems:
+    raise ValueError(
+      f"{path} does not explain this model's parameters: "
+      + "; ".join(problems)
+      + "."
+    )
+  return names.nest({name: have.get(name) for name in wanted})
+
+
+def _published_only(
+  path: str | os.PathLike, ignore: Sequence[str]
+) -> list[str]:
+  """Those expressions that match published tensors; none for a workdir."""
+  if loading.origin_of(path) == loading.WORKDIR:
+    return []
+  theirs = published.tensor_names(path)
+  return sorted({p for p in ignore if names.matching(theirs, [p])})
+
+
+def _renamed(
+  params: Mapping[str, Any], renames: Sequence[tuple[str, str]]
+) -> dict[str, np.ndarray]:
+  have: dict[str, np.ndarray] = {}
+  compiled = [(rules.regex(p, "init_from.renames"), r) for p, r in renames]
+  for name, leaf in params.items():
+    for pattern, replacement in compiled:
+      name = pattern.sub(replacement, name)
+    if name in have:
+      raise ValueError(f"init_from.renames maps two parameters to {name!r}.")
+    have[name] = np.asarray(leaf)
+  names.refuse_unused((p for p, _ in renames), params, "init_from.renames")
+  return have
+
+
+def _part(name: str) -> str:
+  """The encoder or the head that a parameter is of."""
+  return name.split("/")[0]
+
+
+def _unexplained(
+  have: Mapping[str, np.ndarray],
+  wanted: Mapping[str, Any],
+  fresh: Sequence[str],
+  allow_missing: Sequence[str],
+) -> list[str]:
+  """What only one side has, without leave."""
+  problems = []
+  may_lack = set(fresh) - {_part(name) for name in have}
+  absent = {n for n in set(wanted) - set(have) if _part(n) not in may_lack}
+  if missing := absent - names.matching(absent, allow_missing):
+    problems.append(
+      f"it lacks {names.listed(missing)} (init_from.allow_missing)"
+    )
+  if extra := set(have) - set(wanted):
+    problems.append(
+      f"this model has no {names.listed(extra)} (init_from.ignore or renames)"
+    )
+  return problems
+
+
+def _shape_problems(
+  have: Mapping[str, np.ndarray],
+  wanted: Mapping[str, Any],
+  fresh: Sequence[str],
+) -> list[str]:
+  problems = []
+  for name in sorted(set(have) & set(wanted)):
+    theirs, ours = tuple(have[name].shape), tuple(wanted[name].shape)
+    if theirs == ours:
+      continue
+    same_width = theirs[1:] == ours[1:]
+    tables = ("encoder/embeddings/token/embedding", "mlm_head/bias")
+    if same_width and name in tables:
+      if name == "mlm_head/bias" and problems:
+        continue  # said already
+      problems.append(
+        f"its vocabulary has {theirs[0]} rows, this model's {ours[0]} (use its"
+        " tokenizer: data.tokenizer = dict(name='folder', path=...))"
+      )
+    elif same_width and name == "encoder/embeddings/position/embedding":
+      problems.append(
+        f"its table of positions has {theirs[0]} rows, this model's {ours[0]}"
+        " (model.max_positions, model.position_offset)"
+      )
+    else:
+      part = _part(name)
+      hint = f" (init_from.ignore=['^{part}/'] begins untrained)"
+      problems.append(
+        f"{name} is {theirs} there and {ours} here"
+        + (hint if part in fresh else "")
+      )
+  return problems[:3]

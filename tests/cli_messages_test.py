@@ -1,0 +1,93 @@
+"""What the commands say to the mistakes that their users make."""
+
+import json
+import pathlib
+import tempfile
+
+from absl import flags
+from absl.testing import absltest, parameterized
+from ml_collections import config_flags
+
+from bertjax import cli, evals, rules, train
+from bertjax.predict import __main__ as command
+
+
+class MessagesTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.root = pathlib.Path(
+      self.enterContext(tempfile.TemporaryDirectory())
+    ).resolve()
+
+  def config(self, path):
+    given = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=given)
+    given(["train", f"--config={path}"])
+    return cli.config(given)
+
+  def test_a_config_that_is_not_there_is_named_in_one_line(self):
+    path = self.root / "nothing.py"
+    with self.assertRaisesRegex(
+      ValueError, rf"\A--config={path} cannot be read: .*No such file.*\Z"
+    ):
+      self.config(path)
+    path.write_text("def get_config():\n  return {'seed': 3}\n")
+    self.assertEqual(self.config(path)["seed"], 3)
+
+  @parameterized.parameters(
+    ("{name: x}", "--source={name: x} is no JSON: Expecting property name"),
+    ('["x"]', '--source=\\["x"\\] must be a JSON object'),
+  )
+  def test_a_flag_that_is_no_json_object_is_named(self, text, message):
+    with self.assertRaisesRegex(ValueError, message):
+      cli.json_object("source", text)
+    self.assertIsNone(cli.json_object("source", None))
+    given = {"name": "text_files"}
+    self.assertEqual(cli.json_object("source", json.dumps(given)), given)
+
+  def test_an_output_that_cannot_be_written_is_refused_before_the_work(self):
+    with self.assertRaisesRegex(ValueError, f"no folder {self.root / 'no'}"):
+      cli.check_output("output", f"{self.root}/no/vectors.npy")
+    with self.assertRaisesRegex(ValueError, "is a folder; name a file"):
+      cli.check_output("output", str(self.root))
+    cli.check_output("output", f"{self.root}/vectors.npy")
+    cli.check_output("output", None)
+
+  def test_a_workdir_that_is_a_file_is_refused_before_the_work(self):
+    path = self.root / "file"
+    path.write_text("")
+    with self.assertRaisesRegex(ValueError, f"workdir={path} is a file"):
+      train.train({}, path)
+
+  def test_a_split_of_which_nothing_is_read_is_refused(self):
+    with self.assertRaisesRegex(ValueError, "num_batches=0 must be at least 1"):
+      evals.EVALUATORS["objective"](
+        objective=None, data=None, mesh=None, num_batches=0
+      )
+
+  def test_texts_that_are_no_text_are_named(self):
+    path = self.root / "texts.txt"
+    path.write_bytes(b"caf\xe9\n")
+    with self.assertRaisesRegex(ValueError, f"{path} is not UTF-8 text"):
+      command._lines(path, "text")
+
+  def test_an_expression_that_is_none_is_quoted(self):
+    with self.assertRaisesRegex(
+      ValueError, r"init_from\.ignore: '\(' is no regular expression: missing"
+    ):
+      rules.regex("(", "init_from.ignore")
+
+  def test_errors_of_the_file_system_are_one_line(self):
+    path = self.root / "file"
+    path.write_text("")
+    for act in (
+      lambda: (path / "x").mkdir(),
+      lambda: path.mkdir(),
+      lambda: self.root.read_text(),
+    ):
+      with self.assertRaisesRegex(SystemExit, "1"), cli.clear_errors():
+        act()
+
+
+if __name__ == "__main__":
+  absltest.main()
