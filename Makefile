@@ -1,5 +1,6 @@
 # make quickstart   environment, then a small BERT on real text (minutes)
 # make test         the default test suite
+# make typecheck    annotations against what the tests of parts call them with
 # make lint         ruff
 # make bench        speed against PyTorch, and of reading; prints ratios
 PYTHON ?= python3.11
@@ -9,7 +10,7 @@ WORKDIR ?= runs/quickstart
 # The quickstart is for any machine; JAX_PLATFORMS=tpu or cuda where there is one.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart test typecheck lint bench clean
 
 $(VENV)/core: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -26,7 +27,17 @@ quickstart: $(VENV)/core
 	  --text="Return a new [MASK] with the given shape and dtype."
 
 test: $(VENV)/test
-	$(RUN) -m pytest -n 2 --dist loadfile
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+
+# Not in `test`: what users run is not decorated, and tests named ill_typed pass
+# an argument of another type on purpose, to read the message.
+TYPECHECKED := $(addprefix tests/,layers objectives metrics tasks \
+  data/tokenizers data/masking_test.py data/dataset_test.py \
+  data/sentences_test.py data/abstract_test.py optim/schedules_test.py)
+typecheck: $(VENV)/test
+	$(RUN) -m pytest -n 2 --dist loadfile $(TYPECHECKED) \
+	  --jaxtyping-packages=bertjax,tests.typechecker.check \
+	  -k "not ill_typed and not LearningTest"
 
 lint: $(VENV)/test
 	$(RUN) -m ruff check .

@@ -13,7 +13,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -109,6 +109,7 @@ class AnyOf:
 # -- what --------------------------------------------------------------------
 
 
+@runtime_checkable
 class Hook(Protocol):
   """Something that the loop calls before each step and closes at the end."""
 
@@ -252,6 +253,7 @@ class ProfilerHook:
 # -- stop --------------------------------------------------------------------
 
 
+@runtime_checkable
 class StopRule(Protocol):
   """Says why to stop before the next step, or None."""
 

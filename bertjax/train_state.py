@@ -18,6 +18,8 @@ from bertjax.parallel.sharding import logical_axes, parameter_shardings
 class TrainState:
   """Everything that a checkpoint must hold to continue bitwise.
 
+  As any tree it may also hold what describes its leaves: shapes, shardings.
+
   Attributes:
     step: optimizer steps taken, int32 scalar.
     params: parameter tree, float32.
@@ -26,10 +28,10 @@ class TrainState:
     extra: the objective's other collections (statistics, queues, teachers).
   """
 
-  step: jax.Array
+  step: Any
   params: Any
   opt_state: Any
-  key: jax.Array
+  key: Any
   extra: Any
 
 

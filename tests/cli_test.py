@@ -1,6 +1,5 @@
 """The commands as a user types them."""
 
-import os
 import pathlib
 import subprocess
 import sys
@@ -8,7 +7,7 @@ import tempfile
 
 from absl.testing import absltest
 
-from tests import tiny
+from tests import optimized, tiny
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _CONFIG = """
@@ -17,7 +16,7 @@ from bertjax.config import new_config
 from tests import tiny
 def get_config():
   c = new_config()
-  c.update(tiny.config(pathlib.Path({!r})))
+  c.update(tiny.config(pathlib.Path({!r}), model=dict(attend="auto")))
   return c
 """
 
@@ -26,7 +25,7 @@ def _run(*arguments, **environment):
   return subprocess.run(
     [sys.executable, "-m", *arguments],
     cwd=_ROOT,
-    env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
+    env=optimized.environment() | {"JAX_PLATFORMS": "cpu"} | environment,
     capture_output=True,
     text=True,
     check=False,

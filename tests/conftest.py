@@ -1,17 +1,63 @@
 """JAX settings of the whole suite; they must precede the first use of JAX."""
 
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Whichever test imports TensorFlow first brings Keras along and fixes this.
 os.environ["KERAS_BACKEND"] = "jax"
 
+# Tests compile thousands of programs for the CPU, to run each once or twice: a
+# quick compiler saves more than fast code, and equal programs are compiled
+# once. Processes that tests start inherit all of it; compilers for TPUs and
+# GPUs heed none of it. See `tests/optimized.py` for the compiler of real runs.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ["XLA_FLAGS"] = " ".join(
+  ("--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", ""))
+).strip()
+# A folder per session and worker: nothing outlives a run of the suite, and no
+# two workers write the same file.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 import jax
 from absl import flags
+
+# Named by `--jaxtyping-packages`, which imports no more than `tests`.
+import tests.typechecker  # noqa: F401
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # absltest's temporary folders ask for a flag, which pytest does not parse.
 flags.FLAGS.mark_as_parsed()
+
+# `--dist loadfile` gives a worker whole files, in this order, for what a file
+# shares is built once; a long one that came last would run alone.
+_LONGEST = (
+  "train_test.py",
+  "backends_test.py",
+  "fine_tune_test.py",
+  "tpu_kernels_test.py",
+  "configs_test.py",
+  "plan_test.py",
+  "encoder_test.py",
+  "battery_test.py",
+  "predict_test.py",
+  "cli_test.py",
+  "task_data_test.py",
+  "parity_test.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+  place = {name: i for i, name in enumerate(_LONGEST)}
+  items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+def pytest_unconfigure():
+  folder = os.environ.pop("JAX_COMPILATION_CACHE_DIR")
+  shutil.rmtree(folder, ignore_errors=True)

@@ -60,7 +60,12 @@ class CompiledPlanTest(absltest.TestCase):
     super().setUpClass()
     fields = tiny.config(
       pathlib.Path("nowhere"),
-      model=dict(num_layers=1, dropout_rate=0.0, attention_dropout_rate=0.0),
+      model=dict(
+        num_layers=1,
+        attend="auto",
+        dropout_rate=0.0,
+        attention_dropout_rate=0.0,
+      ),
       mesh=dict(data=2, fsdp=2),
       prng="rbg",
     )

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,9 +172,18 @@ class TrainTest(parameterized.TestCase):
       cls.enterClassContext(tempfile.TemporaryDirectory())
     )
     tiny.write_corpus(cls.root)
+    cls.begun = cls.root / "begun"
+    cls.begun_result = train.train(
+      tiny.config(cls.root, stop=dict(steps=2)), cls.begun
+    )
 
   def _config(self, **changes):
     return tiny.config(self.root, **changes)
+
+  def _begun(self):
+    """A workdir of a run of two steps, to do with as one likes."""
+    folder = pathlib.Path(self.create_tempdir()) / "run"
+    return shutil.copytree(self.begun, folder)
 
   def test_loss_falls_on_learnable_text(self):
     result = train.train(
@@ -232,15 +242,13 @@ class TrainTest(parameterized.TestCase):
     )
 
   def test_a_checkpoint_of_another_model_is_refused(self):
-    folder = pathlib.Path(self.create_tempdir())
-    train.train(self._config(stop=dict(steps=2)), folder)
+    folder = self._begun()
     with self.assertRaisesRegex(ValueError, "params/encoder/.*mlp"):
       train.train(self._config(model=dict(mlp_dim=40)), folder)
     self.assertTrue((folder / "checkpoints" / "2").exists())
 
   def test_a_resume_tells_what_changed_in_the_config(self):
-    folder = pathlib.Path(self.create_tempdir())
-    train.train(self._config(stop=dict(steps=2)), folder)
+    folder = self._begun()
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
       train.train(
@@ -253,14 +261,11 @@ class TrainTest(parameterized.TestCase):
     self.assertIn("stop.steps: 2 -> 3", changed[1])
 
   def test_other_data_is_refused_on_resume(self):
-    folder = pathlib.Path(self.create_tempdir())
-    train.train(self._config(stop=dict(steps=2)), folder)
+    folder = self._begun()
     with self.assertRaisesRegex(ValueError, "belongs to other data"):
       train.train(self._config(data=dict(masking=dict(rate=0.2))), folder)
 
   def test_nan_ends_the_run_and_keeps_what_was_saved(self):
-    folder = pathlib.Path(self.create_tempdir())
-    train.train(self._config(stop=dict(steps=4)), folder)
     broken = self._config(
       optim=dict(name="sgd", learning_rate=1e30), every=dict(log=2)
     )
@@ -305,19 +310,19 @@ class TrainTest(parameterized.TestCase):
     )
 
   def test_init_from_starts_with_the_other_runs_parameters(self):
-    folder = pathlib.Path(self.create_tempdir())
-    first = train.train(self._config(stop=dict(steps=2)), folder)
     # A rate of (almost) nothing leaves what was handed over.
     second = train.train(
       self._config(
-        init_from=dict(path=str(folder)),
+        init_from=dict(path=str(self.begun)),
         stop=dict(steps=1),
         optim=dict(name="sgd", learning_rate=1e-30, clip_norm=1.0),
       ),
       self.create_tempdir().full_path,
     )
     jax.tree.map(
-      np.testing.assert_array_equal, first.state.params, second.state.params
+      np.testing.assert_array_equal,
+      self.begun_result.state.params,
+      second.state.params,
     )
 
   @parameterized.parameters(

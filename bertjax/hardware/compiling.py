@@ -187,6 +187,8 @@ def _environment(topology: Topology, dump: pathlib.Path) -> dict[str, str]:
     JAX_ENABLE_COMPILATION_CACHE="false",
     PYTHONPATH=os.pathsep.join(path for path in sys.path if path),
   )
+  # Whatever the CPU is spared, a plan is of the optimized program.
+  environment.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
   if topology.chip.platform == "cuda":
     return environment | gpu.environment(dump)
   flags = (

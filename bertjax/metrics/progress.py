@@ -1,8 +1,8 @@
 """What a person sees while a run goes on: a bar, or plain lines in a log."""
 
+import io
 import sys
 from collections.abc import Mapping
-from typing import TextIO
 
 import jax
 
@@ -39,7 +39,11 @@ class Progress:
   """A tqdm bar on a terminal, one line per report elsewhere; process 0 only."""
 
   def __init__(
-    self, total: int | None, *, start: int = 0, stream: TextIO | None = None
+    self,
+    total: int | None,
+    *,
+    start: int = 0,
+    stream: io.TextIOBase | None = None,
   ):
     """Shows nothing yet.
 

@@ -10,13 +10,14 @@ import io
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 
 from bertjax import registry
 
 
+@runtime_checkable
 class Writer(Protocol):
   """Receives scalars; one object per destination."""
 

@@ -1,7 +1,7 @@
 """The contract of an objective, and the one way its terms become a loss."""
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ Terms = dict[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
+@runtime_checkable
 class Objective(Protocol):
   """A linen module that owns an encoder and its heads.
 

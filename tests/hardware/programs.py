@@ -90,6 +90,13 @@ def exchange(devices):
   return jax.jit(mapped).lower(x), dict(mesh.shape)
 
 
+def spared(devices):
+  """Any program, and whether its process spares the compiler work."""
+  x = _on_first(devices, (8, 128))
+  spares = "JAX_DISABLE_MOST_OPTIMIZATIONS" in os.environ
+  return jax.jit(jnp.sin).lower(x), spares
+
+
 def too_large(devices):
   """32 GB of arguments and as much of results."""
   x = _on_first(devices, (8, 2**30), jnp.float32)

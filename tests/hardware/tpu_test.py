@@ -1,7 +1,9 @@
 """Programs of known cost, compiled for TPUs, cost what they should."""
 
 import importlib.util
+import os
 import unittest
+from unittest import mock
 
 from absl.testing import absltest, parameterized
 
@@ -87,6 +89,15 @@ class CollectivesTest(absltest.TestCase):
         ("all-gather", ("data",)): (size, 1, size * 3),
       },
     )
+
+
+@_needs_libtpu
+class OptimizationTest(absltest.TestCase):
+  def test_a_caller_that_spares_its_own_compiler_plans_the_optimized_program(
+    self,
+  ):
+    with mock.patch.dict(os.environ, JAX_DISABLE_MOST_OPTIMIZATIONS="1"):
+      self.assertFalse(compile_for("v5e:1x1", programs.spared).info)
 
 
 @_needs_libtpu

@@ -5,6 +5,7 @@ import math
 import pathlib
 import shutil
 import tempfile
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -225,12 +226,10 @@ class MetersTest(absltest.TestCase):
     self.assertEqual(peak, meters.peak_flops(jax.devices()[:1]))
 
   def test_accelerator_peaks_take_the_longest_name(self):
-    class Device:
-      platform = "tpu"
-      process_index = 0
-
-      def __init__(self, kind):
-        self.device_kind = kind
+    def device(kind):
+      return mock.Mock(
+        spec=jax.Device, platform="tpu", process_index=0, device_kind=kind
+      )
 
     for kind, flops in (
       ("TPU v5 lite", 197e12),
@@ -239,9 +238,9 @@ class MetersTest(absltest.TestCase):
       ("NVIDIA H100 PCIe", 756e12),
       ("NVIDIA A100-SXM4-80GB", 312e12),
     ):
-      peak = meters.peak_flops([Device(kind)] * 3)
+      peak = meters.peak_flops([device(kind)] * 3)
       self.assertEqual(peak, meters.Peak(3 * flops, False), kind)
-    self.assertIsNone(meters.peak_flops([Device("Abacus")]))
+    self.assertIsNone(meters.peak_flops([device("Abacus")]))
 
 
 class LoggerTest(absltest.TestCase):

@@ -162,11 +162,16 @@ class SchedulesTest(parameterized.TestCase):
     (dict(tokens="1B"), 512, "warmup.tokens='1B' must be a positive number"),
     (dict(tokens=1e9), 512, "warmup=1953125 must be between 0 and the 100 st"),
     (dict(tokens=1e9), None, "warmup.tokens=1000000000.0 needs tokens_per_st"),
-    (dict(tokns=1e9), 512, "warmup={'tokns': 1000000000.0} must be a number"),
   )
   def test_bad_tokens_are_refused(self, warmup, tokens_per_step, message):
     with self.assertRaisesRegex(ValueError, message):
       build(100, name="linear", warmup=warmup, tokens_per_step=tokens_per_step)
+
+  def test_an_ill_typed_length_is_refused(self):
+    with self.assertRaisesRegex(
+      ValueError, "warmup={'tokns': 1000000000.0} must be a number"
+    ):
+      build(100, name="linear", warmup=dict(tokns=1e9), tokens_per_step=512)
 
   def test_square_root_scaling_is_the_table_of_the_paper(self):
     for i, batch_size in enumerate((32768, 16384, 8192, 4096, 2048, 1024, 512)):

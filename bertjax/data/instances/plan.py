@@ -13,7 +13,7 @@ decision what goes where.
 
 import dataclasses
 import functools
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Int, Integer
@@ -99,6 +99,7 @@ class Plan:
     )
 
 
+@runtime_checkable
 class InstanceMode(Protocol):
   """How documents become rows.
 
