@@ -33,6 +33,7 @@ class TextData(MaskedData):
     max_tokens_per_document: int | None = None,
     seed: int,
     cache_dir: pathlib.Path,
+    mask_seed: int | None = None,
   ):
     """Builds the tokenizer; token caches are built when a split is asked for.
 
@@ -48,6 +49,7 @@ class TextData(MaskedData):
       max_tokens_per_document: longer documents are cut; None: never.
       seed: of shuffling, instance making and masking.
       cache_dir: where vocabularies and token caches live.
+      mask_seed: of masking, if it is another one.
     """
     self.seq_len = seq_len
     self.source = registry.build(SOURCES, source, "data.source")
@@ -59,7 +61,11 @@ class TextData(MaskedData):
       fingerprint=self.source.fingerprint(),
     )
     self._rows = dict(
-      instances=instances, masking=masking, seq_len=seq_len, seed=seed
+      instances=instances,
+      masking=masking,
+      seq_len=seq_len,
+      seed=seed,
+      mask_seed=mask_seed,
     )
     self._splitter = splitter
     self._cut = max_tokens_per_document
