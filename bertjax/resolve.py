@@ -37,10 +37,11 @@ def check_length(settings: Settings) -> None:
 
 
 def inherit(settings: Settings) -> Settings:
-  """Takes the model and the tokenizer from the folder of `init_from`.
+  """Takes model, tokenizer and text functions from the folder of `init_from`.
 
   A model without a name is the folder's, with the given options on top; data
-  without a tokenizer get the folder's. What a config says itself stays.
+  without a tokenizer get the folder's, and its `preprocess` with it. What a
+  config says itself stays.
   """
   path = (settings.init_from or {}).get("path")
   whole = "name" in settings.model and "tokenizer" in settings.data
@@ -52,7 +53,10 @@ def inherit(settings: Settings) -> Settings:
     model = found.spec | model
   if found.tokenizer is not None:
     folder = {"name": "folder", "path": str(found.tokenizer)}
-    data.setdefault("tokenizer", folder)
+    if "tokenizer" not in data:
+      data["tokenizer"] = folder
+      if found.preprocess:
+        data.setdefault("preprocess", found.preprocess)
   return dataclasses.replace(settings, model=model, data=data)
 
 

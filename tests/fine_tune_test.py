@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -269,6 +270,90 @@ class HandoverTest(FineTuningTestCase):
   def test_what_does_not_fit_is_one_clear_message(self, changes, message):
     with self.assertRaisesRegex(ValueError, message):
       self.start(**changes)
+
+
+class PreprocessTest(FineTuningTestCase):
+  """What texts go through in training they go through ever after."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    # A model that was pre-trained on texts without @names.
+    cls.origin = cls.root / "anonymous"
+    shutil.copytree(cls.pretrained, cls.origin)
+    path = cls.origin / "config.json"
+    config = json.loads(path.read_text())
+    config["data"]["preprocess"] = [
+      dict(name="replace", pattern=r"@\w+", by="the"), "lowercase",
+    ]  # fmt: skip
+    path.write_text(json.dumps(config))
+    cls.workdir = cls.root / "anonymous_tuned"
+    changes = dict(stop=dict(epochs=None, steps=2), evals={}, samples=())
+    train.train(
+      merge(fine_tuning(cls.pretrained), changes)
+      | dict(init_from=dict(path=str(cls.origin)), evals={}),
+      cls.workdir,
+    )
+    cls.models = [loading.load_model(cls.workdir)]
+    for number, layout in enumerate(("huggingface", "bertjax")):
+      folder = cls.root / f"anonymous_{number}"
+      convert.convert(cls.models[-1].path, folder, format=layout)
+      cls.models.append(loading.load_model(folder))
+
+  def test_a_stage_takes_them_from_the_one_before(self):
+    config = json.loads((self.workdir / "config.json").read_text())
+    self.assertLen(config["data"]["preprocess"], 2)
+
+  def test_predictions_apply_them_in_every_layout(self):
+    raw, clean = ("@bob DOG barks", "@eve"), ("the dog barks", "the")
+    bare = dataclasses.replace(self.models[0], preprocess=())
+    for model in self.models:
+      np.testing.assert_array_equal(
+        predict.embed(model, raw), predict.embed(bare, clean)
+      )
+      said, want = predict.classify(model, raw), predict.classify(bare, clean)
+      self.assertEqual(said, want)
+    self.assertFalse(
+      np.array_equal(predict.embed(bare, raw), predict.embed(bare, clean))
+    )
+
+  def test_evaluation_of_another_source_applies_them(self):
+    lines = (self.root / "test.jsonl").read_text()
+    for name, text in (
+      ("raw", lines.replace("the ", "@bob ").upper().replace('"TEXT"', '"text"')
+       .replace('"LABEL"', '"label"').replace('"ANIMAL"', '"animal"')
+       .replace('"BREAD"', '"bread"')),
+      ("clean", lines),
+    ):  # fmt: skip
+      (self.root / f"{name}.jsonl").write_text(text)
+    task = self.config()["data"]["task"]
+    found = [
+      evaluate.evaluate(
+        self.workdir,
+        split="test",
+        evaluators=["objective"],
+        data=dict(
+          task=merge(
+            task, dict(source=dict(paths=dict(test=str(self.root / name))))
+          )
+        ),
+      )
+      for name in ("raw.jsonl", "clean.jsonl")
+    ]
+    self.assertEqual(*found)
+
+  def test_spans_of_characters_are_refused(self):
+    data = dict(
+      name="task",
+      preprocess=["lowercase"],
+      task=dict(
+        name="squad",
+        source=dict(name="jsonl", paths=str(self.root / "*.jsonl")),
+      ),
+    )
+    config = self.config() | {"data": merge(self.config()["data"], data)}
+    with self.assertRaisesRegex(ValueError, "data.preprocess would move"):
+      experiment.build(settings(config))
 
 
 class StagesTest(FineTuningTestCase):

@@ -25,6 +25,7 @@ from bertjax.models import MODELS
 from bertjax.objectives import OBJECTIVES
 
 CONFIG = "config.json"
+PREPROCESS = "preprocess.json"  # ours: no published layout has such a file
 DTYPES = {
   "float32": np.dtype(np.float32),
   "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -91,6 +92,12 @@ def read_tokenizer(folder: pathlib.Path) -> Tokenizer | None:
   if any((folder / name).exists() for name in _TOKENIZER_FILES):
     return load_tokenizer(folder)
   return None
+
+
+def read_preprocess(folder: pathlib.Path) -> list[Any]:
+  """What texts must go through, as `bertjax.convert` wrote it; often []."""
+  path = folder / PREPROCESS
+  return read_json(path)["preprocess"] if path.exists() else []
 
 
 def tensor_names(folder: str | os.PathLike) -> list[str]:

@@ -60,6 +60,7 @@ def _mixture(
   dupe_factors: Sequence[float] | None = None,
   weights: Sequence[float] | None = None,
   alpha: float | None = None,
+  targets: Sequence[float] | None = None,
   unit: str = "characters",
 ) -> Mixture:
   """`Mixture` of sources that are themselves rows of `SOURCES`."""
@@ -72,6 +73,7 @@ def _mixture(
     dupe_factors=dupe_factors,
     weights=weights,
     alpha=alpha,
+    targets=targets,
     unit=unit,
   )
 

@@ -1,5 +1,7 @@
 """What every source of examples promises, and splits made by hash."""
 
+import copy
+import dataclasses
 import hashlib
 import json
 import unicodedata
@@ -82,10 +84,46 @@ def nonempty(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Measure:
+  """How much of something a source's training split gives.
+
+  Attributes:
+    size: `(source, unit)` -> number of "tokens" or "instances".
+    identity: changes when the numbers could; JSON values.
+  """
+
+  size: Callable[[Source, str], int]
+  identity: Any
+
+
+def measured(source: Source, measure: Measure) -> Source:
+  """The source, told how to measure its parts if it mixes some."""
+  return source.measured(measure) if hasattr(source, "measured") else source
+
+
+class Derived:
+  """A source made from another one; `_source` is what it reads."""
+
+  def __init__(self, source: Source, splits: Iterable[str] | None = None):
+    """Args:
+    source: what is read.
+    splits: its splits by default.
+    """
+    self._source = source
+    self.name, self.licence = source.name, source.licence
+    self.splits = source.splits if splits is None else tuple(splits)
+
+  def measured(self, measure: Measure) -> "Derived":
+    twin = copy.copy(self)
+    twin._source = measured(self._source, measure)
+    return twin
+
+
 Assign = Callable[[Example], str | None]
 
 
-class AssignedSplit:
+class AssignedSplit(Derived):
   """One split of a source dealt out by a rule; it drops what gets no split."""
 
   def __init__(
@@ -107,9 +145,8 @@ class AssignedSplit:
       ValueError: no split `of`.
     """
     check_split(source, of)
-    self.name, self.licence = source.name, source.licence
-    self.splits = tuple(splits)
-    self._source, self._assign, self._of = source, assign, of
+    super().__init__(source, splits)
+    self._assign, self._of = assign, of
     self._identity = list(identity)
 
   def fingerprint(self) -> str:

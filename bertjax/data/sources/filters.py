@@ -138,7 +138,7 @@ FILTERS: dict[str, Callable[..., Rule]] = {
 _VERSION = 1  # of the rules above; part of the fingerprint
 
 
-class Filtered:
+class Filtered(base.Derived):
   """A source without what one of several rules refuses."""
 
   def __init__(
@@ -159,9 +159,8 @@ class Filtered:
     ]
     for make in self._make:
       make()  # refuses what is wrong before anything is read
-    self._source, self._specs = source, specs
-    self.name, self.licence = source.name, source.licence
-    self.splits = source.splits
+    super().__init__(source)
+    self._specs = specs
 
   def fingerprint(self) -> str:
     return base.fingerprint_of(

@@ -128,7 +128,7 @@ def _apply(functions: Sequence[Callable[[str], str]], text: str) -> str:
   return text
 
 
-class Preprocessed:
+class Preprocessed(base.Derived):
   """A source whose texts go through named functions, first to last."""
 
   def __init__(
@@ -139,14 +139,12 @@ class Preprocessed:
     names: keys of `PREPROCESSORS`, or `name` and options.
     field: the config field that holds them, for messages.
     """
-    self._source = source
+    super().__init__(source)
     self._function = text_function(names, field)
     # A bare name, as every function had none but it, keeps its fingerprint.
     self._names = [
       spec["name"] if len(spec) == 1 else spec for spec in named(names)
     ]
-    self.name, self.licence = source.name, source.licence
-    self.splits = source.splits
 
   def fingerprint(self) -> str:
     return base.fingerprint_of(

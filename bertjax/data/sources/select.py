@@ -118,7 +118,7 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
 }
 
 
-class Selected:
+class Selected(base.Derived):
   """A source of whose training split only the chosen examples remain.
 
   Equal scores are decided by the hash of the text, so the choice depends on
@@ -164,12 +164,16 @@ class Selected:
     self._scorer = None
     if scorer is not None:
       self._scorer = registry.build(SCORERS, scorer, "select.scorer")
-    self._source, self._of, self._salt = source, of, f"select{seed}"
+    super().__init__(source)
+    self._of, self._salt = of, f"select{seed}"
     self._count, self._share = count, share
     self._options = [keep, count, share, seed, of]
     self._chosen: frozenset[int] | None = None
-    self.name, self.licence = source.name, source.licence
-    self.splits = source.splits
+
+  def measured(self, measure: base.Measure) -> "Selected":
+    twin = super().measured(measure)
+    twin._chosen = None  # by number in a source that may be another one
+    return twin
 
   def fingerprint(self) -> str:
     return base.fingerprint_of(

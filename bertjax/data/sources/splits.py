@@ -288,14 +288,16 @@ def k_fold(
     names[(fold + 1) % k] = "validation"
 
   def assign(example: Example) -> str:
-    return names.get(folds()[group(example)], "train")
+    key = group(example)
+    # A mixture that is measured later may hold what it did not hold here.
+    return names.get(folds().get(key, key % k), "train")
 
   splits = ("train", *(["validation"] if validation else []), "test")
   identity = ("k_fold", k, fold, field, validation, seed)
   return base.AssignedSplit(source, splits, assign, identity, of)
 
 
-class RenamedSplits:
+class RenamedSplits(base.Derived):
   """A source whose splits have other names; see `given`."""
 
   def __init__(self, source: Source, names: Mapping[str, str | Sequence[str]]):
@@ -313,9 +315,7 @@ class RenamedSplits:
             f"split.names: {old!r} is in {used[old]!r} and in {new!r}; it can"
             " be in one."
           )
-    self._source = source
-    self.name, self.licence = source.name, source.licence
-    self.splits = tuple(self._names)
+    super().__init__(source, self._names)
 
   def fingerprint(self) -> str:
     names = [[k, list(v)] for k, v in self._names.items()]
