@@ -17,7 +17,6 @@ from bertjax.data.base import Data
 from bertjax.data.static import StaticData
 from bertjax.data.text import TextData
 from bertjax.evals import EVALUATORS, Evaluator
-from bertjax.hooks import StopRules, build_stop
 from bertjax.metrics import meters
 from bertjax.models import DTYPES, MODELS
 from bertjax.objectives import OBJECTIVES
@@ -25,6 +24,7 @@ from bertjax.optim import Optimizer, build_optimizer, selection
 from bertjax.parallel.mesh import make_mesh
 from bertjax.registry import lookup
 from bertjax.rules import path_name
+from bertjax.stopping import StopRules, build_stop
 from bertjax.tasks import TaskData
 from bertjax.train_state import TrainState
 

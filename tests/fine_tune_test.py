@@ -226,6 +226,27 @@ class HandoverTest(FineTuningTestCase):
       same(*(jax.tree.map(lambda x, i=layer: x[i], tree["layers"])
              for tree in (now, origin)))  # fmt: skip
 
+  @parameterized.parameters("subword_mean", "mean", "random")
+  def test_new_pieces_get_rows_and_old_ones_keep_theirs(self, start):
+    tokenizer = dict(name="extended", append=["dogcat"], pad_to_multiple=8)
+    found, fresh = self.start(
+      init_from=dict(new_rows=start), data=dict(tokenizer=tokenizer)
+    )
+    table, new, old = (
+      np.asarray(params["encoder"]["embeddings"]["token"]["embedding"])
+      for params in (found, fresh, load_params(self.pretrained)[0])
+    )
+    count = len(old)
+    self.assertEqual(len(table), -(-(count + 1) // 8) * 8)
+    np.testing.assert_array_equal(table[:count], old)
+    before = loading.load_model(self.pretrained).tokenizer
+    want = {
+      "random": new[count],
+      "mean": old.mean(0),
+      "subword_mean": old[before.encode("dogcat")].mean(0),
+    }[start]
+    np.testing.assert_allclose(table[count], want, atol=1e-7)
+
   def test_a_head_that_no_table_knows_is_not_dropped_silently(self):
     model = loading.load_model(self.pretrained)
     odd = dataclasses.replace(
@@ -240,6 +261,29 @@ class HandoverTest(FineTuningTestCase):
       "another_shape",
       dict(model=dict(mlp_dim=40)),
       "pretrained does not explain .*mlp/",
+    ),
+    (
+      "more_pieces",
+      dict(data=dict(tokenizer=dict(name="extended", append=["dogcat"]))),
+      "vocabulary has 96 rows, this model's 97 .*init_from.new_rows",
+    ),
+    (
+      "another_vocabulary",
+      dict(
+        init_from=dict(new_rows="mean"),
+        data=dict(tokenizer=dict(name="vocab_file", path="VOCAB")),
+      ),
+      "id 5 is 'dog' in data.tokenizer but .* must keep their ids",
+    ),
+    (
+      "start",
+      dict(init_from=dict(new_rows="median")),
+      "init_from.new_rows='median' is unknown; choose from mean, random",
+    ),
+    (
+      "nothing_new",
+      dict(init_from=dict(new_rows="mean")),
+      "init_from.new_rows: data.tokenizer has no piece that the model lacks",
     ),
     (
       "too_many_layers",
@@ -268,6 +312,11 @@ class HandoverTest(FineTuningTestCase):
     ),
   )
   def test_what_does_not_fit_is_one_clear_message(self, changes, message):
+    vocabulary = self.root / "vocab.txt"
+    vocabulary.write_text(
+      "[PAD] [UNK] [CLS] [SEP] [MASK] dog cat".replace(" ", "\n")
+    )
+    changes = json.loads(json.dumps(changes).replace("VOCAB", str(vocabulary)))
     with self.assertRaisesRegex(ValueError, message):
       self.start(**changes)
 

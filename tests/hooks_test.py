@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
-from bertjax import checkpoint, hooks
+from bertjax import checkpoint, hooks, stopping
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -153,7 +153,7 @@ class StopTest(parameterized.TestCase):
     ("none", (19, 4999, 59.0, {"eval/acc": 0.719, "acc": 0.9}), None),
   )
   def test_reason(self, arguments, reason):
-    stop = hooks.build_stop(
+    stop = stopping.build_stop(
       {
         "steps": 20,
         "tokens": 5e3,
@@ -178,9 +178,9 @@ class StopTest(parameterized.TestCase):
       ("last/accuracy", "evals.last.every must be set"),
     ):
       with self.assertRaisesRegex(ValueError, message):
-        hooks.build_stop(spec(name), evals)
-    hooks.build_stop(spec("loss"), evals)  # a training metric
-    stop = hooks.build_stop(spec("heldout/acuracy"), evals)
+        stopping.build_stop(spec(name), evals)
+    stopping.build_stop(spec("loss"), evals)  # a training metric
+    stop = stopping.build_stop(spec("heldout/acuracy"), evals)
     self.assertIsNone(stop(1, 0, 0, {"loss": 2.0}))  # not evaluated yet
     with self.assertRaisesRegex(
       ValueError, "'heldout/acuracy' is not reported; choose from heldout/acc"
@@ -188,7 +188,7 @@ class StopTest(parameterized.TestCase):
       stop(5, 0, 0, {"loss": 2.0, "heldout/accuracy": 0.5})
 
   def test_target_from_above_and_rules_switched_off(self):
-    stop = hooks.build_stop(
+    stop = stopping.build_stop(
       {
         "steps": 20,
         "tokens": None,
@@ -218,7 +218,7 @@ class StopTest(parameterized.TestCase):
   )
   def test_bad_rules_are_refused(self, spec, message):
     with self.assertRaisesRegex(ValueError, message):
-      hooks.build_stop(spec)
+      stopping.build_stop(spec)
 
   def test_stopwatch_continues_after_a_resume(self):
     clock = Clock()

@@ -135,11 +135,13 @@ def _extended(
   """Another row's tokenizer with further pieces.
 
   Args:
-    of: a name of `TOKENIZERS` and its options.
+    of: a name of `TOKENIZERS` and its options; that of `init_from` by default.
     append: pieces that get rows after the last one; a model that is there
-      already needs as many further embeddings.
-    reuse: pieces that take the place of [unusedN] rows.
-    pad_to_multiple: add [unusedN] rows up to a multiple of this.
+      already needs as many further embeddings (`init_from.new_rows`).
+    reuse: pieces that take the place of [unusedN] rows; with
+      `init_from.new_rows` these begin afresh too.
+    pad_to_multiple: add [unusedN] rows up to a multiple of this, which tensor
+      cores and matrix units like (8, 64, 128).
     texts: as in `build_tokenizer`; likewise what follows.
     cache_dir: where trained vocabularies live.
     source_fingerprint: changes when the texts do.
