@@ -82,7 +82,13 @@ def _write_huggingface(
 def _write_tf1(model: LoadedModel, folder: pathlib.Path, dtype: str) -> None:
   if dtype != "float32":
     raise ValueError(f"dtype={dtype!r}: the original layout is float32 only.")
-  published.write_tf1(folder, model.spec, model.params, model.tokenizer)
+  published.write_tf1(
+    folder,
+    model.spec,
+    model.params,
+    model.tokenizer,
+    objective=model.objective_spec,
+  )
 
 
 FORMATS: dict[str, Callable[[LoadedModel, pathlib.Path, str], None]] = {
