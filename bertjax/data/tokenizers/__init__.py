@@ -50,13 +50,36 @@ Texts = Callable[[], Iterable[str]]
 
 def _trained(
   kind: str,
+  source: Mapping[str, Any] | None = None,
+  split: str = "train",
   *,
   texts: Texts,
   cache_dir: str | os.PathLike,
   source_fingerprint: str,
   **options: Any,
 ) -> Tokenizer:
-  """The vocabulary of these options and this source, trained once."""
+  """The vocabulary of these options and this source, trained once.
+
+  Args:
+    kind: key of `TRAINERS`.
+    source: a name of `SOURCES` and its options, if the vocabulary is not of the
+      data themselves: another mixture, say, in which a domain weighs more (Wada
+      et al. 2020, arXiv:2005.07202).
+    split: of that source.
+    texts: as in `build_tokenizer`; likewise what follows.
+    cache_dir: where trained vocabularies live.
+    source_fingerprint: changes when the texts do.
+    **options: of the trainer.
+  """
+  if source is not None:
+    from bertjax.data.sources import SOURCES  # sources may tokenise
+
+    own = registry.build(SOURCES, source, "data.tokenizer.source")
+    source_fingerprint = base.sha256(base.as_json([own.fingerprint(), split]))
+
+    def texts() -> Iterable[str]:
+      return (example["text"] for example in own.examples(split))
+
   resolved = training.resolve(kind, options, "data.tokenizer")
   spec = resolved | {"specials": vars(resolved["specials"])}
   content = {"kind": kind, "options": spec, "source": source_fingerprint}
