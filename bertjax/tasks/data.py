@@ -20,7 +20,7 @@ from bertjax.data.sources.filters import named
 from bertjax.data.tokenizers import Tokenizer
 from bertjax.tasks import records
 from bertjax.tasks.inputs import pair_style_of
-from bertjax.tasks.kinds import Features
+from bertjax.tasks.kinds import Features, Kind
 from bertjax.tasks.table import Task, build_task
 
 _ORDERS_KEPT = 2
@@ -245,19 +245,8 @@ class TaskData(Data):
     }
 
   def objective(self, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The objective that learns the task, with the options given for it.
-
-    Raises:
-      ValueError: what is given is another one, or has other classes.
-    """
-    known = self.task.kind.objective
-    for key, value in known.items():
-      if key in given and given[key] not in (value, _as_json(value)):
-        raise ValueError(
-          f"objective.{key}={given[key]!r} does not fit data.task, which needs"
-          f" {value!r}; leave it out."
-        )
-    return known | dict(given)
+    """The objective that learns the task, with the options given for it."""
+    return objective_of(self.task.kind, given)
 
   def facts(self) -> dict[str, Any]:
     features = self.dataset().features
@@ -288,6 +277,22 @@ class TaskData(Data):
     logits = np.broadcast_to(constant, (count, *constant.shape))
     scores = kind.score(logits, features)
     return {f"majority_{name}": value for name, value in scores.items()}
+
+
+def objective_of(kind: Kind, given: Mapping[str, Any]) -> dict[str, Any]:
+  """`config.objective` of a kind of task, with the options given for it.
+
+  Raises:
+    ValueError: what is given is another one, or has other classes.
+  """
+  known = kind.objective
+  for key, value in known.items():
+    if key in given and given[key] not in (value, _as_json(value)):
+      raise ValueError(
+        f"objective.{key}={given[key]!r} does not fit data.task, which needs"
+        f" {value!r}; leave it out."
+      )
+  return known | dict(given)
 
 
 def _as_json(value: Any) -> Any:
