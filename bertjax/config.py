@@ -87,6 +87,7 @@ class Settings:
       BERTJAX_CACHE, or a folder in the user's cache, by default.
     stages: runs by name, what each changes in this config; each starts from
       the one before, as its `init_from` says.
+    grid: lists of alternatives; see `bertjax.grid`.
   """
 
   model: Spec = dataclasses.field(default_factory=dict)
@@ -111,6 +112,7 @@ class Settings:
   reference_curve: str | None = None
   cache_dir: str | None = None
   stages: Mapping[str, Spec] = dataclasses.field(default_factory=dict)
+  grid: Spec = dataclasses.field(default_factory=dict)
 
   def seed_of(self, what: str) -> int:
     """The seed of a field of `Seeds`."""
@@ -134,7 +136,8 @@ def new_config() -> ml_collections.ConfigDict:
   """
   config = ml_collections.ConfigDict()
   for name in (
-    "seeds", "mesh", "evals", "every", "keep", "init_from", "profile",
+    "model", "seeds", "mesh", "evals", "every", "keep", "init_from", "profile",
+    "grid",
   ):  # fmt: skip
     config[name] = {}
   return config
@@ -181,8 +184,12 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict:
 
 
 def stage_configs(config: Any) -> dict[str, dict[str, Any]]:
-  """The configs of a staged run in order; {"": config} for a plain one."""
+  """The configs of a staged run in order; {"": config} for a plain one.
+
+  A grid is no part of them: they are what its alternatives change.
+  """
   base = plain(config)
+  base.pop("grid", None)
   stages = base.pop("stages", None)
   if not stages:
     return {"": base}

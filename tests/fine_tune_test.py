@@ -9,6 +9,7 @@ import os
 import pathlib
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,11 +23,20 @@ import numpy as np
 import torch
 import transformers
 
-from bertjax import convert, evaluate, experiment, loading, predict, train
+from bertjax import (
+  convert,
+  evaluate,
+  experiment,
+  loading,
+  predict,
+  registry,
+  train,
+)
 from bertjax.checkpoint import load_params
 from bertjax.config import merge, settings
+from bertjax.data.sources import SOURCES
 from bertjax.handover import initial_state
-from tests import tiny
+from tests import processes, tiny
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _LABELS = ("animal", "bread")
@@ -176,6 +186,30 @@ class EndToEndTest(FineTuningTestCase):
       np.testing.assert_allclose(found, want, atol=1e-4)
       for one, row in zip(said, want):
         self.assertEqual(one["label"], theirs.config.id2label[row.argmax()])
+
+  def test_it_selects_from_a_source(self):
+    source = dict(
+      name="jsonl",
+      paths=str(self.root / "test.jsonl"),
+      select=dict(
+        keep="bottom",
+        count=4,
+        scorer=dict(name="classifier", path=str(self.workdir), label="bread"),
+      ),
+    )
+    built = registry.build(SOURCES, source, "data.source")
+    found = [e["text"] for e in built.examples("train")]
+    lines = (self.root / "test.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    said = predict.classify(self.model, texts)
+    scores = {
+      t: s["probabilities"]["bread"] for t, s in zip(texts, said, strict=True)
+    }
+    self.assertLen(found, 4)
+    self.assertEqual(set(found), set(sorted(texts, key=scores.get)[:4]))
+    source["select"]["scorer"]["label"] = "cake"
+    with self.assertRaisesRegex(ValueError, "'cake' is no class of .*bread"):
+      registry.build(SOURCES, source, "data.source")
 
   def test_a_run_in_two_parts_is_the_whole_run(self):
     workdir = self.root / "parts"
@@ -403,6 +437,132 @@ class PreprocessTest(FineTuningTestCase):
     config = self.config() | {"data": merge(self.config()["data"], data)}
     with self.assertRaisesRegex(ValueError, "data.preprocess would move"):
       experiment.build(settings(config))
+
+
+class SelectionTest(FineTuningTestCase):
+  """Early stopping, the best checkpoint, grids, and runs that are killed.
+
+  The worst loss is what is looked for: it is sure to come first.
+  """
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    worst = "dev/classification_loss"
+    changes = dict(
+      samples=(),
+      stop=dict(
+        epochs=None,
+        steps=20,
+        early=dict(metric=worst, patience=3, mode="max"),
+      ),
+      keep=dict(keep=1, best_metric=worst, best_mode="max"),
+      every=dict(log=1, checkpoint=4),
+      optim=dict(learning_rate=1e-3),
+    )
+    cls.changed = merge(fine_tuning(cls.pretrained), changes)
+    cls.changed["evals"] = dict(
+      dev=dict(name="objective", every=3), test=dict(name="task_metrics"),
+    )  # fmt: skip
+    cls.workdir = cls.root / "selected"
+    processes.finish(processes.start(cls.changed, cls.workdir))
+
+  def test_the_run_ends_after_the_evaluations_that_brought_nothing(self):
+    rows = processes.rows(self.workdir)
+    self.assertEqual(int(float(rows[-1]["step"])), 12)  # 3, then 6, 9, 12
+
+  def test_the_best_checkpoint_stays_and_is_what_readers_get(self):
+    folder = self.workdir / "checkpoints"
+    self.assertEqual({p.name for p in folder.iterdir()}, {"3", "12"})
+    best, last = (load_params(self.workdir, step)[0] for step in (3, 12))
+    by_default, _ = load_params(self.workdir)
+    same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+    same(by_default, best)
+    same(
+      jax.tree.map(np.asarray, loading.load_model(self.workdir).params), best
+    )
+    self.assertFalse(
+      np.array_equal(best["classifier"]["bias"], last["classifier"]["bias"])
+    )
+    start = experiment.build(
+      settings(self.config(init_from=dict(path=str(self.workdir))))
+    )
+    same(initial_state(start).params["pooler"], best["pooler"])
+
+  def test_a_killed_run_becomes_the_same_run(self):
+    workdir = self.root / "killed"
+    for step in (4, 7):
+      process = processes.start(self.changed, workdir)
+      processes.wait_for_step(process, workdir, step)
+      process.send_signal(signal.SIGKILL)
+      process.wait()
+      self.assertLess(int(float(processes.rows(workdir)[-1]["step"])), 12)
+    processes.finish(processes.start(self.changed, workdir))
+    self.assertEqual(processes.values(workdir), processes.values(self.workdir))
+    for step in (3, 12):
+      jax.tree.map(
+        np.testing.assert_array_equal,
+        load_params(workdir, step)[0],
+        load_params(self.workdir, step)[0],
+      )
+
+  def test_a_grid_runs_every_combination_and_names_the_best(self):
+    grid = dict(optim=dict(learning_rate=[1e-9, 3e-2]), seed=[1, 2])
+    config = self.changed | dict(
+      grid=grid,
+      stop=dict(steps=6),
+      keep=dict(best_metric="dev/classification_loss", best_mode="min"),
+      every=dict(log=6, checkpoint=6),
+    )
+    workdir = self.root / "grid"
+    result = train.train(config, workdir)
+    with (workdir / "grid.csv").open() as file:
+      rows = list(csv.DictReader(file))
+    self.assertEqual(
+      [(r["optim.learning_rate"], r["seed"]) for r in rows],
+      [("1e-09", "1"), ("1e-09", "2"), ("0.03", "1"), ("0.03", "2")],
+    )
+    losses = [float(r["dev/classification_loss"]) for r in rows]
+    self.assertEqual([r["best"] for r in rows].index("1"), np.argmin(losses))
+    self.assertIn(int(np.argmin(losses)), (2, 3))  # the rate that learns
+    self.assertAlmostEqual(
+      result.metrics["dev/classification_loss"], min(losses), places=6
+    )
+    self.assertIn("test/accuracy", result.metrics)
+    best = loading.load_model(workdir / "best")
+    self.assertEqual(best.config["optim"]["learning_rate"], 0.03)
+
+  @parameterized.named_parameters(
+    (
+      "no_list",
+      dict(grid=dict(seed=3)),
+      "grid.seed=3 must be a list of the values to try",
+    ),
+    (
+      "no_metric",
+      dict(grid=dict(seed=[3]), keep=dict(best_metric=None)),
+      "grid: keep.best_metric is required",
+    ),
+    (
+      "twice",
+      dict(grid=dict(seed=[3, 3])),
+      "two combinations are the same",
+    ),
+    (
+      "never_evaluated",
+      dict(keep=dict(best_metric="test/accuracy")),
+      "evals.test.every must be set: keep.best_metric='test/accuracy'",
+    ),
+    (
+      "unknown_metric",
+      dict(keep=dict(best_metric="dev/accuracie"), stop=dict(early=None)),
+      "keep.best_metric='dev/accuracie' is not reported; .*dev/accuracy",
+    ),
+  )
+  def test_what_cannot_be_selected_by_is_refused(self, changes, message):
+    config = merge(self.changed, changes)
+    with self.assertRaisesRegex(ValueError, message):
+      train.train(config, pathlib.Path(self.create_tempdir()))
 
 
 class StagesTest(FineTuningTestCase):

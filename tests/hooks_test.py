@@ -199,6 +199,50 @@ class StopTest(parameterized.TestCase):
     self.assertIsNone(stop(1, 1e12, 0, {"loss": float("nan")}))
     self.assertIn("loss = 1.9", stop(1, 0, 0, {"loss": 1.9}))
 
+  @parameterized.named_parameters(
+    ("better_each_time", [0.1, 0.2, 0.3, 0.4], 0.0, "max", None),
+    ("worse_twice", [0.5, 0.4, 0.45], 0.0, "max", "in 2 .* 0.5 of step 10"),
+    ("equal_is_no_better", [0.5, 0.5, 0.5], 0.0, "max", "0.5 of step 10"),
+    ("too_little", [0.5, 0.52, 0.53], 0.05, "max", "0.5 of step 10"),
+    # Small steps add up: what counts is the distance from the best.
+    ("in_small_steps", [0.5, 0.53, 0.56, 0.6], 0.05, "max", None),
+    ("down", [0.5, 0.4, 0.45], 0.0, "min", None),
+    ("down_and_up", [0.5, 0.4, 0.45, 0.41], 0.0, "min", "0.4 of step 20"),
+    ("nothing_yet", [], 0.0, "max", None),
+  )
+  def test_early_stopping(self, values, min_delta, mode, reason):
+    early = dict(metric="dev/f1", patience=2, min_delta=min_delta, mode=mode)
+    stop = stopping.build_stop(
+      {"steps": 99, "early": early}, {"dev": {"every": 10}}
+    )
+    history = [(10 * i, {"dev/f1": v}) for i, v in enumerate(values, 1)]
+    history.insert(1, (15, {"other/f1": 9.0}))  # another evaluator's
+    found = stop(50, 0, 0, {}, history)
+    if reason is None:
+      self.assertIsNone(found)
+    else:
+      self.assertRegex(found, f"dev/f1 did not improve .*{reason}")
+
+  @parameterized.parameters(
+    ({"steps": 1, "early": {"metric": "a/b", "patience": 0}}, "patience=0"),
+    (
+      {"steps": 1, "early": {"metric": "a/b", "patience": 1, "min_delta": -1}},
+      "min_delta=-1 must be 0 or more",
+    ),
+    (
+      {"steps": 1, "early": {"metric": "loss", "patience": 1}},
+      "early.metric='loss' must be of an evaluation",
+    ),
+    (
+      {"steps": 1, "early": {"metric": "dev/b", "patience": 1}},
+      "evals.dev.every must be set: stop.early.metric='dev/b'",
+    ),
+    ({"early": {"metric": "a/b", "patience": 1}}, "sure to end"),
+  )
+  def test_bad_early_stopping_is_refused(self, spec, message):
+    with self.assertRaisesRegex(ValueError, message):
+      stopping.build_stop(spec, {"a": {"every": 1}, "dev": {}})
+
   @parameterized.parameters(
     ({"step": 3}, "stop='step' is unknown.*'steps'"),
     ({"steps": 0}, "stop.steps=0"),
