@@ -465,7 +465,7 @@ class SelectionTest(FineTuningTestCase):
       dev=dict(name="objective", every=3), test=dict(name="task_metrics"),
     )  # fmt: skip
     cls.workdir = cls.root / "selected"
-    processes.finish(processes.start(cls.changed, cls.workdir))
+    train.train(cls.changed, cls.workdir)
 
   def test_the_run_ends_after_the_evaluations_that_brought_nothing(self):
     rows = processes.rows(self.workdir)
@@ -507,7 +507,7 @@ class SelectionTest(FineTuningTestCase):
       )
 
   def test_a_grid_runs_every_combination_and_names_the_best(self):
-    grid = dict(optim=dict(learning_rate=[1e-9, 3e-2]), seed=[1, 2])
+    grid = dict(optim=dict(learning_rate=[1e-9, 3e-2]), seed=[1])
     config = self.changed | dict(
       grid=grid,
       stop=dict(steps=6),
@@ -520,11 +520,11 @@ class SelectionTest(FineTuningTestCase):
       rows = list(csv.DictReader(file))
     self.assertEqual(
       [(r["optim.learning_rate"], r["seed"]) for r in rows],
-      [("1e-09", "1"), ("1e-09", "2"), ("0.03", "1"), ("0.03", "2")],
+      [("1e-09", "1"), ("0.03", "1")],
     )
     losses = [float(r["dev/classification_loss"]) for r in rows]
     self.assertEqual([r["best"] for r in rows].index("1"), np.argmin(losses))
-    self.assertIn(int(np.argmin(losses)), (2, 3))  # the rate that learns
+    self.assertEqual(np.argmin(losses), 1)  # the rate that learns
     self.assertAlmostEqual(
       result.metrics["dev/classification_loss"], min(losses), places=6
     )
