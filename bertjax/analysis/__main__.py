@@ -7,7 +7,6 @@ A line a folder: a workdir, a published model, or a tokenizer alone.
 """
 
 import itertools
-import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -63,7 +62,9 @@ def _define_flags() -> None:
     "source", '{"name": "python_docs"}', "JSON of the source's options."
   )
   flags.DEFINE_string("split", "test", "Split of the source.")
-  flags.DEFINE_integer("max_documents", None, "Read at most so many.")
+  flags.DEFINE_integer(
+    "max_documents", None, "Read at most so many.", lower_bound=1
+  )
 
 
 def main(argv: list[str]) -> None:
@@ -74,11 +75,12 @@ def main(argv: list[str]) -> None:
     )
   cli.quiet()
   with cli.clear_errors():
+    source = cli.json_object("source", f.source)
     for folder in f.model:
       values = measure(
         argv[1],
         folder,
-        json.loads(f.source),
+        source,
         split=f.split,
         max_documents=f.max_documents,
       )

@@ -5,12 +5,11 @@ pass over a split, so that one may remember what it has seen.
 """
 
 import functools
-import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from bertjax import registry
+from bertjax import registry, rules
 from bertjax.data.sources import base
 from bertjax.data.sources.base import Example
 
@@ -91,7 +90,7 @@ def script(scripts: str | Sequence[str], min_share: float = 0.5) -> Rule:
 
 def matches(pattern: str, keep: bool = True) -> Rule:
   """Texts in which a regular expression is found; or, `keep=False`, is not."""
-  compiled = compile_pattern(pattern, "filter 'matches'")
+  compiled = rules.regex(pattern, "filter 'matches'")
   return lambda example: bool(compiled.search(example["text"])) == keep
 
 
@@ -168,11 +167,11 @@ class Filtered(base.Derived):
     )
 
   def examples(self, split: str) -> Iterator[Example]:
-    rules = [make() for make in self._make]
+    asked = [make() for make in self._make]
     kept = (
       example
       for example in self._source.examples(split)
-      if all(rule(example) for rule in rules)
+      if all(rule(example) for rule in asked)
     )
     return base.nonempty(kept, self.name, split)
 
@@ -192,16 +191,6 @@ def named(items: Any) -> list[dict[str, Any]]:
     {k: list(v) if isinstance(v, tuple) else v for k, v in spec.items()}
     for spec in specs
   ]
-
-
-def compile_pattern(pattern: str, where: str) -> re.Pattern[str]:
-  """A compiled regular expression; ValueError for one that is none."""
-  try:
-    return re.compile(pattern)
-  except re.error as err:
-    raise ValueError(
-      f"{where}: {pattern!r} is no regular expression: {err}."
-    ) from err
 
 
 def _check_share(value: float, name: str, option: str) -> None:
