@@ -72,8 +72,10 @@ def points(config: Any) -> list[Point]:
     name = ",".join(f"{labels[p]}={_short(v)}" for p, v in chosen.items())
     found.append(Point(name, chosen, changed))
   names = [point.name for point in found]
-  if len(set(names)) < len(names):
-    raise ValueError("grid: two combinations are the same; remove one.")
+  if twice := [name for name in names if names.count(name) > 1]:
+    raise ValueError(
+      f"grid: two combinations are called {twice[0]!r}; remove one."
+    )
   return found
 
 

@@ -60,7 +60,7 @@ def finish(process):
 
 def wait_for_step(process, workdir, step):
   """Until the run has logged `step`."""
-  deadline = time.monotonic() + 120
+  deadline = time.monotonic() + 300
   while process.poll() is None and time.monotonic() < deadline:
     logged = rows(workdir)
     if logged and int(float(logged[-1]["step"])) >= step:
