@@ -12,10 +12,6 @@ from bertjax.config import settings
 from tests import tiny
 
 
-def _hold(tree) -> list[np.ndarray]:
-  return [np.asarray(x) for x in jax.tree.leaves(tree)]
-
-
 class SeedsTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
@@ -26,16 +22,20 @@ class SeedsTest(parameterized.TestCase):
     cls.base = cls.drawn()
 
   @classmethod
-  def drawn(cls, **changes):
-    """What a run draws, by the field of `Seeds` that decides it."""
+  def build(cls, **changes):
     config = tiny.config(cls.folder, evals={}, **changes)
-    built = experiment.build(settings(config))
-    state, rows = built.init(), built.data.dataset()
+    return experiment.build(settings(config))
+
+  @classmethod
+  def drawn(cls, **changes):
+    """What a run draws from, by the field of `Seeds` that decides it."""
+    built = cls.build(**changes)
+    rows = built.data.dataset()
     original = rows.originals(0, 20)
     masked = rows.rows(0, 20)
     return {
-      "init": _hold(state.params),
-      "dropout": [np.asarray(jax.random.key_data(state.key))],
+      "init": [np.asarray(jax.random.key_data(built.key))],
+      "dropout": [np.asarray(jax.random.key_data(built.step_key))],
       "data": [original["tokens"], original["type_ids"]],
       "masks": [masked["masked_positions"], masked["labels"]],
     }
@@ -48,6 +48,21 @@ class SeedsTest(parameterized.TestCase):
       # Labels follow the text that they mask.
       if (what, name) != ("data", "masks"):
         self.assertEqual(same, name != what, name)
+
+  def test_parameters_follow_one_seed_and_the_steps_another(self):
+    model = dict(num_layers=1)
+    base, init, dropout = (
+      self.build(model=model, seeds=seeds).init()
+      for seeds in ({}, dict(init=11), dict(dropout=11))
+    )
+    kernels = [np.asarray(s.params["pooler"]["dense"]["kernel"])
+               for s in (base, init, dropout)]  # fmt: skip
+    keys = [np.asarray(jax.random.key_data(s.key))
+            for s in (base, init, dropout)]  # fmt: skip
+    self.assertFalse(np.array_equal(kernels[0], kernels[1]))
+    np.testing.assert_array_equal(kernels[0], kernels[2])
+    np.testing.assert_array_equal(keys[0], keys[1])
+    self.assertFalse(np.array_equal(keys[0], keys[2]))
 
   def test_seed_is_the_default_of_all(self):
     named = dict.fromkeys(("init", "dropout", "masks", "data"), 9)
