@@ -26,6 +26,31 @@ def _every() -> Spec:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Seeds:
+  """`config.seeds`; None is `config.seed`.
+
+  Attributes:
+    init: of the parameters that begin untrained.
+    data: of the order of documents, rows and pairs.
+    masks: of which tokens are masked, and with what.
+    dropout: of dropout and whatever else a step draws.
+  """
+
+  init: int | None = None
+  data: int | None = None
+  masks: int | None = None
+  dropout: int | None = None
+
+  def __post_init__(self):
+    for name, value in vars(self).items():
+      whole = isinstance(value, int) and not isinstance(value, bool)
+      if value is not None and not (whole and 0 <= value < 2**32):
+        raise ValueError(
+          f"seeds.{name}={value!r} must be an integer in 0..{2**32 - 1}."
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
   """What a config may say; each sub-dict is the arguments of one builder.
 
@@ -38,7 +63,10 @@ class Settings:
     optim: name of `OPTIMIZERS`, its options, `schedule`, `clip_norm`...
     stop: rules that end the run; `steps` or `epochs` is required.
     horizon: steps that the schedule is drawn for; `stop.steps` by default.
-    seed: of initialisation, dropout, data order and masks.
+    seed: of everything random that `seeds` does not name.
+    seeds: a seed of its own for any of the fields of `Seeds`, so that what
+      spreads over seeds can be told apart (Dodge et al. 2020,
+      arXiv:2002.06305).
     dtype: compute dtype; parameters and optimizer state are float32.
     prng: generator of initialisation and dropout: "threefry2x32" (dropout by a
       hash that it seeds) gives the same numbers on any mesh; "rbg" is the
@@ -59,6 +87,7 @@ class Settings:
       BERTJAX_CACHE, or a folder in the user's cache, by default.
     stages: runs by name, what each changes in this config; each starts from
       the one before, as its `init_from` says.
+    grid: lists of alternatives; see `bertjax.grid`.
   """
 
   model: Spec = dataclasses.field(default_factory=dict)
@@ -68,6 +97,7 @@ class Settings:
   stop: Spec
   horizon: int | None = None
   seed: int = 0
+  seeds: Spec = dataclasses.field(default_factory=dict)
   dtype: str = "float32"
   prng: str = "threefry2x32"
   mesh: Spec = dataclasses.field(default_factory=dict)
@@ -82,6 +112,12 @@ class Settings:
   reference_curve: str | None = None
   cache_dir: str | None = None
   stages: Mapping[str, Spec] = dataclasses.field(default_factory=dict)
+  grid: Spec = dataclasses.field(default_factory=dict)
+
+  def seed_of(self, what: str) -> int:
+    """The seed of a field of `Seeds`."""
+    given = getattr(registry.call(Seeds, self.seeds, "seeds"), what)
+    return self.seed if given is None else given
 
   @property
   def cache_path(self) -> pathlib.Path:
@@ -99,7 +135,10 @@ def new_config() -> ml_collections.ConfigDict:
   A flag can add to a group that is there: `--config.mesh.model=2`.
   """
   config = ml_collections.ConfigDict()
-  for name in ("mesh", "evals", "every", "keep", "init_from", "profile"):
+  for name in (
+    "model", "seeds", "mesh", "evals", "every", "keep", "init_from", "profile",
+    "grid",
+  ):  # fmt: skip
     config[name] = {}
   return config
 
@@ -113,9 +152,11 @@ def settings(config: Any) -> Settings:
   """Checks a config's top level.
 
   Raises:
-    ValueError: an unknown or missing field, or an unknown key of `every`.
+    ValueError: an unknown or missing field, or an unknown key of `every` or
+      `seeds`.
   """
   found = registry.call(Settings, plain(config), "")
+  registry.call(Seeds, found.seeds, "seeds")
   every = _every() | dict(found.every)
   for key, value in every.items():
     registry.lookup(_every(), key, "every")
@@ -143,8 +184,12 @@ def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict:
 
 
 def stage_configs(config: Any) -> dict[str, dict[str, Any]]:
-  """The configs of a staged run in order; {"": config} for a plain one."""
+  """The configs of a staged run in order; {"": config} for a plain one.
+
+  A grid is no part of them: they are what its alternatives change.
+  """
   base = plain(config)
+  base.pop("grid", None)
   stages = base.pop("stages", None)
   if not stages:
     return {"": base}

@@ -53,6 +53,9 @@ def write_workdir(model: LoadedModel, folder: pathlib.Path, dtype: str) -> None:
   folder = published.new_folder(folder)
   config = {"dtype": "float32"} | (model.config or {})
   config |= {"model": model.spec, "objective": model.objective_spec}
+  if model.preprocess:
+    data = {"preprocess": list(model.preprocess)}
+    config["data"] = config.get("data", {}) | data
   published.write_json(folder / "config.json", config)
   if model.tokenizer is not None:
     model.tokenizer.save(folder / "tokenizer")
@@ -79,7 +82,13 @@ def _write_huggingface(
 def _write_tf1(model: LoadedModel, folder: pathlib.Path, dtype: str) -> None:
   if dtype != "float32":
     raise ValueError(f"dtype={dtype!r}: the original layout is float32 only.")
-  published.write_tf1(folder, model.spec, model.params, model.tokenizer)
+  published.write_tf1(
+    folder,
+    model.spec,
+    model.params,
+    model.tokenizer,
+    objective=model.objective_spec,
+  )
 
 
 FORMATS: dict[str, Callable[[LoadedModel, pathlib.Path, str], None]] = {
@@ -121,6 +130,15 @@ def convert(
     model = dataclasses.replace(model, tokenizer=None)
   target = pathlib.Path(target)
   write(model, target, dtype)
+  if model.preprocess and format != "bertjax":
+    steps = list(model.preprocess)
+    published.write_json(target / published.PREPROCESS, {"preprocess": steps})
+    logging.warning(
+      "Other libraries will not apply this model's data.preprocess, which"
+      " stands in %s: prepare their texts with %s.",
+      published.PREPROCESS,
+      steps,
+    )
   rounded = jax.tree.map(
     lambda x: np.asarray(x).astype(stored).astype(np.float32), model.params
   )

@@ -46,9 +46,11 @@ def _data_spec(
     # Other data have other options.
     saved, name = {}, data.get("name", "text")
   spec = {**_ANY, **(_TEXT if name == "text" else {}), **saved}
-  if name == "text" and (source or not saved):
+  if name == "text" and (source or "source" not in saved):
     # Guessing needs frequencies, and a foreign source may have one split only.
     spec["train_split"] = split
+  if model.preprocess and name in ("text", "task"):
+    spec["preprocess"] = model.preprocess
   spec |= {} if source is None else {"source": dict(source)}
   return spec | dict(data) | {"name": name}
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,6 @@ from bertjax.data.base import Data
 from bertjax.data.static import StaticData
 from bertjax.data.text import TextData
 from bertjax.evals import EVALUATORS, Evaluator
-from bertjax.hooks import StopRules, build_stop
 from bertjax.metrics import meters
 from bertjax.models import DTYPES, MODELS
 from bertjax.objectives import OBJECTIVES
@@ -24,6 +24,7 @@ from bertjax.optim import Optimizer, build_optimizer, selection
 from bertjax.parallel.mesh import make_mesh
 from bertjax.registry import lookup
 from bertjax.rules import path_name
+from bertjax.stopping import StopRules, build_stop
 from bertjax.tasks import TaskData
 from bertjax.train_state import TrainState
 
@@ -48,7 +49,8 @@ class Experiment:
     stop: when to end.
     batch_spec: shapes of the global batch.
     abstract_state: shapes of the train state, with shardings.
-    key: the run's PRNG key.
+    key: PRNG key of initialisation.
+    step_key: PRNG key of dropout and whatever else a step draws.
   """
 
   settings: Settings
@@ -60,6 +62,7 @@ class Experiment:
   batch_spec: dict[str, jax.ShapeDtypeStruct]
   abstract_state: TrainState
   key: jax.Array
+  step_key: jax.Array
 
   @functools.cached_property
   def shardings(self) -> TrainState:
@@ -93,7 +96,9 @@ class Experiment:
       self.batch_spec,
     )
     with jax.set_mesh(self.mesh):
-      return jax.jit(make, out_shardings=self.shardings)(self.key)
+      return jax.jit(make, out_shardings=self.shardings)(
+        self.key, self.step_key
+      )
 
   def evaluators(self) -> dict[str, tuple[int, Evaluator]]:
     """By name: steps between evaluations (0: only at the end), evaluator."""
@@ -122,10 +127,31 @@ class Experiment:
     return row / self.data.seq_len
 
 
-def build_data(spec, *, seed: int, cache_dir: pathlib.Path) -> Data:
-  """What `config.data` describes: a row of `DATA`, by default "text"."""
+def build_data(
+  spec, *, seed: int, cache_dir: pathlib.Path, mask_seed: int | None = None
+) -> Data:
+  """What `config.data` describes: a row of `DATA`, by default "text".
+
+  Args:
+    spec: the sub-dict.
+    seed: of the order of rows, and of masks.
+    cache_dir: where vocabularies and token caches live.
+    mask_seed: of masks, for data that draw some; `seed` by default.
+
+  Raises:
+    ValueError: an option that does not fit.
+  """
   spec = {"name": "text", **spec}
-  return registry.build(DATA, spec, "data", seed=seed, cache_dir=cache_dir)
+  context = dict(seed=seed, cache_dir=cache_dir)
+  if _draws_masks(spec):
+    context["mask_seed"] = mask_seed
+  return registry.build(DATA, spec, "data", **context)
+
+
+def _draws_masks(spec) -> bool:
+  """Whether `config.data` masks as it reads."""
+  builder = lookup(DATA, spec.get("name", "text"), "data.name")
+  return "mask_seed" in inspect.signature(builder).parameters
 
 
 def build_evaluator(experiment: Experiment, spec, field: str) -> Evaluator:
@@ -209,9 +235,19 @@ def build(
   lookup(dict.fromkeys(GENERATORS), settings.prng, "prng")
   resolve.check_length(settings)
   settings = resolve.inherit(settings)
+  if settings.seeds.get("masks") is not None and not _draws_masks(
+    settings.data
+  ):
+    raise ValueError(
+      f"seeds.masks={settings.seeds['masks']}: data.name="
+      f"{settings.data['name']!r} draws no masks; leave it out."
+    )
   if data is None:
     data = build_data(
-      settings.data, seed=settings.seed, cache_dir=settings.cache_path
+      settings.data,
+      seed=settings.seed_of("data"),
+      mask_seed=settings.seed_of("masks"),
+      cache_dir=settings.cache_path,
     )
   settings = resolve.complete(settings, data)
   stop = build_stop(settings.stop, settings.evals)
@@ -228,7 +264,10 @@ def build(
     logical_axes=axes,
     tokens_per_step=data.dataset().tokens_per_batch(data.batch_size),
   )
-  key = jax.random.key(settings.seed, impl=settings.prng)
+  key, step_key = (
+    jax.random.key(settings.seed_of(what), impl=settings.prng)
+    for what in ("init", "dropout")
+  )
   abstract, shardings = train_state.state_shardings(
     objective, optimizer.transform, batch_spec, mesh, key
   )
@@ -249,4 +288,5 @@ def build(
     batch_spec=batch_spec,
     abstract_state=abstract,
     key=key,
+    step_key=step_key,
   )

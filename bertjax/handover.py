@@ -7,16 +7,20 @@ fine-tuning task; everything else must be explained by the other model.
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bertjax import registry
-from bertjax.adaptation import reinitialise
+from bertjax.adaptation import reinitialise, vocabulary
 from bertjax.checkpoint import Checkpointer
+from bertjax.data.tokenizers import load_tokenizer
 from bertjax.experiment import Experiment
+from bertjax.interop import names
+from bertjax.loading import describe
 from bertjax.optim import hand_over
 from bertjax.train_state import TrainState
 from bertjax.transfer import load_params_for
@@ -37,6 +41,9 @@ class InitFrom:
     ignore: regexes of the other's parameters that are left out.
     reinit: arguments of `reinitialise`: what starts afresh although the other
       model has it.
+    new_rows: how the rows of pieces that the other's tokenizer lacks begin: a
+      name of `STARTS`, "mean", "random" or "subword_mean". None refuses another
+      vocabulary.
   """
 
   path: str
@@ -46,16 +53,22 @@ class InitFrom:
   allow_missing: Sequence[str] = ()
   ignore: Sequence[str] = ()
   reinit: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  new_rows: str | None = None
 
   def __post_init__(self):
     registry.lookup(
       dict.fromkeys(("params", "optimizer")), self.carry, "init_from.carry"
     )
-    changes = self.renames or self.allow_missing or self.ignore or self.reinit
+    changes = (
+      self.renames or self.allow_missing or self.ignore or self.reinit
+      or self.new_rows
+    )  # fmt: skip
+    if self.new_rows is not None:
+      registry.lookup(vocabulary.STARTS, self.new_rows, "init_from.new_rows")
     if self.carry == "optimizer" and changes:
       raise ValueError(
         "init_from.carry='optimizer' continues the same parameters; renames,"
-        " allow_missing, ignore and reinit go with carry='params'."
+        " allow_missing, ignore, reinit and new_rows go with carry='params'."
       )
     if self.carry == "params" and not self.reset_schedule:
       raise ValueError(
@@ -89,6 +102,7 @@ def initial_state(experiment: Experiment) -> TrainState:
     renames=source.renames,
     allow_missing=source.allow_missing,
     ignore=source.ignore,
+    extend=_extend(source, experiment, state.params),
   )
   placed = jax.tree.map(
     lambda new, old: (
@@ -113,6 +127,33 @@ def initial_state(experiment: Experiment) -> TrainState:
     )
   _tell(params)
   return state.replace(params=placed)
+
+
+def _extend(
+  source: InitFrom, experiment: Experiment, fresh: Any
+) -> Callable[[str, np.ndarray], np.ndarray] | None:
+  """What adds the rows of new pieces to a table; None: nothing may."""
+  if source.new_rows is None:
+    return None
+  folder = describe(source.path).tokenizer
+  if folder is None:
+    raise ValueError(
+      f"init_from.new_rows: {source.path} holds no tokenizer, so which pieces"
+      " are new is unknown; put its vocab.txt or tokenizer.json there."
+    )
+  old = load_tokenizer(folder)
+  fresh = names.flatten(fresh)
+
+  def extend(name: str, table: np.ndarray) -> np.ndarray:
+    new = vocabulary.new_rows(
+      old, experiment.data.tokenizer, len(table), len(fresh[name])
+    )
+    if len(table) > len(fresh[name]):
+      return table  # refused by its shape
+    fresh_table = np.asarray(jax.device_get(fresh[name]))
+    return vocabulary.extended(table, fresh_table, new, source.new_rows)
+
+  return extend
 
 
 def _tell(params: Any) -> None:

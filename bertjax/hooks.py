@@ -1,4 +1,4 @@
-"""What happens around the steps: when, what, and when to stop.
+"""What happens around the steps: when, and what.
 
 The loop calls every hook as `hook(step, state)` before it draws the batch of
 step `step`, so `step` is also the number of finished steps and the state is
@@ -7,7 +7,6 @@ own, `when(step) -> bool`, separate from what runs.
 """
 
 import dataclasses
-import math
 import os
 import signal
 import threading
@@ -20,7 +19,6 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from bertjax import registry
 from bertjax.checkpoint import Checkpointer
 
 When = Callable[[int], bool]
@@ -176,7 +174,7 @@ class CheckpointHook:
     *,
     iterator_state: Callable[[], Mapping[str, Any]],
     config: Mapping[str, Any],
-    metrics: Callable[[], Mapping[str, float]] = dict,
+    metrics: Callable[[int], Mapping[str, float]] = lambda step: {},
     before: Callable[[], None] = lambda: None,
   ):
     """Waits for `when`.
@@ -186,7 +184,7 @@ class CheckpointHook:
       checkpointer: closed with the hook.
       iterator_state: position of the data iterator now.
       config: resolved config.
-      metrics: latest evaluation values, for the best checkpoint.
+      metrics: `step -> values`, for the best checkpoint.
       before: called before each save, such as `TrainLogger.flush`; raises if
         the state is not worth saving (a non-finite loss).
     """
@@ -211,7 +209,7 @@ class CheckpointHook:
       state,
       iterator_state=self._iterator_state(),
       config=self._config,
-      metrics=self._metrics(),
+      metrics=self._metrics(step),
     )
 
   def close(self) -> None:
@@ -250,182 +248,7 @@ class ProfilerHook:
       logging.info("Wrote a profile to %s", self._logdir)
 
 
-# -- stop --------------------------------------------------------------------
-
-
-@runtime_checkable
-class StopRule(Protocol):
-  """Says why to stop before the next step, or None."""
-
-  def __call__(
-    self,
-    step: int,
-    tokens_seen: float,
-    elapsed_s: float,
-    metrics: Mapping[str, float],
-  ) -> str | None: ...
-
-
-def _positive(field: str, value: Any) -> Any:
-  number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  if not number or not value > 0 or not math.isfinite(value):
-    raise ValueError(f"stop.{field}={value!r} must be a positive number.")
-  return value
-
-
-@dataclasses.dataclass(frozen=True)
-class MaxSteps:
-  """After `steps` optimizer steps."""
-
-  steps: int
-
-  def __post_init__(self):
-    _positive("steps", self.steps)
-
-  def __call__(self, step, tokens_seen, elapsed_s, metrics) -> str | None:
-    del tokens_seen, elapsed_s, metrics
-    return f"{step} steps are done" if step >= self.steps else None
-
-
-@dataclasses.dataclass(frozen=True)
-class MaxTokens:
-  """After `tokens` real tokens, as of the last reading of the metrics."""
-
-  tokens: float
-
-  def __post_init__(self):
-    _positive("tokens", self.tokens)
-
-  def __call__(self, step, tokens_seen, elapsed_s, metrics) -> str | None:
-    del step, elapsed_s, metrics
-    if tokens_seen >= self.tokens:
-      return f"{tokens_seen:,.0f} tokens were seen"
-    return None
-
-
-@dataclasses.dataclass(frozen=True)
-class MaxWallClock:
-  """After `wall_clock_s` seconds of training, counted over all resumes."""
-
-  wall_clock_s: float
-
-  def __post_init__(self):
-    _positive("wall_clock_s", self.wall_clock_s)
-
-  def __call__(self, step, tokens_seen, elapsed_s, metrics) -> str | None:
-    del step, tokens_seen, metrics
-    if agreed(elapsed_s >= self.wall_clock_s):
-      return f"{elapsed_s:.0f} s of {self.wall_clock_s:g} s are used"
-    return None
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-  """Once `metric` reaches `value`, from below (mode max) or above (min)."""
-
-  metric: str
-  value: float
-  mode: str = "max"
-
-  def __post_init__(self):
-    if self.mode not in ("max", "min"):
-      raise ValueError(
-        f"stop.target.mode={self.mode!r} must be 'max' or 'min'."
-      )
-
-  def __call__(self, step, tokens_seen, elapsed_s, metrics) -> str | None:
-    del step, tokens_seen, elapsed_s
-    found = metrics.get(self.metric)
-    if found is None:
-      self._check_known(metrics)
-      return None
-    sign = 1 if self.mode == "max" else -1
-    if sign * found >= sign * self.value:
-      return f"{self.metric} = {found:.4g} reached the target {self.value:g}"
-    return None
-
-  def _check_known(self, metrics: Mapping[str, float]) -> None:
-    """Refuses a name that its evaluator, having run, did not report."""
-    prefix = self.metric.rpartition("/")[0]
-    known = [name for name in metrics if name.rpartition("/")[0] == prefix]
-    if known:
-      raise ValueError(
-        f"stop.target.metric={self.metric!r} is not reported; choose from"
-        f" {', '.join(sorted(known))}."
-      )
-
-  def check_evaluated(self, evals: Mapping[str, Mapping[str, Any]]) -> None:
-    """Refuses a metric that no evaluation of the run will report."""
-    prefix = self.metric.rpartition("/")[0]
-    if prefix:
-      spec = registry.lookup(evals, prefix, "stop.target.metric: evals")
-      if not spec.get("every"):
-        raise ValueError(
-          f"evals.{prefix}.every must be set: stop.target.metric="
-          f"{self.metric!r} waits for evaluations during the run."
-        )
-
-
-def _target(spec: Mapping[str, Any]) -> Target:
-  spec = {"name": "target", **spec}
-  return registry.build({"target": Target}, spec, "stop.target")
-
-
-STOP_RULES: dict[str, Callable[[Any], StopRule]] = {
-  "steps": MaxSteps,
-  "tokens": MaxTokens,
-  "wall_clock_s": MaxWallClock,
-  "target": _target,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class StopRules:
-  """The reason of the first rule that has one."""
-
-  rules: Sequence[StopRule]
-
-  def __call__(
-    self,
-    step: int,
-    tokens_seen: float,
-    elapsed_s: float,
-    metrics: Mapping[str, float],
-  ) -> str | None:
-    for rule in self.rules:
-      if reason := rule(step, tokens_seen, elapsed_s, metrics):
-        return reason
-    return None
-
-
-def build_stop(
-  spec: Mapping[str, Any],
-  evals: Mapping[str, Mapping[str, Any]] | None = None,
-) -> StopRules:
-  """Rules from a config, `dict(steps=900, target=dict(metric=..., value=...))`.
-
-  Args:
-    spec: keys of `STOP_RULES`; None switches a rule off.
-    evals: the config's evaluators, one of which reports a target's metric.
-
-  Raises:
-    ValueError: an unknown rule, a value out of range, a target that nothing
-      reports, or no rule that is sure to end the run (a target may never be
-      reached).
-  """
-  built = {
-    name: registry.lookup(STOP_RULES, name, "stop")(value)
-    for name, value in dict(spec).items()
-    if value is not None
-  }
-  if not set(built) - {"target"}:
-    raise ValueError(
-      "stop has no rule that is sure to end the run; set stop.steps,"
-      " stop.tokens or stop.wall_clock_s."
-    )
-  if evals is not None and "target" in built:
-    built["target"].check_evaluated(evals)
-  return StopRules(tuple(built.values()))
+# -- around the run ----------------------------------------------------------
 
 
 class Stopwatch:

@@ -5,10 +5,11 @@ model = load_model("all-MiniLM-L6-v2", dtype=jnp.bfloat16)
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +20,7 @@ from flax.typing import Dtype
 
 from bertjax import interop, registry
 from bertjax.checkpoint import load_params
+from bertjax.data.sources import text_function
 from bertjax.data.tokenizers import Tokenizer, load_tokenizer
 from bertjax.interop import model_spec, names, published, tf1
 from bertjax.models import MODELS
@@ -41,6 +43,7 @@ class LoadedModel:
     origin: "workdir", "huggingface" or "tf1".
     config: the run's whole config; None for published models.
     path: where it came from.
+    preprocess: `config.data.preprocess`, what texts must go through.
   """
 
   objective: nn.Module
@@ -51,6 +54,12 @@ class LoadedModel:
   origin: str
   config: dict[str, Any] | None
   path: str
+  preprocess: Sequence[Any] = ()
+
+  @functools.cached_property
+  def clean(self) -> Callable[[str], str]:
+    """Makes of a text what the model was trained on."""
+    return text_function(self.preprocess, "data.preprocess")
 
   @property
   def heads(self) -> frozenset[str]:
@@ -185,23 +194,29 @@ class Description:
   Attributes:
     spec: `config.model`.
     tokenizer: folder of its tokenizer; None if it has none.
+    preprocess: `config.data.preprocess`.
   """
 
   spec: dict[str, Any]
   tokenizer: pathlib.Path | None
+  preprocess: Sequence[Any] = ()
 
 
 def describe(path: str | os.PathLike) -> Description:
-  """Model and tokenizer of a folder, without reading the weights.
+  """Model, tokenizer and text functions of a folder, without the weights.
 
   Raises:
     ValueError: the folder holds no model, or one that is not ours.
   """
   origin, folder = origin_of(path), pathlib.Path(path)
   if origin == WORKDIR:
-    spec = published.read_json(folder / "config.json").get("model", {})
+    config = published.read_json(folder / "config.json")
     tokenizer = folder / "tokenizer"
-    return Description(spec, tokenizer if tokenizer.is_dir() else None)
+    return Description(
+      config.get("model", {}),
+      tokenizer if tokenizer.is_dir() else None,
+      _preprocess(folder, config),
+    )
   if origin == TF1:
     config = published.read_json(folder / tf1.CONFIG)
     spec = tf1.spec_from_config(config, str(folder))
@@ -209,7 +224,18 @@ def describe(path: str | os.PathLike) -> Description:
     where = folder / published.CONFIG
     spec = model_spec.spec_from_config(published.read_json(where), str(where))
   has_one = published.read_tokenizer(folder) is not None
-  return Description(spec, folder if has_one else None)
+  return Description(
+    spec, folder if has_one else None, _preprocess(folder, None)
+  )
+
+
+def _preprocess(
+  folder: pathlib.Path, config: Mapping[str, Any] | None
+) -> Sequence[Any]:
+  """`data.preprocess` of a run's config, or of a published folder."""
+  if config is None:
+    return published.read_preprocess(folder)
+  return config.get("data", {}).get("preprocess", ())
 
 
 def load_model(
@@ -253,6 +279,7 @@ def load_model(
     origin=saved.origin,
     config=saved.config,
     path=str(path),
+    preprocess=_preprocess(pathlib.Path(path), saved.config),
   )
 
 
@@ -289,6 +316,7 @@ def in_memory(
     origin=WORKDIR,
     config=dict(config),
     path="the run in memory",
+    preprocess=config.get("data", {}).get("preprocess", ()),
   )
 
 

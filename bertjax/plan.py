@@ -2,11 +2,15 @@ r"""Plans a run on hardware that nobody here has: does it fit, how fast is it.
 
   python -m bertjax.plan --config=configs/bert.py:base --topology=v5e:4x4
   python -m bertjax.plan --config=... --topology=2xv5e:16x16 --json=plan.json
+  python -m bertjax.plan --config=configs/fine_tune.py:mnli --topology=v5e:2x2 \
+      --config.model.name=bert --config.model.size=base --vocab_size=30522 \
+      --rows_per_epoch=392702
 
 Compiles the config's own training step with the accelerator's compiler, which
 needs no accelerator: minutes for a large model, nothing is downloaded or read.
 Times are estimates from the compiled program; `bertjax.hardware` says how, and
-what they leave out. A config with stages gets a page for each.
+what they leave out. A config with stages gets a page for each. How many steps
+`stop.epochs` are only the data know, or `--rows_per_epoch`.
 """
 
 import json
@@ -19,6 +23,7 @@ from absl import app, flags
 
 from bertjax import cli, hardware
 from bertjax.config import Settings, settings, stage_configs
+from bertjax.data.abstract import steps_of
 from bertjax.planning import advice, page
 from bertjax.planning.outcome import Plan
 from bertjax.planning.step import lower_step
@@ -37,7 +42,7 @@ def plan(
   Args:
     stage: the checked config, without stages.
     topology: what to compile for, as "v5e:4x4".
-    steps: that the stage takes; by default `stop.steps`.
+    steps: that the stage takes; by default `stop.steps`; 0: unknown.
     vocab_size: of the tokenizer, if the config does not tell.
 
   Raises:
@@ -67,12 +72,23 @@ def plan(
   )
 
 
-def stages(config: Any) -> Iterator[tuple[str, Settings, int]]:
-  """Name, settings and number of own steps of each stage of a config."""
+def stages(
+  config: Any, rows_per_epoch: int | None = None
+) -> Iterator[tuple[str, Settings, int]]:
+  """Name, settings and number of own steps of each stage of a config.
+
+  Args:
+    config: a ConfigDict or mapping.
+    rows_per_epoch: of the training split, for stages that count epochs.
+  """
   done = 0
   for name, fields in stage_configs(config).items():
     stage = settings(fields)
-    steps = stage.stop.get("steps", 0)
+    steps = stage.stop.get("steps") or 0
+    if (epochs := stage.stop.get("epochs")) and rows_per_epoch:
+      size = stage.data.get("batch_size", 1)
+      taken = steps_of(epochs, rows_per_epoch, size)
+      steps = min(steps or taken, taken)
     # A stage that continues the optimizer continues to count, too.
     continues = (stage.init_from or {}).get("carry") == "optimizer"
     yield name, stage, steps - done if continues else steps
@@ -90,7 +106,8 @@ def main(argv: list[str]) -> None:
   with cli.clear_errors():
     if given.json != "-":
       cli.check_output("json", given.json)
-    chosen = {name: rest for name, *rest in stages(cli.config())}
+    found = stages(cli.config(), given.rows_per_epoch)
+    chosen = {name: rest for name, *rest in found}
     if given.stage is not None:
       chosen = {given.stage: lookup(chosen, given.stage, "stage")}
     for name, (stage, steps) in chosen.items():
@@ -117,6 +134,9 @@ def _define_flags() -> None:
   flags.DEFINE_string("stage", None, "Only this stage of the config.")
   flags.DEFINE_integer(
     "vocab_size", None, "Size of a tokenizer that is not here.", lower_bound=1
+  )
+  flags.DEFINE_integer(
+    "rows_per_epoch", None, "Examples to train on.", lower_bound=1
   )
   flags.DEFINE_string("json", None, "File for all figures; - prints them.")
 

@@ -7,17 +7,18 @@ from typing import Any
 
 from bertjax.config import Settings
 from bertjax.data.base import Data
-from bertjax.hooks import build_stop
 from bertjax.loading import describe
 from bertjax.objectives import OBJECTIVES
 from bertjax.predict import SAMPLERS
+from bertjax.stopping import build_stop, check_evaluated
 
 
 def check_length(settings: Settings) -> None:
-  """Refuses rules of `stop` that are wrong, before any data are read.
+  """Refuses rules of `stop` and `keep` that are wrong, before data are read.
 
   Raises:
-    ValueError: an unknown rule, a bad value, or no length of the run.
+    ValueError: an unknown rule, a bad value, no length of the run, or a metric
+      of which no evaluation comes in time.
   """
   spec = dict(settings.stop)
   epochs = spec.pop("epochs", None)
@@ -34,26 +35,50 @@ def check_length(settings: Settings) -> None:
     for name, options in settings.evals.items()
   }
   build_stop(spec, evals)
+  best = settings.keep.get("best_metric")
+  if best is not None:
+    check_evaluated(best, evals, "keep.best_metric")
 
 
 def inherit(settings: Settings) -> Settings:
-  """Takes the model and the tokenizer from the folder of `init_from`.
+  """Takes model, tokenizer and text functions from the folder of `init_from`.
 
   A model without a name is the folder's, with the given options on top; data
-  without a tokenizer get the folder's. What a config says itself stays.
+  without a tokenizer get the folder's, and its `preprocess` with it; one that
+  is `extended` without `of` extends the folder's. What a config says itself
+  stays.
   """
-  path = (settings.init_from or {}).get("path")
-  whole = "name" in settings.model and "tokenizer" in settings.data
+  start = settings.init_from or {}
+  path = start.get("path")
+  tokenizer = settings.data.get("tokenizer", {})
+  extends = tokenizer and _extends_what_is_there(tokenizer)
+  whole = "name" in settings.model and tokenizer and not extends
   if path is None or whole:
     return settings
   model, data = dict(settings.model), dict(settings.data)
   found = describe(path)
   if "name" not in model:
-    model = found.spec | model
+    kept = dict(found.spec)
+    if start.get("new_rows"):
+      kept.pop("vocab_size", None)  # it is that of the longer vocabulary
+    model = kept | model
   if found.tokenizer is not None:
     folder = {"name": "folder", "path": str(found.tokenizer)}
+    if extends:
+      data["tokenizer"] = {**tokenizer, "of": folder}
+    if found.preprocess and (extends or not tokenizer):
+      data.setdefault("preprocess", found.preprocess)
     data.setdefault("tokenizer", folder)
   return dataclasses.replace(settings, model=model, data=data)
+
+
+def _extends_what_is_there(tokenizer: Any) -> bool:
+  """Whether `data.tokenizer` adds pieces to that of `init_from`."""
+  return (
+    isinstance(tokenizer, Mapping)
+    and tokenizer.get("name") == "extended"
+    and "of" not in tokenizer
+  )
 
 
 def complete(settings: Settings, data: Data) -> Settings:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 
 from bertjax import hooks as hooks_lib
-from bertjax import records, registry
+from bertjax import records, registry, stopping
 from bertjax.checkpoint import Checkpointer
 from bertjax.experiment import Experiment
 from bertjax.handover import initial_state
@@ -64,6 +65,11 @@ class Session:
     )
     stack.callback(self._batches.close)
     position = self._restore()
+    self._history = {
+      step: values
+      for step, values in position.get("evaluations", ())
+      if step <= self.start
+    }
     self._last = settings.stop["steps"]
     if limit is not None:
       self._last = min(self._last, self.start + limit)
@@ -89,10 +95,11 @@ class Session:
       progress=self._bar,
       tokens_seen=position.get("tokens_seen", 0),
     )
-    self._evaluations = [
-      self._evaluation(name, every, evaluator)
+    self._best = settings.keep.get("best_metric")
+    self._evaluations = {
+      self._evaluation(name, every, evaluator): every
       for name, (every, evaluator) in experiment.evaluators().items()
-    ]
+    }
     self._saving = self._checkpoint_hook()
     self.hooks = [*self._evaluations, self._saving, *self._profiler()]
     for hook in self.hooks:
@@ -110,7 +117,11 @@ class Session:
     if step >= self._last:
       return f"{step} steps are done"
     return self._experiment.stop(
-      step, self.log.tokens_seen, self._watch.elapsed_s(), self.latest()
+      step,
+      self.log.tokens_seen,
+      self._watch.elapsed_s(),
+      self.latest(),
+      sorted(self._history.items()),
     )
 
   def latest(self) -> dict[str, float]:
@@ -120,17 +131,50 @@ class Session:
       values |= hook.latest
     return values
 
-  def finish(self, state: Any, step: int, reason: str) -> str:
-    """Evaluates (unless a signal ended the run), saves, says why it ended."""
+  def finish(self, state: Any, step: int, reason: str) -> tuple[Any, str]:
+    """Evaluates, saves, says why the run ended; a signal leaves less time.
+
+    Evaluators that run at the end only see the state that was selected.
+
+    Returns:
+      That state: the one best by `keep.best_metric`, or else the last; and why
+      the run ended.
+    """
     self.log.flush()
     if reason == INTERRUPTED:
       reason = f"signal {self._guard.received or 'on another process'}"
-    else:
+      self._saving.save(step, state)
+      self._bar.note(f"Stopped at step {step}: {reason}.")
+      return state, reason
+    paced = [hook for hook, every in self._evaluations.items() if every]
+    for hook in paced:
+      hook.run(step, state)
+    if not self._best:
       for hook in self._evaluations:
         hook.run(step, state)
     self._saving.save(step, state)
     self._bar.note(f"Stopped at step {step}: {reason}.")
-    return reason
+    if self._best:
+      state = self._select(step, state)
+      for hook in self._evaluations:
+        if hook not in paced:
+          hook.run(step, state)
+    return state, reason
+
+  def _select(self, step: int, state: Any) -> Any:
+    """The state of the best checkpoint, with its values in `latest`."""
+    self._checkpointer.wait()
+    best = self._checkpointer.best_step()
+    if best is None or best == step:
+      return state
+    values = self._history.get(best, {})
+    for hook in self._evaluations:
+      # What was not measured at that step is not told of it.
+      hook.latest = {k: values[k] for k in hook.latest if k in values}
+    score = values.get(self._best, math.nan)
+    self._bar.note(f"Selected step {best}, {self._best} {score:.4g}.")
+    abstract = self._experiment.abstract_state
+    return self._checkpointer.restore(abstract, best).state
 
   def _restore(self) -> dict[str, Any]:
     """Sets `start` and `state`; the saved position, {} for a fresh run."""
@@ -156,6 +200,7 @@ class Session:
         return evaluator({"params": state.params, **state.extra}, key)
 
     def write(step, values):
+      self._history[step] = {**self._history.get(step, {}), **values}
       self._writer.write(step, values)
       shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
       self._bar.note(f"step {step}  {shown}")
@@ -165,20 +210,45 @@ class Session:
 
   def _checkpoint_hook(self) -> hooks_lib.CheckpointHook:
     settings = self._experiment.settings
+    due = hooks_lib.AnyOf(
+      hooks_lib.Every(settings.every["checkpoint"]), self._improved
+    )
     return hooks_lib.CheckpointHook(
-      hooks_lib.Every(settings.every["checkpoint"]),
+      due,
       self._checkpointer,
       iterator_state=lambda: {
         "data": self._batches.get_state(),
         "tokens_seen": self.log.tokens_seen,
         "elapsed_s": self._watch.elapsed_s(),
+        "evaluations": sorted(self._history.items()),
       },
       config=settings.to_json(),
-      metrics=self.latest,
+      metrics=self._measured,
       # A resumed run has the same rows over the same windows of steps, and a
       # loss that is not finite is found before it is saved.
       before=self.log.flush,
     )
+
+  def _measured(self, step: int) -> dict[str, float]:
+    """Training values, and those of the evaluations of this very step."""
+    return {**self.log.latest, **self._history.get(step, {})}
+
+  def _improved(self, step: int) -> bool:
+    """Whether the metric of `keep.best_metric` was never better than here."""
+    values = self._history.get(step, {})
+    if not self._best or not values:
+      return False
+    stopping.refuse_unreported(self._best, values, "keep.best_metric")
+    if self._best not in values:
+      return False
+    mode = self._experiment.settings.keep.get("best_mode", "max")
+    sign = stopping.sign_of(mode, "keep.best_mode")
+    earlier = [
+      sign * v[self._best]
+      for s, v in self._history.items()
+      if s < step and self._best in v
+    ]
+    return sign * values[self._best] > max(earlier, default=-math.inf)
 
   def _profiler(self) -> list[hooks_lib.ProfilerHook]:
     spec = self._experiment.settings.profile

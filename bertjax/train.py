@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from bertjax import cli, loading, loop, predict, report
+from bertjax import cli, grid, loading, loop, predict, report
 from bertjax import experiment as experiment_lib
 from bertjax.config import Settings, settings, stage_configs
 from bertjax.experiment import Experiment
@@ -33,10 +33,11 @@ class Result:
   """How a run ended.
 
   Attributes:
-    state: the final train state.
+    state: the final train state, or the best by `keep.best_metric`; None of a
+      grid, whose best run is on disk.
     step: optimizer steps taken.
     reason: why it stopped.
-    metrics: the last training and evaluation values.
+    metrics: the last training values, and the evaluation values of `state`.
     interrupted: whether a signal ended it early.
     elapsed_s: seconds of the (last) stage, over all resumes.
   """
@@ -52,11 +53,12 @@ class Result:
 def train(
   config: Any, workdir: str | os.PathLike, *, dry_run: bool = False
 ) -> Result:
-  """Runs a config, or all its stages one after the other.
+  """Runs a config: all stages one after the other, all points of its grid.
 
   Args:
     config: a ConfigDict or mapping of the fields of `Settings`.
-    workdir: created if needed; stages have sub-folders of their own.
+    workdir: created if needed; stages, and the runs of a grid, have sub-folders
+      of their own.
     dry_run: two steps of everything, in a folder that is removed again.
 
   Raises:
@@ -66,11 +68,34 @@ def train(
   """
   if dry_run:
     with tempfile.TemporaryDirectory() as folder:
-      return _train_stages(config, pathlib.Path(folder), limit=2)
+      return _train_grid(config, pathlib.Path(folder), limit=2)
   workdir = pathlib.Path(workdir)
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f"workdir={workdir} is a file; name a folder.")
-  return _train_stages(config, workdir, limit=None)
+  return _train_grid(config, workdir, limit=None)
+
+
+def _train_grid(
+  config: Any, workdir: pathlib.Path, limit: int | None
+) -> Result:
+  """Every combination of `config.grid`, if there is one; gives the best."""
+  points = grid.points(config)
+  if not points:
+    return _train_stages(config, workdir, limit)
+  by, results, metrics = grid.selection(config), {}, []
+  for number, point in enumerate(points, 1):
+    print(f"Run {number} of {len(points)}: {point.name}.", file=sys.stderr)
+    result = _train_stages(point.config, workdir / point.name, limit)
+    if result.interrupted:
+      return result
+    # The states of all runs together would not fit.
+    results[point.name] = dataclasses.replace(result, state=None)
+    metrics.append((point, result.metrics))
+  best = grid.best_of(metrics, by)
+  if jax.process_index() == 0:
+    grid.record(workdir, metrics, best)
+  print(f"Best by {by.metric}: {best.name}.", file=sys.stderr)
+  return results[best.name]
 
 
 def _train_stages(
@@ -118,7 +143,7 @@ def run(
       hooks=session.hooks,
       log=session.log,
     )
-    reason = session.finish(state, step, end)
+    state, reason = session.finish(state, step, end)
     metrics = session.latest() | baseline
   interrupted = end == INTERRUPTED
   if not interrupted and jax.process_index() == 0:
@@ -158,6 +183,12 @@ def _report(experiment: Experiment, workdir: pathlib.Path, state: Any) -> None:
   )
 
 
+def _report_of(workdir: pathlib.Path) -> pathlib.Path:
+  """Where the report of a run, or the table of a grid, is."""
+  table = workdir / grid.CSV
+  return table if table.exists() else workdir / "report" / "report.md"
+
+
 cli.define_config()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Two real steps, then leave.")
@@ -176,7 +207,7 @@ def main(argv: list[str]) -> None:
   for name, value in sorted(result.metrics.items()):
     print(f"{name:32s} {value:.6g}")
   if not _DRY_RUN.value and not result.interrupted:
-    print(f"Report: {pathlib.Path(_WORKDIR.value) / 'report' / 'report.md'}")
+    print(f"Report: {_report_of(pathlib.Path(_WORKDIR.value))}")
 
 
 if __name__ == "__main__":

@@ -65,9 +65,19 @@ def init_state(
   transform: optax.GradientTransformation,
   batch_spec: Mapping[str, jax.ShapeDtypeStruct],
   key: jax.Array,
+  step_key: jax.Array | None = None,
 ) -> TrainState:
-  """A fresh state; jit it with `state_shardings` to create it sharded."""
-  init_key, train_key = jax.random.split(key)
+  """A fresh state; jit it with `state_shardings` to create it sharded.
+
+  Args:
+    objective: whose variables are made.
+    transform: whose state is made.
+    batch_spec: shapes of a batch.
+    key: of initialisation.
+    step_key: of what the steps draw; by default `key` as well.
+  """
+  init_key = jax.random.split(key)[0]
+  train_key = jax.random.split(key if step_key is None else step_key)[1]
   variables = nn.meta.unbox(
     objective.init(
       {"params": init_key, "dropout": init_key},

@@ -1,12 +1,13 @@
 """Parameters of one model fitted to the tree of another."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from bertjax import loading, rules
+from bertjax.adaptation import vocabulary
 from bertjax.interop import names, published
 
 
@@ -19,6 +20,7 @@ def load_params_for(
   allow_missing: Sequence[str] = (),
   ignore: Sequence[str] = (),
   step: int | None = None,
+  extend: Callable[[str, np.ndarray], np.ndarray] | None = None,
 ) -> Any:
   """Parameters of a saved or published model, fitted to another model's tree.
 
@@ -33,6 +35,8 @@ def load_params_for(
     ignore: regexes of saved parameters (after renaming) or of published tensors
       that are left out.
     step: which checkpoint of a workdir.
+    extend: `(name, table) -> table` for those with a row for every piece, where
+      both have one.
 
   Returns:
     A tree like `target` of numpy arrays; None where `fresh` or `allow_missing`
@@ -62,6 +66,9 @@ def load_params_for(
     left_out = left_out | {name for name in have if _part(name) in others}
   have = {name: leaf for name, leaf in have.items() if name not in left_out}
   problems = _unexplained(have, wanted, fresh, allow_missing)
+  if extend is not None:
+    for name in set(vocabulary.TABLES) & set(have) & set(wanted):
+      have[name] = extend(name, have[name])
   problems += _shape_problems(have, wanted, fresh)
   if problems:
     raise ValueError(
@@ -134,13 +141,13 @@ def _shape_problems(
     if theirs == ours:
       continue
     same_width = theirs[1:] == ours[1:]
-    tables = ("encoder/embeddings/token/embedding", "mlm_head/bias")
-    if same_width and name in tables:
+    if same_width and name in vocabulary.TABLES:
       if name == "mlm_head/bias" and problems:
         continue  # said already
       problems.append(
         f"its vocabulary has {theirs[0]} rows, this model's {ours[0]} (use its"
-        " tokenizer: data.tokenizer = dict(name='folder', path=...))"
+        " tokenizer: data.tokenizer = dict(name='folder', path=...); or let"
+        " init_from.new_rows='subword_mean' add rows for new pieces)"
       )
     elif same_width and name == "encoder/embeddings/position/embedding":
       problems.append(

@@ -13,6 +13,13 @@ Tiny:  --config=configs/fine_tune.py:tiny   (a minute, no network, no FOLDER)
 Needs: the task, prepared by TFDS (in --config.data.task.data_dir, if not in its
        usual folder); or, in a copy of this file, data.task.source =
        dict(name="jsonl", paths=dict(train=..., validation=...)).
+Search: the grid of section A.3, in a copy of this file:
+         c.grid = dict(optim=dict(learning_rate=[5e-5, 3e-5, 2e-5]),
+                       data=dict(batch_size=[16, 32]),
+                       stop=dict(epochs=[2, 3, 4]))
+         c.keep = dict(best_metric="dev/accuracy")
+       The best run is --model=runs/sst2/best. c.stop.early =
+       dict(metric="dev/accuracy", patience=2) ends a run that stands still.
 Also:  --config.optim.layerwise_decay=0.9 --config.optim.freeze_lowest=2
        --config.init_from.reinit.top_k=2
 Seen:  tiny, 143 steps: dev accuracy 0.860, macro F1 0.852; guessing "flax"

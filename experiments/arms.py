@@ -10,7 +10,8 @@
 What distinguishes runs is free: any number of named factors and the seed. A
 finished run is read back from the workdir; one that was killed goes on where
 its last checkpoint left it. So an experiment is plain loops, and the same
-command again continues them.
+command again continues them. A list of seeds of one kind only is such a loop
+too: over `seeds.data` of the config, say, which is then a factor.
 """
 
 import dataclasses

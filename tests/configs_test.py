@@ -6,7 +6,7 @@ import pathlib
 import jax
 from absl.testing import absltest, parameterized
 
-from bertjax import hooks, train
+from bertjax import stopping, train
 from bertjax.config import plain, settings, stage_configs
 from tests import tiny
 
@@ -71,7 +71,7 @@ class ConfigsTest(parameterized.TestCase):
     self.assertEqual(
       evaluation["batch_size"] * evaluation["num_batches"], 10_000
     )
-    stop = hooks.build_stop(config.stop, config.evals)
+    stop = stopping.build_stop(config.stop, config.evals)
     found = {"heldout/mlm_accuracy": 0.7199}
     self.assertIsNone(stop(steps, 0, 0, found))
     found["heldout/mlm_accuracy"] = 0.72

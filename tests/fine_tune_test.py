@@ -8,6 +8,8 @@ import json
 import os
 import pathlib
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,11 +23,20 @@ import numpy as np
 import torch
 import transformers
 
-from bertjax import convert, evaluate, experiment, loading, predict, train
+from bertjax import (
+  convert,
+  evaluate,
+  experiment,
+  loading,
+  predict,
+  registry,
+  train,
+)
 from bertjax.checkpoint import load_params
 from bertjax.config import merge, settings
+from bertjax.data.sources import SOURCES
 from bertjax.handover import initial_state
-from tests import tiny
+from tests import processes, tiny
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _LABELS = ("animal", "bread")
@@ -176,6 +187,30 @@ class EndToEndTest(FineTuningTestCase):
       for one, row in zip(said, want):
         self.assertEqual(one["label"], theirs.config.id2label[row.argmax()])
 
+  def test_it_selects_from_a_source(self):
+    source = dict(
+      name="jsonl",
+      paths=str(self.root / "test.jsonl"),
+      select=dict(
+        keep="bottom",
+        count=4,
+        scorer=dict(name="classifier", path=str(self.workdir), label="bread"),
+      ),
+    )
+    built = registry.build(SOURCES, source, "data.source")
+    found = [e["text"] for e in built.examples("train")]
+    lines = (self.root / "test.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    said = predict.classify(self.model, texts)
+    scores = {
+      t: s["probabilities"]["bread"] for t, s in zip(texts, said, strict=True)
+    }
+    self.assertLen(found, 4)
+    self.assertEqual(set(found), set(sorted(texts, key=scores.get)[:4]))
+    source["select"]["scorer"]["label"] = "cake"
+    with self.assertRaisesRegex(ValueError, "'cake' is no class of .*bread"):
+      registry.build(SOURCES, source, "data.source")
+
   def test_a_run_in_two_parts_is_the_whole_run(self):
     workdir = self.root / "parts"
     stage = settings(self.config(samples=()))
@@ -225,6 +260,27 @@ class HandoverTest(FineTuningTestCase):
       same(*(jax.tree.map(lambda x, i=layer: x[i], tree["layers"])
              for tree in (now, origin)))  # fmt: skip
 
+  @parameterized.parameters("subword_mean", "mean", "random")
+  def test_new_pieces_get_rows_and_old_ones_keep_theirs(self, start):
+    tokenizer = dict(name="extended", append=["dogcat"], pad_to_multiple=8)
+    found, fresh = self.start(
+      init_from=dict(new_rows=start), data=dict(tokenizer=tokenizer)
+    )
+    table, new, old = (
+      np.asarray(params["encoder"]["embeddings"]["token"]["embedding"])
+      for params in (found, fresh, load_params(self.pretrained)[0])
+    )
+    count = len(old)
+    self.assertEqual(len(table), -(-(count + 1) // 8) * 8)
+    np.testing.assert_array_equal(table[:count], old)
+    before = loading.load_model(self.pretrained).tokenizer
+    want = {
+      "random": new[count],
+      "mean": old.mean(0),
+      "subword_mean": old[before.encode("dogcat")].mean(0),
+    }[start]
+    np.testing.assert_allclose(table[count], want, atol=1e-7)
+
   def test_a_head_that_no_table_knows_is_not_dropped_silently(self):
     model = loading.load_model(self.pretrained)
     odd = dataclasses.replace(
@@ -239,6 +295,29 @@ class HandoverTest(FineTuningTestCase):
       "another_shape",
       dict(model=dict(mlp_dim=40)),
       "pretrained does not explain .*mlp/",
+    ),
+    (
+      "more_pieces",
+      dict(data=dict(tokenizer=dict(name="extended", append=["dogcat"]))),
+      "vocabulary has 96 rows, this model's 97 .*init_from.new_rows",
+    ),
+    (
+      "another_vocabulary",
+      dict(
+        init_from=dict(new_rows="mean"),
+        data=dict(tokenizer=dict(name="vocab_file", path="VOCAB")),
+      ),
+      "id 5 is 'dog' in data.tokenizer but .* must keep their ids",
+    ),
+    (
+      "start",
+      dict(init_from=dict(new_rows="median")),
+      "init_from.new_rows='median' is unknown; choose from mean, random",
+    ),
+    (
+      "nothing_new",
+      dict(init_from=dict(new_rows="mean")),
+      "init_from.new_rows: data.tokenizer has no piece that the model lacks",
     ),
     (
       "too_many_layers",
@@ -267,8 +346,223 @@ class HandoverTest(FineTuningTestCase):
     ),
   )
   def test_what_does_not_fit_is_one_clear_message(self, changes, message):
+    vocabulary = self.root / "vocab.txt"
+    vocabulary.write_text(
+      "[PAD] [UNK] [CLS] [SEP] [MASK] dog cat".replace(" ", "\n")
+    )
+    changes = json.loads(json.dumps(changes).replace("VOCAB", str(vocabulary)))
     with self.assertRaisesRegex(ValueError, message):
       self.start(**changes)
+
+
+class PreprocessTest(FineTuningTestCase):
+  """What texts go through in training they go through ever after."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    # A model that was pre-trained on texts without @names.
+    cls.origin = cls.root / "anonymous"
+    shutil.copytree(cls.pretrained, cls.origin)
+    path = cls.origin / "config.json"
+    config = json.loads(path.read_text())
+    config["data"]["preprocess"] = [
+      dict(name="replace", pattern=r"@\w+", by="the"), "lowercase",
+    ]  # fmt: skip
+    path.write_text(json.dumps(config))
+    cls.workdir = cls.root / "anonymous_tuned"
+    changes = dict(stop=dict(epochs=None, steps=2), evals={}, samples=())
+    train.train(
+      merge(fine_tuning(cls.pretrained), changes)
+      | dict(init_from=dict(path=str(cls.origin)), evals={}),
+      cls.workdir,
+    )
+    cls.models = [loading.load_model(cls.workdir)]
+    for number, layout in enumerate(("huggingface", "bertjax")):
+      folder = cls.root / f"anonymous_{number}"
+      convert.convert(cls.models[-1].path, folder, format=layout)
+      cls.models.append(loading.load_model(folder))
+
+  def test_a_stage_takes_them_from_the_one_before(self):
+    config = json.loads((self.workdir / "config.json").read_text())
+    self.assertLen(config["data"]["preprocess"], 2)
+
+  def test_predictions_apply_them_in_every_layout(self):
+    raw, clean = ("@bob DOG barks", "@eve"), ("the dog barks", "the")
+    bare = dataclasses.replace(self.models[0], preprocess=())
+    for model in self.models:
+      np.testing.assert_array_equal(
+        predict.embed(model, raw), predict.embed(bare, clean)
+      )
+      said, want = predict.classify(model, raw), predict.classify(bare, clean)
+      self.assertEqual(said, want)
+    self.assertFalse(
+      np.array_equal(predict.embed(bare, raw), predict.embed(bare, clean))
+    )
+
+  def test_evaluation_of_another_source_applies_them(self):
+    lines = (self.root / "test.jsonl").read_text()
+    for name, text in (
+      ("raw", lines.replace("the ", "@bob ").upper().replace('"TEXT"', '"text"')
+       .replace('"LABEL"', '"label"').replace('"ANIMAL"', '"animal"')
+       .replace('"BREAD"', '"bread"')),
+      ("clean", lines),
+    ):  # fmt: skip
+      (self.root / f"{name}.jsonl").write_text(text)
+    task = self.config()["data"]["task"]
+    found = [
+      evaluate.evaluate(
+        self.workdir,
+        split="test",
+        evaluators=["objective"],
+        data=dict(
+          task=merge(
+            task, dict(source=dict(paths=dict(test=str(self.root / name))))
+          )
+        ),
+      )
+      for name in ("raw.jsonl", "clean.jsonl")
+    ]
+    self.assertEqual(*found)
+
+  def test_spans_of_characters_are_refused(self):
+    data = dict(
+      name="task",
+      preprocess=["lowercase"],
+      task=dict(
+        name="squad",
+        source=dict(name="jsonl", paths=str(self.root / "*.jsonl")),
+      ),
+    )
+    config = self.config() | {"data": merge(self.config()["data"], data)}
+    with self.assertRaisesRegex(ValueError, "data.preprocess would move"):
+      experiment.build(settings(config))
+
+
+class SelectionTest(FineTuningTestCase):
+  """Early stopping, the best checkpoint, grids, and runs that are killed.
+
+  The worst loss is what is looked for: it is sure to come first.
+  """
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    worst = "dev/classification_loss"
+    changes = dict(
+      samples=(),
+      stop=dict(
+        epochs=None,
+        steps=20,
+        early=dict(metric=worst, patience=3, mode="max"),
+      ),
+      keep=dict(keep=1, best_metric=worst, best_mode="max"),
+      every=dict(log=1, checkpoint=4),
+      optim=dict(learning_rate=1e-3),
+    )
+    cls.changed = merge(fine_tuning(cls.pretrained), changes)
+    cls.changed["evals"] = dict(
+      dev=dict(name="objective", every=3), test=dict(name="task_metrics"),
+    )  # fmt: skip
+    cls.workdir = cls.root / "selected"
+    # In a process, as what is compared with it: on one device.
+    processes.finish(processes.start(cls.changed, cls.workdir))
+
+  def test_the_run_ends_after_the_evaluations_that_brought_nothing(self):
+    rows = processes.rows(self.workdir)
+    self.assertEqual(int(float(rows[-1]["step"])), 12)  # 3, then 6, 9, 12
+
+  def test_the_best_checkpoint_stays_and_is_what_readers_get(self):
+    folder = self.workdir / "checkpoints"
+    self.assertEqual({p.name for p in folder.iterdir()}, {"3", "12"})
+    best, last = (load_params(self.workdir, step)[0] for step in (3, 12))
+    by_default, _ = load_params(self.workdir)
+    same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+    same(by_default, best)
+    same(
+      jax.tree.map(np.asarray, loading.load_model(self.workdir).params), best
+    )
+    self.assertFalse(
+      np.array_equal(best["classifier"]["bias"], last["classifier"]["bias"])
+    )
+    start = experiment.build(
+      settings(self.config(init_from=dict(path=str(self.workdir))))
+    )
+    same(initial_state(start).params["pooler"], best["pooler"])
+
+  def test_a_killed_run_becomes_the_same_run(self):
+    workdir = self.root / "killed"
+    process = processes.start(self.changed, workdir)
+    processes.wait_for_step(process, workdir, 7)  # the best was at 3
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    self.assertLess(int(float(processes.rows(workdir)[-1]["step"])), 12)
+    processes.finish(processes.start(self.changed, workdir))
+    self.assertEqual(processes.values(workdir), processes.values(self.workdir))
+    for step in (3, 12):
+      jax.tree.map(
+        np.testing.assert_array_equal,
+        load_params(workdir, step)[0],
+        load_params(self.workdir, step)[0],
+      )
+
+  def test_a_grid_runs_every_combination_and_names_the_best(self):
+    grid = dict(optim=dict(learning_rate=[1e-9, 3e-2]), seed=[1])
+    config = self.changed | dict(
+      grid=grid,
+      stop=dict(steps=6),
+      keep=dict(best_metric="dev/classification_loss", best_mode="min"),
+      every=dict(log=6, checkpoint=6),
+    )
+    workdir = self.root / "grid"
+    result = train.train(config, workdir)
+    with (workdir / "grid.csv").open() as file:
+      rows = list(csv.DictReader(file))
+    self.assertEqual(
+      [(r["optim.learning_rate"], r["seed"]) for r in rows],
+      [("1e-09", "1"), ("0.03", "1")],
+    )
+    losses = [float(r["dev/classification_loss"]) for r in rows]
+    self.assertEqual([r["best"] for r in rows].index("1"), np.argmin(losses))
+    self.assertEqual(np.argmin(losses), 1)  # the rate that learns
+    self.assertAlmostEqual(
+      result.metrics["dev/classification_loss"], min(losses), places=6
+    )
+    self.assertIn("test/accuracy", result.metrics)
+    best = loading.load_model(workdir / "best")
+    self.assertEqual(best.config["optim"]["learning_rate"], 0.03)
+
+  @parameterized.named_parameters(
+    (
+      "no_list",
+      dict(grid=dict(seed=3)),
+      "grid.seed=3 must be a list of the values to try",
+    ),
+    (
+      "no_metric",
+      dict(grid=dict(seed=[3]), keep=dict(best_metric=None)),
+      "grid: keep.best_metric is required",
+    ),
+    (
+      "twice",
+      dict(grid=dict(seed=[3, 3])),
+      "grid: two combinations are called 'seed=3'; remove one",
+    ),
+    (
+      "never_evaluated",
+      dict(keep=dict(best_metric="test/accuracy")),
+      "evals.test.every must be set: keep.best_metric='test/accuracy'",
+    ),
+    (
+      "unknown_metric",
+      dict(keep=dict(best_metric="dev/accuracie"), stop=dict(early=None)),
+      "keep.best_metric='dev/accuracie' is not reported; .*dev/accuracy",
+    ),
+  )
+  def test_what_cannot_be_selected_by_is_refused(self, changes, message):
+    config = merge(self.changed, changes)
+    with self.assertRaisesRegex(ValueError, message):
+      train.train(config, pathlib.Path(self.create_tempdir()))
 
 
 class StagesTest(FineTuningTestCase):

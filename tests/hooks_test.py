@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
-from bertjax import checkpoint, hooks
+from bertjax import checkpoint, hooks, stopping
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -153,7 +153,7 @@ class StopTest(parameterized.TestCase):
     ("none", (19, 4999, 59.0, {"eval/acc": 0.719, "acc": 0.9}), None),
   )
   def test_reason(self, arguments, reason):
-    stop = hooks.build_stop(
+    stop = stopping.build_stop(
       {
         "steps": 20,
         "tokens": 5e3,
@@ -178,9 +178,9 @@ class StopTest(parameterized.TestCase):
       ("last/accuracy", "evals.last.every must be set"),
     ):
       with self.assertRaisesRegex(ValueError, message):
-        hooks.build_stop(spec(name), evals)
-    hooks.build_stop(spec("loss"), evals)  # a training metric
-    stop = hooks.build_stop(spec("heldout/acuracy"), evals)
+        stopping.build_stop(spec(name), evals)
+    stopping.build_stop(spec("loss"), evals)  # a training metric
+    stop = stopping.build_stop(spec("heldout/acuracy"), evals)
     self.assertIsNone(stop(1, 0, 0, {"loss": 2.0}))  # not evaluated yet
     with self.assertRaisesRegex(
       ValueError, "'heldout/acuracy' is not reported; choose from heldout/acc"
@@ -188,7 +188,7 @@ class StopTest(parameterized.TestCase):
       stop(5, 0, 0, {"loss": 2.0, "heldout/accuracy": 0.5})
 
   def test_target_from_above_and_rules_switched_off(self):
-    stop = hooks.build_stop(
+    stop = stopping.build_stop(
       {
         "steps": 20,
         "tokens": None,
@@ -198,6 +198,50 @@ class StopTest(parameterized.TestCase):
     self.assertIsNone(stop(1, 1e12, 0, {"loss": 2.1}))
     self.assertIsNone(stop(1, 1e12, 0, {"loss": float("nan")}))
     self.assertIn("loss = 1.9", stop(1, 0, 0, {"loss": 1.9}))
+
+  @parameterized.named_parameters(
+    ("better_each_time", [0.1, 0.2, 0.3, 0.4], 0.0, "max", None),
+    ("worse_twice", [0.5, 0.4, 0.45], 0.0, "max", "in 2 .* 0.5 of step 10"),
+    ("equal_is_no_better", [0.5, 0.5, 0.5], 0.0, "max", "0.5 of step 10"),
+    ("too_little", [0.5, 0.52, 0.53], 0.05, "max", "0.5 of step 10"),
+    # Small steps add up: what counts is the distance from the best.
+    ("in_small_steps", [0.5, 0.53, 0.56, 0.6], 0.05, "max", None),
+    ("down", [0.5, 0.4, 0.45], 0.0, "min", None),
+    ("down_and_up", [0.5, 0.4, 0.45, 0.41], 0.0, "min", "0.4 of step 20"),
+    ("nothing_yet", [], 0.0, "max", None),
+  )
+  def test_early_stopping(self, values, min_delta, mode, reason):
+    early = dict(metric="dev/f1", patience=2, min_delta=min_delta, mode=mode)
+    stop = stopping.build_stop(
+      {"steps": 99, "early": early}, {"dev": {"every": 10}}
+    )
+    history = [(10 * i, {"dev/f1": v}) for i, v in enumerate(values, 1)]
+    history.insert(1, (15, {"other/f1": 9.0}))  # another evaluator's
+    found = stop(50, 0, 0, {}, history)
+    if reason is None:
+      self.assertIsNone(found)
+    else:
+      self.assertRegex(found, f"dev/f1 did not improve .*{reason}")
+
+  @parameterized.parameters(
+    ({"steps": 1, "early": {"metric": "a/b", "patience": 0}}, "patience=0"),
+    (
+      {"steps": 1, "early": {"metric": "a/b", "patience": 1, "min_delta": -1}},
+      "min_delta=-1 must be 0 or more",
+    ),
+    (
+      {"steps": 1, "early": {"metric": "loss", "patience": 1}},
+      "early.metric='loss' must be of an evaluation",
+    ),
+    (
+      {"steps": 1, "early": {"metric": "dev/b", "patience": 1}},
+      "evals.dev.every must be set: stop.early.metric='dev/b'",
+    ),
+    ({"early": {"metric": "a/b", "patience": 1}}, "sure to end"),
+  )
+  def test_bad_early_stopping_is_refused(self, spec, message):
+    with self.assertRaisesRegex(ValueError, message):
+      stopping.build_stop(spec, {"a": {"every": 1}, "dev": {}})
 
   @parameterized.parameters(
     ({"step": 3}, "stop='step' is unknown.*'steps'"),
@@ -218,7 +262,7 @@ class StopTest(parameterized.TestCase):
   )
   def test_bad_rules_are_refused(self, spec, message):
     with self.assertRaisesRegex(ValueError, message):
-      hooks.build_stop(spec)
+      stopping.build_stop(spec)
 
   def test_stopwatch_continues_after_a_resume(self):
     clock = Clock()

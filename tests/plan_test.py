@@ -1,5 +1,6 @@
 """A plan says what a step occupies, moves and takes, without any data."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -43,6 +44,31 @@ class ConfigsTest(parameterized.TestCase):
       # Replicated; two moments per parameter, and a few scalars.
       self.assertEqual(facts.parameter_bytes, 4 * facts.parameters)
       self.assertBetween(facts.optimizer_bytes / facts.parameter_bytes, 2, 2.01)
+
+  @parameterized.parameters("mnli", "squad", "swag", "conll2003", "stsb")
+  def test_fine_tuning_lowers_without_folder_and_examples(self, task):
+    path = next(p for p in _CONFIGS if p.stem == "fine_tune")
+    config = _load(path, task)
+    config.model = dict(name="bert", size="tiny")
+    ((_, stage, steps),) = stages(config)
+    self.assertEqual(steps, 0)
+    _, facts = lower_step(jax.devices(), settings=stage, vocab_size=30_522)
+    self.assertEqual(facts.vocab_size, 30_522)
+    self.assertEqual(facts.batch_size, 16 if task == "swag" else 32)
+    self.assertGreater(facts.parameters, 4_369_408)  # the encoder, and a head
+    ((_, _, steps),) = stages(config, rows_per_epoch=100 * facts.batch_size)
+    self.assertEqual(steps, 300)
+
+  def test_a_model_that_is_not_here_is_asked_for(self):
+    path = next(p for p in _CONFIGS if p.stem == "fine_tune")
+    ((_, stage, _),) = stages(_load(path, "sst2"))
+    with self.assertRaisesRegex(
+      ValueError, "init_from.path='bert-base-uncased' is not here.*model.name"
+    ):
+      lower_step(jax.devices(), settings=stage, vocab_size=9)
+    with self.assertRaisesRegex(ValueError, "give it with --vocab_size"):
+      named = dataclasses.replace(stage, model=dict(name="bert", size="tiny"))
+      lower_step(jax.devices(), settings=named)
 
   def test_stages_count_their_own_steps(self):
     path = next(p for p in _CONFIGS if p.stem == "bert")

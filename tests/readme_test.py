@@ -9,10 +9,17 @@ import shlex
 
 from absl.testing import absltest, parameterized
 
-from bertjax import config, experiment, hardware
+from bertjax import config, experiment, hardware, stopping
+from bertjax.analysis import ANALYSES
 from bertjax.data.instances import INSTANCES
 from bertjax.data.masking import UNITS
-from bertjax.data.sources import SOURCES
+from bertjax.data.sources import (
+  FILTERS,
+  PREPROCESSORS,
+  SCORERS,
+  SOURCES,
+  SPLITS,
+)
 from bertjax.data.tokenizers import TOKENIZERS, TRAINERS
 from bertjax.evals import EVALUATORS
 from bertjax.layers.attention import ATTENTION
@@ -36,8 +43,13 @@ _TABLES = {
   "OBJECTIVES": OBJECTIVES,
   "OPTIMIZERS": OPTIMIZERS,
   "SCHEDULES": schedules.SCHEDULES,
+  "STOP_RULES": stopping.STOP_RULES,
   "DATA": experiment.DATA,
   "SOURCES": SOURCES,
+  "PREPROCESSORS": PREPROCESSORS,
+  "FILTERS": FILTERS,
+  "SCORERS": SCORERS,
+  "SPLITS": SPLITS,
   "TOKENIZERS": TOKENIZERS,
   "INSTANCES": INSTANCES,
   "TASKS": TASKS,
@@ -52,6 +64,7 @@ _NAMED = {
   "data.tokenizer": TOKENIZERS,
   "optim": OPTIMIZERS,
   "source": READERS,
+  "split": SPLITS,
   "task": TASKS,
 }
 _CHOICES = {"attend": ATTENTION, "kind": TRAINERS, "unit": dict.fromkeys(UNITS)}
@@ -92,7 +105,7 @@ class CommandsTest(parameterized.TestCase):
     for argument in arguments:
       name, _, value = argument.removeprefix("--").partition("=")
       if not argument.startswith("--"):
-        self.assertIn(name, predict.TASKS)
+        self.assertIn(name, {*predict.TASKS, *ANALYSES})
       elif name.startswith("config."):
         self.assertIn("config", known)
         self.assertIn(name.split(".")[1], fields)

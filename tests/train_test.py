@@ -1,17 +1,13 @@
 """Whole runs: resume after any kind of end, and refusal of what is wrong."""
 
 import contextlib
-import csv
 import io
 import json
 import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
-import time
 
 import jax
 import numpy as np
@@ -21,84 +17,7 @@ from bertjax import experiment, train
 from bertjax.checkpoint import load_params
 from bertjax.config import settings
 from bertjax.metrics.accumulator import NonFiniteError
-from tests import tiny
-
-# What a run's row may differ in: the machine's speed.
-_TIMES = ("step_time_s", "tokens_per_s", "slots_per_s", "mfu")
-
-# Runs the config it reads from standard input, with batches written down.
-_PROGRAM = """
-import hashlib, json, pathlib, sys
-import jax
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
-from bertjax import experiment, loop, train
-import numpy as np
-real = loop.fit
-def fit(state, batches, step, **options):
-  def noted():
-    for batch in batches:
-      digest = hashlib.sha256()
-      for name in sorted(batch):
-        digest.update(np.asarray(batch[name]).tobytes())
-      with open(pathlib.Path(sys.argv[1]) / "batches.txt", "a") as file:
-        file.write(digest.hexdigest() + "\\n")
-      yield batch
-  return real(state, noted(), step, **options)
-loop.fit = fit
-train.train(json.load(sys.stdin), sys.argv[1])
-"""
-
-
-def _start(config, workdir, devices=1):
-  workdir.mkdir(parents=True, exist_ok=True)
-  process = subprocess.Popen(
-    [sys.executable, "-c", _PROGRAM, str(workdir), str(devices)],
-    stdin=subprocess.PIPE,
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.PIPE,
-    text=True,
-    cwd=pathlib.Path(__file__).parents[1],
-  )
-  process.stdin.write(json.dumps(config))
-  process.stdin.close()
-  return process
-
-
-def _finish(process):
-  errors = process.stderr.read()
-  code = process.wait()
-  assert code == 0, errors
-  return errors
-
-
-def _wait_for_step(process, workdir, step):
-  """Until the run has logged `step`."""
-  deadline = time.monotonic() + 120
-  while process.poll() is None and time.monotonic() < deadline:
-    rows = _rows(workdir)
-    if rows and int(float(rows[-1]["step"])) >= step:
-      return
-    time.sleep(0.01)
-
-
-def _rows(workdir):
-  path = workdir / "metrics.csv"
-  if not path.exists():
-    return []
-  with path.open() as file:
-    return [r for r in csv.DictReader(file) if r.get("step")]
-
-
-def _values(workdir):
-  """All that was logged, but for the speed."""
-  return [
-    {k: v for k, v in row.items() if k not in _TIMES} for row in _rows(workdir)
-  ]
-
-
-def _batches(workdir):
-  return (workdir / "batches.txt").read_text().split()
+from tests import processes, tiny
 
 
 class ResumeTest(parameterized.TestCase):
@@ -116,43 +35,43 @@ class ResumeTest(parameterized.TestCase):
       evals=dict(heldout=dict(every=10)),
     )
     cls.whole = cls.root / "whole"
-    _finish(_start(cls.config, cls.whole))
+    processes.finish(processes.start(cls.config, cls.whole))
 
   def test_killed_twice_equals_uninterrupted(self):
     workdir = self.root / "killed"
     for step in (7, 23):
-      process = _start(self.config, workdir)
-      _wait_for_step(process, workdir, step)
+      process = processes.start(self.config, workdir)
+      processes.wait_for_step(process, workdir, step)
       process.send_signal(signal.SIGKILL)
       process.wait()
-      self.assertLess(int(_rows(workdir)[-1]["step"]), 60)
-    _finish(_start(self.config, workdir))
-    self.assertEqual(_values(workdir), _values(self.whole))
+      self.assertLess(int(processes.rows(workdir)[-1]["step"]), 60)
+    processes.finish(processes.start(self.config, workdir))
+    self.assertEqual(processes.values(workdir), processes.values(self.whole))
     a, b = load_params(workdir)[0], load_params(self.whole)[0]
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
   def test_other_device_counts_read_the_same_batches(self):
     workdir = self.root / "moved"
     for devices, stop in ((4, 20), (2, 35)):
-      process = _start(self.config, workdir, devices)
-      _wait_for_step(process, workdir, stop)
+      process = processes.start(self.config, workdir, devices)
+      processes.wait_for_step(process, workdir, stop)
       process.send_signal(signal.SIGTERM)
-      _finish(process)
-    _finish(_start(self.config, workdir, 8))
+      processes.finish(process)
+    processes.finish(processes.start(self.config, workdir, 8))
     # Nothing was read twice or left out: SIGTERM saved the step it was at.
     # The iterator may have handed out one batch that no step took.
-    seen = list(dict.fromkeys(_batches(workdir)))
-    self.assertEqual(seen[:60], _batches(self.whole)[:60])
-    mine = [float(r["loss"]) for r in _rows(workdir)]
-    whole = [float(r["loss"]) for r in _rows(self.whole)]
+    seen = list(dict.fromkeys(processes.batches(workdir)))
+    self.assertEqual(seen[:60], processes.batches(self.whole)[:60])
+    mine = [float(r["loss"]) for r in processes.rows(workdir)]
+    whole = [float(r["loss"]) for r in processes.rows(self.whole)]
     # Reductions over devices round differently, and training amplifies it.
     np.testing.assert_allclose(mine, whole, rtol=2e-3)
     np.testing.assert_allclose(mine[:20], whole[:20], rtol=1e-4)
 
   def test_a_finished_run_stays_as_it_is(self):
-    before = _values(self.whole)
-    _finish(_start(self.config, self.whole))
-    self.assertEqual(_values(self.whole), before)
+    before = processes.values(self.whole)
+    processes.finish(processes.start(self.config, self.whole))
+    self.assertEqual(processes.values(self.whole), before)
 
   def test_the_workdir_tells_what_ran(self):
     config = json.loads((self.whole / "config.json").read_text())
@@ -298,7 +217,7 @@ class TrainTest(parameterized.TestCase):
     rates = [
       float(r["learning_rate"])
       for name in ("one", "two")
-      for r in _rows(folder / name)
+      for r in processes.rows(folder / name)
       if r["learning_rate"]
     ]
     # One line over both stages: the counter went on.

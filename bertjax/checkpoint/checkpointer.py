@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -66,7 +66,8 @@ class Checkpointer:
       keep: how many of the newest checkpoints stay; at least 1. With 1 there
         is nothing to fall back to when the newest is damaged.
       keep_every: checkpoints at multiples of this many steps stay for good.
-      best_metric: the checkpoint whose `metrics[best_metric]` is best stays.
+      best_metric: the checkpoint whose `metrics[best_metric]` is best stays,
+        and is what a reader of the workdir gets by default.
       best_mode: "max" or "min".
       save_async: whether `save` returns once the state is in host memory.
 
@@ -304,18 +305,7 @@ class Checkpointer:
 
   def best_step(self) -> int | None:
     """The step whose saved `best_metric` is best; the later one of equals."""
-    if self._best_metric is None:
-      return None
-    scores = {}
-    for step in self.steps():
-      try:
-        metrics = disk.read_json(self.folder / str(step) / disk.META)["metrics"]
-      except disk.DamagedError:
-        continue
-      value = metrics.get(self._best_metric, math.nan)
-      if not math.isnan(value):
-        scores[step] = self._best_sign * value
-    return max(scores, key=lambda s: (scores[s], s)) if scores else None
+    return _best_step(self.folder, self._best_metric, self._best_sign)
 
   def restore(self, abstract_state: Any, step: int | None = None) -> Restored:
     """Reads the newest intact checkpoint, onto any number of devices.
@@ -390,11 +380,12 @@ def load_params(
 
   Args:
     path: a workdir, its `checkpoints` folder, or one checkpoint in it.
-    step: which checkpoint; by default the newest intact one.
+    step: which checkpoint; by default the best by the run's own
+      `keep.best_metric`, or else the newest intact one.
 
   Raises:
     FileNotFoundError: there is no checkpoint.
-    CheckpointError: all of them are damaged.
+    CheckpointError: all of them, or the best, are damaged.
   """
   path = _absolute(path)
   if (path / disk.MANIFEST).exists() and path.name.isdecimal():
@@ -402,6 +393,8 @@ def load_params(
   workdir = path.parent if path.name == "checkpoints" else path
   folder = workdir / "checkpoints"
   steps = disk.committed_steps(folder)[::-1]
+  if step is None and steps:
+    step = _selected_step(folder, steps)
   if step is not None:
     steps = tuple(s for s in steps if s == step)
   if not steps:
@@ -429,6 +422,37 @@ def load_params(
       ),
     )
   return tree["params"], meta["config"]
+
+
+def _selected_step(folder: epath.Path, steps: Iterable[int]) -> int | None:
+  """The best step by the config in the newest readable checkpoint."""
+  for step in steps:
+    try:
+      meta = disk.read_json(folder / str(step) / disk.META)
+    except disk.DamagedError:
+      continue
+    keep = meta["config"].get("keep", {})
+    sign = -1.0 if keep.get("best_mode") == "min" else 1.0
+    return _best_step(folder, keep.get("best_metric"), sign)
+  return None
+
+
+def _best_step(
+  folder: epath.Path, metric: str | None, sign: float
+) -> int | None:
+  """The step whose saved metric is best; the later one of equals."""
+  if metric is None:
+    return None
+  scores = {}
+  for step in disk.committed_steps(folder):
+    try:
+      metrics = disk.read_json(folder / str(step) / disk.META)["metrics"]
+    except disk.DamagedError:
+      continue
+    value = metrics.get(metric, math.nan)
+    if not math.isnan(value):
+      scores[step] = sign * value
+  return max(scores, key=lambda s: (scores[s], s)) if scores else None
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:

@@ -1,6 +1,7 @@
 """The shapes of a run's batches from its config alone: no data is read."""
 
 import dataclasses
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -11,6 +12,13 @@ from bertjax import registry
 from bertjax.data import instances as instances_lib
 from bertjax.data import text_dataset
 from bertjax.data.tokenizers import TOKENIZERS, build_tokenizer, training
+
+_NOMINAL_ROWS = 1_000_000
+
+
+def steps_of(epochs: float, rows: int, batch_size: int) -> int:
+  """Steps of epochs of so many rows."""
+  return max(1, math.ceil(epochs * rows / batch_size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +33,8 @@ class Vocabulary:
 
 
 @dataclasses.dataclass(frozen=True)
-class AbstractText:
-  """What `bertjax.experiment.build` asks of `TextData`, and nothing to read.
+class AbstractData:
+  """What `bertjax.experiment.build` asks of data, and nothing to read.
 
   Attributes:
     tokenizer: its size only.
@@ -42,7 +50,7 @@ class AbstractText:
   row_spec: Mapping[str, jax.ShapeDtypeStruct]
   vocabulary_slots: int
 
-  def dataset(self) -> "AbstractText":
+  def dataset(self) -> "AbstractData":
     """Itself: a dataset has a `batch_spec`, and so has it."""
     return self
 
@@ -58,15 +66,11 @@ class AbstractText:
     return dict(given)
 
   def steps(self, epochs: float) -> int:
-    """Refuses: how long an epoch is only the data know.
+    """Steps of epochs of a million rows: how many there are the data know.
 
-    Raises:
-      ValueError: always.
+    A step is the same however many follow; only its schedule has other numbers.
     """
-    raise ValueError(
-      f"{epochs} epochs are an unknown number of steps as long as no data are"
-      " read; give stop.steps and evals.*.every instead."
-    )
+    return steps_of(epochs, _NOMINAL_ROWS, self.batch_size)
 
   def tokens_per_batch(self, batch_size: int) -> int:
     """Slots of a batch, padding included."""
@@ -75,8 +79,8 @@ class AbstractText:
 
 def abstract_text(
   spec: Mapping[str, Any], vocab_size: int | None = None
-) -> AbstractText:
-  """The batches of `config.data`.
+) -> AbstractData:
+  """The batches of `config.data` of text.
 
   Args:
     spec: arguments of `TextData`.
@@ -86,9 +90,7 @@ def abstract_text(
   Raises:
     ValueError: an option that does not fit, or a vocabulary of unknown size.
   """
-  for field in ("tokenizer", "seq_len", "batch_size", "instances"):
-    if field not in spec:
-      raise ValueError(f"data.{field} is required.")
+  require(spec, "tokenizer", "seq_len", "batch_size", "instances")
   mode = registry.build(
     instances_lib.INSTANCES, spec["instances"], "data.instances"
   )
@@ -98,13 +100,20 @@ def abstract_text(
   if vocab_size is None:
     vocab_size = tokenizer_size(spec["tokenizer"])
   seq_len = spec["seq_len"]
-  return AbstractText(
+  return AbstractData(
     tokenizer=Vocabulary(vocab_size),
     batch_size=spec["batch_size"],
     seq_len=seq_len,
     row_spec=text_dataset.text_row_spec(mode, masking, seq_len),
     vocabulary_slots=masking.slots(seq_len) if masking else 0,
   )
+
+
+def require(spec: Mapping[str, Any], *fields: str) -> None:
+  """Raises ValueError for a field that `config.data` lacks."""
+  for field in fields:
+    if field not in spec:
+      raise ValueError(f"data.{field} is required.")
 
 
 def tokenizer_size(spec: Mapping[str, Any]) -> int:
@@ -118,11 +127,16 @@ def tokenizer_size(spec: Mapping[str, Any]) -> int:
   registry.lookup(TOKENIZERS, name, "data.tokenizer.name")
   if name == "train":
     kind = options.pop("kind", None)
+    for key in ("source", "split"):
+      options.pop(key, None)
     resolved = training.resolve(kind, options, "data.tokenizer")
     if "vocab_size" in resolved:
       multiple = resolved["pad_to_multiple"]
       return -(-resolved["vocab_size"] // multiple) * multiple
     return training.train_resolved(kind, (), resolved).vocab_size
+  if name == "extended" and "of" in options:
+    size = tokenizer_size(options["of"]) + len(options.get("append", ()))
+    return size + -size % options.get("pad_to_multiple", 1)
   path = options.get("path")
   if path is not None and not pathlib.Path(path).exists():
     raise ValueError(

@@ -1,7 +1,7 @@
 """`config.data` for text: a source, a tokenizer, a cache, rows."""
 
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,8 @@ from bertjax.data.cache import TokenCache
 from bertjax.data.cache_build import build_cache
 from bertjax.data.masked import MaskedData
 from bertjax.data.masking import Masking
-from bertjax.data.sources import SOURCES
+from bertjax.data.sources import SOURCES, Preprocessed, Source
+from bertjax.data.sources.base import Measure, measured
 from bertjax.data.text_dataset import TextDataset
 from bertjax.data.tokenizers import Tokenizer
 
@@ -31,8 +32,10 @@ class TextData(MaskedData):
     splitter: str = "sentences",
     train_split: str = "train",
     max_tokens_per_document: int | None = None,
+    preprocess: Sequence[str | Mapping[str, Any]] = (),
     seed: int,
     cache_dir: pathlib.Path,
+    mask_seed: int | None = None,
   ):
     """Builds the tokenizer; token caches are built when a split is asked for.
 
@@ -46,11 +49,16 @@ class TextData(MaskedData):
       splitter: key of `SPLITTERS`: how documents become sentences.
       train_split: the split that is trained on and makes the vocabulary.
       max_tokens_per_document: longer documents are cut; None: never.
+      preprocess: names of `PREPROCESSORS`, or `name` and options, that every
+        text goes through; the model's own, which `bertjax.predict` applies too.
       seed: of shuffling, instance making and masking.
       cache_dir: where vocabularies and token caches live.
+      mask_seed: of masking, if it is another one.
     """
     self.seq_len = seq_len
     self.source = registry.build(SOURCES, source, "data.source")
+    if preprocess:
+      self.source = Preprocessed(self.source, preprocess, "data.preprocess")
     super().__init__(
       tokenizer,
       batch_size=batch_size,
@@ -59,12 +67,21 @@ class TextData(MaskedData):
       fingerprint=self.source.fingerprint(),
     )
     self._rows = dict(
-      instances=instances, masking=masking, seq_len=seq_len, seed=seed
+      instances=instances,
+      masking=masking,
+      seq_len=seq_len,
+      seed=seed,
+      mask_seed=mask_seed,
     )
     self._splitter = splitter
     self._cut = max_tokens_per_document
     self._cache_dir = cache_dir
     self._caches: dict[str, TokenCache] = {}
+    facts = [self.tokenizer.fingerprint(), splitter, self._cut, seq_len]
+    self.source = measured(
+      self.source,
+      Measure(self._size, [*facts, dict(instances), dict(masking or {})]),
+    )
 
   def texts(self) -> Iterator[str]:
     return (e["text"] for e in self.source.examples(self.train_split))
@@ -72,15 +89,27 @@ class TextData(MaskedData):
   def cache(self, split: str) -> TokenCache:
     """The tokenised documents of a split."""
     if split not in self._caches:
-      self._caches[split] = build_cache(
-        self.source,
-        split,
-        self.tokenizer,
-        self._splitter,
-        self._cache_dir,
-        max_tokens_per_document=self._cut,
-      )
+      self._caches[split] = self._cache_of(self.source, split)
     return self._caches[split]
+
+  def _cache_of(self, source: Source, split: str) -> TokenCache:
+    return build_cache(
+      source,
+      split,
+      self.tokenizer,
+      self._splitter,
+      self._cache_dir,
+      max_tokens_per_document=self._cut,
+    )
+
+  def _size(self, source: Source, unit: str) -> int:
+    """Tokens, or rows of an epoch ("instances"), of a part of a mixture."""
+    cache = self._cache_of(source, "train")
+    if unit == "tokens":
+      return cache.num_tokens
+    # One seed for all runs: sizes must not depend on theirs.
+    rows = self._rows | dict(seed=0, mask_seed=None)
+    return TextDataset(cache, self.tokenizer, **rows).rows_per_epoch(0)
 
   def dataset(self, split: str | None = None) -> TextDataset:
     cache = self.cache(split or self.train_split)

@@ -70,6 +70,7 @@ class TextDataset(RowDataset):
     masking: Mapping[str, Any] | None = None,
     seq_len: int,
     seed: int = 0,
+    mask_seed: int | None = None,
     block_tokens: int = 2**22,
     block_documents: int = 64,
   ):
@@ -83,6 +84,7 @@ class TextDataset(RowDataset):
         whole, without `labels`.
       seq_len: length t of a row.
       seed: of shuffling, instance making and masking.
+      mask_seed: of masking, if it is another one.
       block_tokens: tokens per block, on average; memory is 4 bytes each.
       block_documents: the least documents per block, if there are as many.
 
@@ -92,6 +94,7 @@ class TextDataset(RowDataset):
     """
     self.cache, self.tokenizer = cache, tokenizer
     self.seq_len, self.seed = seq_len, operator.index(seed)
+    self._mask_seed = self.seed if mask_seed is None else mask_seed
     self.pad_id = tokenizer.pad_id
     self.mode = registry.build(
       instances_lib.INSTANCES, instances, "data.instances"
@@ -169,6 +172,8 @@ class TextDataset(RowDataset):
       "seed": self.seed,
       "blocks": self._num_blocks,
     }
+    if self._mask_seed != self.seed:
+      facts["mask_seed"] = self._mask_seed
     text = json.dumps(facts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -228,7 +233,7 @@ class TextDataset(RowDataset):
         batch["segment_ids"],
         masking=self.masking,
         vocabulary=self._vocabulary,
-        seed=self.seed,
+        seed=self._mask_seed,
         epochs=np.concatenate(epochs),
         indices=np.concatenate(indices),
       )

@@ -138,15 +138,21 @@ def _torch_rows(modules, model: str) -> tuple[Row, ...]:
   return tuple(rows)
 
 
+# Heads of the original code; run_classifier's has no scope of its own.
+_TF1_SCOPES = {
+  "cls.seq_relationship": "cls/seq_relationship/",
+  "classifier": "",
+  "qa_outputs": "cls/squad/",
+}
+
+
 def _tf1_row(row: Row) -> Row:
   """TensorFlow 1 has PyTorch's paths, other leaves, and matrices [in, out]."""
-  if row.theirs.startswith("cls.seq_relationship"):
-    leaf = {"weight": "output_weights", "bias": "output_bias"}
-    head, last = row.theirs.rsplit(".", 1)
-    # The one matrix that the original also keeps as [out, in].
-    return dataclasses.replace(
-      row, theirs=f"{head.replace('.', '/')}/{leaf[last]}"
-    )
+  head, last = row.theirs.rsplit(".", 1)
+  if head in _TF1_SCOPES:
+    leaf = {"weight": "output_weights", "bias": "output_bias"}[last]
+    # Heads are what the original, too, keeps as [out, in].
+    return dataclasses.replace(row, theirs=_TF1_SCOPES[head] + leaf)
   name = row.theirs.replace("layer.{i}", "layer_{i}").replace(".", "/")
   for pattern, replacement in (
     ("LayerNorm/weight$", "LayerNorm/gamma"),
@@ -209,10 +215,22 @@ def name_map(family: str, objective: str) -> NameMap:
   )
 
 
-TF1 = NameMap(
-  tuple(map(_tf1_row, BERT.rows)),
-  ignored=(r"/adam_[mv]$", r"^global_step$"),
-)
+_TF1_IGNORED = (r"/adam_[mv]$", r"^global_step$")
+TF1 = NameMap(tuple(map(_tf1_row, BERT.rows)), ignored=_TF1_IGNORED)
+
+
+def tf1_map(objective: str) -> NameMap:
+  """The names of the original code with the heads of an objective.
+
+  `run_classifier.py` has "classification", `run_squad.py` "span_qa", whose
+  pooler is there but unused; every other objective gets the pre-training heads.
+  """
+  if objective not in ("classification", "span_qa"):
+    return TF1
+  unused = (r"^bert/pooler/",) if objective == "span_qa" else ()
+  rows = name_map("bert", objective).rows
+  return NameMap(tuple(map(_tf1_row, rows)), ignored=(*_TF1_IGNORED, *unused))
+
 
 HEADS = ("mlm_head", "lm_head", "pooler", "pair_head", "classifier", "span")
 

@@ -25,6 +25,7 @@ from bertjax.models import MODELS
 from bertjax.objectives import OBJECTIVES
 
 CONFIG = "config.json"
+PREPROCESS = "preprocess.json"  # ours: no published layout has such a file
 DTYPES = {
   "float32": np.dtype(np.float32),
   "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -91,6 +92,12 @@ def read_tokenizer(folder: pathlib.Path) -> Tokenizer | None:
   if any((folder / name).exists() for name in _TOKENIZER_FILES):
     return load_tokenizer(folder)
   return None
+
+
+def read_preprocess(folder: pathlib.Path) -> list[Any]:
+  """What texts must go through, as `bertjax.convert` wrote it; often []."""
+  path = folder / PREPROCESS
+  return read_json(path)["preprocess"] if path.exists() else []
 
 
 def tensor_names(folder: str | os.PathLike) -> list[str]:
@@ -163,12 +170,15 @@ def read_tf1(
     ImportError: TensorFlow is not installed.
   """
   folder = pathlib.Path(folder)
-  spec = tf1.spec_from_config(read_json(folder / tf1.CONFIG), str(folder))
+  config = read_json(folder / tf1.CONFIG)
+  spec = tf1.spec_from_config(config, str(folder))
   found = tf1.read_checkpoint(folder)
+  objective = tf1.objective_of(config, found)
+  tuned = objective["name"] in heads_lib.HEADS
   params = names.from_published(
     found,
-    names.TF1,
-    parameter_shapes(spec),
+    names.tf1_map(objective["name"]),
+    parameter_shapes(spec, objective if tuned else None),
     num_layers=spec["num_layers"],
     scan=scan,
     ignore=ignore,
@@ -176,7 +186,7 @@ def read_tf1(
   )
   return Published(
     spec | ({} if scan else {"scan": False}),
-    _with_heads(heads_lib.MASKED_LM, params),
+    _with_heads(objective, params),
     params,
     read_tokenizer(folder),
     _weight_dtype(found),
@@ -245,8 +255,11 @@ def write_tf1(
   spec: Mapping[str, Any],
   params: Mapping[str, Any],
   tokenizer: Tokenizer | None,
+  objective: Mapping[str, Any] = heads_lib.MASKED_LM,
 ) -> None:
   """Writes the layout of the original BERT releases; needs TensorFlow.
+
+  A fine-tuned model gets the variables of run_classifier.py or run_squad.py.
 
   Raises:
     ValueError: the folder is not empty, or the model has no such form.
@@ -255,7 +268,14 @@ def write_tf1(
   spec = model_spec.resolve(spec)
   pad_id = 0 if tokenizer is None else tokenizer.pad_id
   config = tf1.config_from_spec(spec, names.heads_of(params), pad_id)
-  arrays = names.to_published(params, names.TF1, num_layers=spec["num_layers"])
+  config |= tf1.config_of_objective(objective)
+  arrays = names.to_published(
+    params,
+    names.tf1_map(objective["name"]),
+    num_layers=spec["num_layers"],
+  )
+  if objective["name"] == "span_qa":
+    arrays = tf1.with_unused_pooler(arrays, spec["emb_dim"])
   folder = new_folder(folder)
   tf1.write_checkpoint(arrays, folder)
   write_json(folder / tf1.CONFIG, config)

@@ -11,13 +11,16 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from bertjax.interop import model_spec
+from bertjax.interop import heads, model_spec
 
 CONFIG = "bert_config.json"
 CHECKPOINT = "bert_model.ckpt"
 # The original's "gelu" is the tanh form, that of Hugging Face the erf form.
 # This key keeps a model of the latter what it is when we read it again.
 _EXACT = "bertjax_activation"
+# Nor does it say what a fine-tuned head is called and how it was trained.
+_OBJECTIVE = "bertjax_objective"
+_CLASSES, _SPAN = "output_weights", "cls/squad/output_weights"
 
 
 def _tensorflow():
@@ -69,10 +72,64 @@ def spec_from_config(config: Mapping[str, Any], where: str) -> dict[str, Any]:
   """Our `config.model` of a bert_config.json."""
   config = dict(config)
   exact = config.pop(_EXACT, None)
+  config.pop(_OBJECTIVE, None)
   if config.get("hidden_act") == "gelu":
     config["hidden_act"] = "gelu_new"
   spec = model_spec.spec_from_config(config, f"{where}/{CONFIG}")
   return spec | ({"activation": exact} if exact else {})
+
+
+def objective_of(
+  config: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+  """Our `config.objective` of a checkpoint, by the head that it has.
+
+  Args:
+    config: its bert_config.json, where we put labels and dropout; the original
+      code has neither.
+    arrays: variables by name.
+  """
+  if _CLASSES in arrays:
+    count = len(arrays[_CLASSES])
+    found = {"name": "classification", "num_classes": count}
+  elif _SPAN in arrays:
+    found = {"name": "span_qa"}
+  else:
+    return dict(heads.MASKED_LM)
+  said = config.get(_OBJECTIVE, {})
+  return found | said if said.get("name") == found["name"] else found
+
+
+def config_of_objective(objective: Mapping[str, Any]) -> dict[str, Any]:
+  """What bert_config.json says of a head; {} of those of pre-training.
+
+  Raises:
+    ValueError: a head that the original code does not have.
+  """
+  name = objective["name"]
+  if name not in heads.HEADS:
+    return {}
+  single = objective.get("num_classes", 2) > 1
+  single = single and not objective.get("multilabel")
+  if name not in ("classification", "span_qa") or not single:
+    raise ValueError(
+      f"objective {dict(objective)}: the original code has classification with"
+      " one of two classes or more, and span_qa; use --format=huggingface."
+    )
+  return {_OBJECTIVE: dict(objective)}
+
+
+def with_unused_pooler(
+  arrays: Mapping[str, np.ndarray], width: int
+) -> dict[str, np.ndarray]:
+  """The variables with a pooler of zeros, if there is none.
+
+  The original graph always has one and wants it restored, also where the head
+  does not look at it.
+  """
+  kernel = np.zeros((width, width), np.float32)
+  pooler = {"kernel": kernel, "bias": kernel[0]}
+  return {f"bert/pooler/dense/{k}": v for k, v in pooler.items()} | dict(arrays)
 
 
 def config_from_spec(

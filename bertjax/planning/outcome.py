@@ -15,7 +15,7 @@ class Plan:
   Attributes:
     topology: what it was compiled for.
     facts: sizes of model, batch and state.
-    steps: that the stage takes.
+    steps: that the stage takes; 0 if only the data know.
     needed_bytes: per device; None if the compiler does not say.
     memory: per device, when it fits.
     collectives: exchanges of a step, when it fits.
@@ -68,7 +68,7 @@ class Plan:
 
   @property
   def chip_hours(self) -> float | None:
-    """Of all steps."""
-    if self.step_s is None:
+    """Of all steps, if their number is known."""
+    if self.step_s is None or not self.steps:
       return None
     return self.steps * self.step_s * self.topology.num_devices / 3600

@@ -38,7 +38,7 @@ def figures(plan: Plan) -> dict[str, Any]:
       "step_s": plan.step_s,
       "tokens_per_s_per_chip": plan.tokens_per_s_per_chip,
       "mfu": plan.mfu,
-      "hours": plan.steps * plan.step_s / 3600,
+      "hours": plan.steps * plan.step_s / 3600 if plan.steps else None,
       "chip_hours": plan.chip_hours,
       "cycles": plan.cost.cycles,
       "compute_cycles": plan.cost.compute_cycles,
@@ -155,7 +155,9 @@ def _time_lines(plan: Plan) -> list[str]:
     f"speed        {plan.tokens_per_s_per_chip:,.0f} tokens/s per chip,"
     f" MFU {plan.mfu:.1%} ({plan.facts.model_flops:.3g} model FLOP per step)",
     f"{plan.steps:,} steps  {plan.steps * plan.step_s / 3600:,.1f} hours,"
-    f" {plan.chip_hours:,.0f} chip-hours",
+    f" {plan.chip_hours:,.0f} chip-hours"
+    if plan.steps
+    else "epochs of unknown length (--rows_per_epoch)",
     *(
       [f"cycles of {len(cost.missing)} small operations are unknown"]
       if cost.missing

@@ -2,16 +2,19 @@
 
 import dataclasses
 import math
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from bertjax import experiment as experiment_lib
+from bertjax import resolve
 from bertjax.config import Settings
 from bertjax.data.abstract import abstract_text
 from bertjax.experiment import Experiment
 from bertjax.parallel.sharding import batch_sharding
+from bertjax.tasks.abstract import abstract_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +62,10 @@ def lower_step(
   Raises:
     ValueError: the config does not fit the devices, naming the field.
   """
-  data = None
-  if settings.data.get("name", "text") == "text":
-    data = abstract_text(settings.data, vocab_size)
+  settings = _without_folder(settings)
+  data, make = None, _ABSTRACT.get(settings.data.get("name", "text"))
+  if make is not None:
+    data = make(settings.data, vocab_size)
   experiment = experiment_lib.build(settings, devices=devices, data=data)
   batch = {
     name: jax.ShapeDtypeStruct(
@@ -74,6 +78,30 @@ def lower_step(
   with jax.set_mesh(experiment.mesh):
     lowered = experiment.step.jitted.lower(experiment.abstract_state, batch)
   return lowered, _facts(experiment, batch)
+
+
+# By name of the data; what is not here has to be read.
+_ABSTRACT = {"text": abstract_text, "task": abstract_task}
+
+
+def _without_folder(settings: Settings) -> Settings:
+  """The settings with what `init_from` says of the model, if it is here.
+
+  Raises:
+    ValueError: it is not, and the config does not name a model either.
+  """
+  path = (settings.init_from or {}).get("path")
+  if path is None:
+    return settings
+  if pathlib.Path(path).is_dir():
+    return resolve.inherit(settings)
+  if "name" not in settings.model:
+    raise ValueError(
+      f"init_from.path={str(path)!r} is not here, so the model is unknown; name"
+      " one for the plan, as --config.model.name=bert"
+      " --config.model.size=base."
+    )
+  return dataclasses.replace(settings, init_from=None)
 
 
 def _facts(experiment: Experiment, batch: Mapping[str, Any]) -> StepFacts:

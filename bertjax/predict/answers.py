@@ -71,6 +71,8 @@ def _ask(
 ) -> Answers:
   if not records:
     raise ValueError("There is no text; pass at least one.")
+  if model.preprocess:
+    records = [kind.prepared(record, model.clean) for record in records]
   tokenizer = model.need_tokenizer()
   seq_len = _row_length(model, longest)
   style = pair_style_of(tokenizer, _task_data(model).get("pair_style"))

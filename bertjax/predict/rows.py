@@ -51,7 +51,7 @@ def encode_rows(
 
   Args:
     model: for its tokenizer and its longest row.
-    texts: any strings.
+    texts: any strings; they go through the model's own `preprocess` first.
     parse_special: whether "[MASK]" in a text is the mask.
     max_length: longest row, special tokens included; by default the model's.
     truncate: cut longer texts at their end.
@@ -71,7 +71,8 @@ def encode_rows(
       f" {model.max_positions} positions."
     )
   tokenizer = model.need_tokenizer()
-  encoded = tokenizer.encode_batch(list(texts), parse_special=parse_special)
+  texts = [model.clean(text) for text in texts]
+  encoded = tokenizer.encode_batch(texts, parse_special=parse_special)
   rows = []
   for i, ids in enumerate(encoded):
     if len(ids) + 2 > max_length and not truncate:

@@ -7,7 +7,7 @@ import json
 import operator
 import pathlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +15,12 @@ import numpy as np
 
 from bertjax.data.base import Data
 from bertjax.data.dataset import RowDataset
+from bertjax.data.sources import base, text_function
+from bertjax.data.sources.filters import named
 from bertjax.data.tokenizers import Tokenizer
 from bertjax.tasks import records
 from bertjax.tasks.inputs import pair_style_of
-from bertjax.tasks.kinds import Features
+from bertjax.tasks.kinds import Features, Kind
 from bertjax.tasks.table import Task, build_task
 
 _ORDERS_KEPT = 2
@@ -134,6 +136,7 @@ class TaskData(Data):
     pair_style: str | None = None,
     train_split: str = "train",
     max_examples: int | None = None,
+    preprocess: Sequence[str | Mapping[str, Any]] = (),
     seed: int,
     cache_dir: pathlib.Path,
   ):
@@ -149,6 +152,8 @@ class TaskData(Data):
       train_split: the split that is trained on.
       max_examples: read at most so many of the training split (learning
         curves, smoke tests); None reads all.
+      preprocess: names of `PREPROCESSORS`, or `name` and options, that every
+        text goes through; the model's own, which `bertjax.predict` applies too.
       seed: of shuffling.
       cache_dir: where a trained vocabulary lives.
 
@@ -162,13 +167,19 @@ class TaskData(Data):
     self.source = records.build_source(
       self.task.source, self.task.kind.fields, "data.task.source"
     )
+    self._function = None
+    content = f"{self.source.fingerprint()}-{self.task.kind!r}"
+    if preprocess:
+      self._function = text_function(preprocess, "data.preprocess")
+      self.task.kind.prepared({}, self._function)
+      content = base.fingerprint_of(content, named(preprocess))
     super().__init__(
       tokenizer,
       batch_size=batch_size,
       train_split=train_split,
       cache_dir=cache_dir,
       # A vocabulary also depends on which fields are read.
-      fingerprint=f"{self.source.fingerprint()}-{self.task.kind!r}",
+      fingerprint=content,
     )
     self._style = pair_style_of(self.tokenizer, pair_style)
     self._seed, self._max_examples = seed, max_examples
@@ -179,7 +190,7 @@ class TaskData(Data):
       yield from self.task.kind.texts(record)
 
   def records(self, split: str) -> list[dict[str, Any]]:
-    """The examples of a split.
+    """The examples of a split, their texts preprocessed.
 
     Raises:
       ValueError: a field that the task reads is missing.
@@ -193,7 +204,9 @@ class TaskData(Data):
             f" lacks {field!r}; it has {', '.join(sorted(record))}. The task"
             f" reads {', '.join(self.task.kind.fields)} (null: no label)."
           )
-    return found
+    if self._function is None:
+      return found
+    return [self.task.kind.prepared(r, self._function) for r in found]
 
   def dataset(self, split: str | None = None) -> TaskDataset:
     """The rows of a split, the training one by default.
@@ -232,19 +245,8 @@ class TaskData(Data):
     }
 
   def objective(self, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The objective that learns the task, with the options given for it.
-
-    Raises:
-      ValueError: what is given is another one, or has other classes.
-    """
-    known = self.task.kind.objective
-    for key, value in known.items():
-      if key in given and given[key] not in (value, _as_json(value)):
-        raise ValueError(
-          f"objective.{key}={given[key]!r} does not fit data.task, which needs"
-          f" {value!r}; leave it out."
-        )
-    return known | dict(given)
+    """The objective that learns the task, with the options given for it."""
+    return objective_of(self.task.kind, given)
 
   def facts(self) -> dict[str, Any]:
     features = self.dataset().features
@@ -275,6 +277,22 @@ class TaskData(Data):
     logits = np.broadcast_to(constant, (count, *constant.shape))
     scores = kind.score(logits, features)
     return {f"majority_{name}": value for name, value in scores.items()}
+
+
+def objective_of(kind: Kind, given: Mapping[str, Any]) -> dict[str, Any]:
+  """`config.objective` of a kind of task, with the options given for it.
+
+  Raises:
+    ValueError: what is given is another one, or has other classes.
+  """
+  known = kind.objective
+  for key, value in known.items():
+    if key in given and given[key] not in (value, _as_json(value)):
+      raise ValueError(
+        f"objective.{key}={given[key]!r} does not fit data.task, which needs"
+        f" {value!r}; leave it out."
+      )
+  return known | dict(given)
 
 
 def _as_json(value: Any) -> Any:

@@ -47,6 +47,14 @@ def macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
   return float(f1)
 
 
+def weighted_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
+  """Mean of the classes' F1, weighted by how often they occur."""
+  f1 = _sklearn().f1_score(
+    labels, predictions, average="weighted", zero_division=0.0
+  )
+  return float(f1)
+
+
 def matthews(labels: np.ndarray, predictions: np.ndarray) -> float:
   """Matthews correlation."""
   return float(_sklearn().matthews_corrcoef(labels, predictions))
@@ -77,6 +85,7 @@ METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
   "f1": binary_f1,
   "micro_f1": micro_f1,
   "macro_f1": macro_f1,
+  "weighted_f1": weighted_f1,
   "matthews": matthews,
   "pearson": pearson,
   "spearman": spearman,

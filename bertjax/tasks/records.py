@@ -2,7 +2,8 @@
 
 Pre-training sources give texts; a task wants several fields, also lists and
 nested ones. These sources keep every field and share the rest (patterns,
-splits, ids, fingerprints, errors) with `bertjax.data.sources`.
+splits, ids, fingerprints, errors, the option `split`) with
+`bertjax.data.sources`.
 """
 
 import csv
@@ -17,6 +18,7 @@ import numpy as np
 from bertjax import registry
 from bertjax.data.sources import base, files
 from bertjax.data.sources.files import Record
+from bertjax.data.sources.options import with_changes
 from bertjax.data.sources.package_docstrings import PackageDocstrings
 from bertjax.data.sources.tfds_source import TfdsSource
 
@@ -232,12 +234,15 @@ def plain(value: Any) -> Any:
 
 
 READERS: dict[str, Callable[..., base.Source]] = {
-  "columns": columns,
-  "csv": csv_table,
-  "docstrings": docstrings,
-  "jsonl": jsonl,
-  "squad": squad_json,
-  "tfds": tfds,
+  name: with_changes(builder, ("split",))
+  for name, builder in {
+    "columns": columns,
+    "csv": csv_table,
+    "docstrings": docstrings,
+    "jsonl": jsonl,
+    "squad": squad_json,
+    "tfds": tfds,
+  }.items()
 }
 
 

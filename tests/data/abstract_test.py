@@ -45,6 +45,15 @@ class TokenizerSizeTest(parameterized.TestCase):
     (dict(name="train", kind="wordpiece", vocab_size=1000), 1000),
     (dict(name="train", kind="bpe", vocab_size=1000, pad_to_multiple=64), 1024),
     (dict(name="train", kind="bytes"), 261),  # and five special tokens
+    (
+      dict(
+        name="extended",
+        of=dict(name="train", kind="wordpiece", vocab_size=1000),
+        append=["a", "b"],
+        pad_to_multiple=8,
+      ),
+      1008,
+    ),
   )
   def test_of_a_vocabulary_not_yet_trained(self, spec, size):
     self.assertEqual(tokenizer_size(spec), size)

@@ -203,15 +203,6 @@ class HeadsTest(parameterized.TestCase):
     self.assertEqual(model.objective_spec["name"], "masked_lm")
     self.assertEqual(model.heads, {"pooler"})
 
-  def test_the_original_layout_has_no_such_heads(self):
-    _, folder = self.published("bert", *MODELS["classes"][:2])
-    model = loading.load_model(folder)
-    with self.assertRaisesRegex(ValueError, "no name for .*classifier/bias"):
-      interop.write_tf1(
-        self.root / "tf1", model.spec | {"activation": "gelu_tanh"},
-        model.params, None,
-      )  # fmt: skip
-
   @parameterized.parameters(
     (dict(id2label={"1": "a", "2": "b"}), r"ids \[1, 2\]; .* count from 0"),
     (dict(problem_type="ranking"), "problem_type='ranking' is unknown"),

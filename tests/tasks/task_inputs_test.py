@@ -155,6 +155,8 @@ class MetricsTest(parameterized.TestCase):
     c, d = rng.integers(0, 3, (2, 40))
     per_class = [sklearn.metrics.f1_score(c == k, d == k) for k in range(3)]
     self.assertAlmostEqual(metrics.macro_f1(c, d), np.mean(per_class))
+    shares = [np.mean(c == k) for k in np.unique(c)]
+    self.assertAlmostEqual(metrics.weighted_f1(c, d), np.dot(per_class, shares))
     self.assertAlmostEqual(metrics.micro_f1(c, d), metrics.accuracy(c, d))
 
   def test_correlations(self):

@@ -1,16 +1,17 @@
 """Sources of text by name: `registry.build(SOURCES, config, "data.source")`.
 
-Every source takes `preprocess`, a list of names of `PREPROCESSORS`.
+Every source also takes `preprocess`, `filters`, `select` and `split`: rows of
+`PREPROCESSORS`, of `FILTERS`, arguments of `Selected`, a row of `SPLITS`. They
+act in this order.
 """
 
-import functools
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bertjax import registry
 from bertjax.data.sources.base import Example, HashSplit, Source
 from bertjax.data.sources.corpora import CORPORA, corpus
+from bertjax.data.sources.filters import FILTERS, Filtered
 from bertjax.data.sources.formats import (
   csv,
   jsonl,
@@ -20,23 +21,36 @@ from bertjax.data.sources.formats import (
 )
 from bertjax.data.sources.grammar import Grammar
 from bertjax.data.sources.mixture import Mixture
-from bertjax.data.sources.preprocess import PREPROCESSORS, Preprocessed
+from bertjax.data.sources.options import CHANGES, with_changes
+from bertjax.data.sources.preprocess import (
+  PREPROCESSORS,
+  Preprocessed,
+  text_function,
+)
 from bertjax.data.sources.pubmed import pubmed_xml
 from bertjax.data.sources.python_docs import PythonDocs
+from bertjax.data.sources.select import SCORERS, Selected
 from bertjax.data.sources.seqio_source import seqio, to_seqio_task
+from bertjax.data.sources.splits import SPLITS
 from bertjax.data.sources.tfds_source import tfds
 
 __all__ = [
   "CORPORA",
+  "FILTERS",
   "PREPROCESSORS",
+  "SCORERS",
   "SOURCES",
+  "SPLITS",
   "Example",
+  "Filtered",
   "Grammar",
   "HashSplit",
   "Mixture",
   "Preprocessed",
   "PythonDocs",
+  "Selected",
   "Source",
+  "text_function",
   "to_seqio_task",
 ]
 
@@ -46,6 +60,7 @@ def _mixture(
   dupe_factors: Sequence[float] | None = None,
   weights: Sequence[float] | None = None,
   alpha: float | None = None,
+  targets: Sequence[float] | None = None,
   unit: str = "characters",
 ) -> Mixture:
   """`Mixture` of sources that are themselves rows of `SOURCES`."""
@@ -58,30 +73,13 @@ def _mixture(
     dupe_factors=dupe_factors,
     weights=weights,
     alpha=alpha,
+    targets=targets,
     unit=unit,
   )
 
 
-def _with_preprocess(builder: Callable[..., Source]) -> Callable[..., Source]:
-  """The same builder with one more option, `preprocess`."""
-
-  @functools.wraps(builder)
-  def build(*args, preprocess: Sequence[str] = (), **options):
-    source = builder(*args, **options)
-    return Preprocessed(source, preprocess) if preprocess else source
-
-  signature = inspect.signature(builder)
-  option = inspect.Parameter(
-    "preprocess", inspect.Parameter.KEYWORD_ONLY, default=()
-  )
-  build.__signature__ = signature.replace(
-    parameters=[*signature.parameters.values(), option]
-  )
-  return build
-
-
 SOURCES: dict[str, Callable[..., Source]] = {
-  name: _with_preprocess(builder)
+  name: with_changes(builder, tuple(CHANGES))
   for name, builder in {
     "corpus": corpus,
     "csv": csv,

@@ -1,9 +1,11 @@
 """What every source of examples promises, and splits made by hash."""
 
+import copy
+import dataclasses
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 Example = dict[str, Any]
@@ -82,7 +84,86 @@ def nonempty(
     )
 
 
-class HashSplit:
+@dataclasses.dataclass(frozen=True)
+class Measure:
+  """How much of something a source's training split gives.
+
+  Attributes:
+    size: `(source, unit)` -> number of "tokens" or "instances".
+    identity: changes when the numbers could; JSON values.
+  """
+
+  size: Callable[[Source, str], int]
+  identity: Any
+
+
+def measured(source: Source, measure: Measure) -> Source:
+  """The source, told how to measure its parts if it mixes some."""
+  return source.measured(measure) if hasattr(source, "measured") else source
+
+
+class Derived:
+  """A source made from another one; `_source` is what it reads."""
+
+  def __init__(self, source: Source, splits: Iterable[str] | None = None):
+    """Args:
+    source: what is read.
+    splits: its splits by default.
+    """
+    self._source = source
+    self.name, self.licence = source.name, source.licence
+    self.splits = source.splits if splits is None else tuple(splits)
+
+  def measured(self, measure: Measure) -> "Derived":
+    twin = copy.copy(self)
+    twin._source = measured(self._source, measure)
+    return twin
+
+
+Assign = Callable[[Example], str | None]
+
+
+class AssignedSplit(Derived):
+  """One split of a source dealt out by a rule; it drops what gets no split."""
+
+  def __init__(
+    self,
+    source: Source,
+    splits: Iterable[str],
+    assign: Assign,
+    identity: Sequence[Any],
+    of: str = "train",
+  ):
+    """Args:
+    source: what to divide.
+    splits: names of the new splits.
+    assign: the split of an example; None leaves it out.
+    identity: name and options of the rule, for the fingerprint.
+    of: the split of `source` that is divided.
+
+    Raises:
+      ValueError: no split `of`.
+    """
+    check_split(source, of)
+    super().__init__(source, splits)
+    self._assign, self._of = assign, of
+    self._identity = list(identity)
+
+  def fingerprint(self) -> str:
+    rule, *options = self._identity
+    return fingerprint_of(rule, self._source.fingerprint(), *options, self._of)
+
+  def examples(self, split: str) -> Iterator[Example]:
+    check_split(self, split)
+    mine = (
+      example
+      for example in self._source.examples(self._of)
+      if self._assign(example) == split
+    )
+    return nonempty(mine, self.name, split)
+
+
+class HashSplit(AssignedSplit):
   """One split of a source dealt out by the hash of the normalised text.
 
   Equal texts always fall into the same split, wherever they stand, and a
@@ -94,55 +175,56 @@ class HashSplit:
     source: Source,
     fractions: Mapping[str, float],
     of: str = "train",
+    *,
+    key: Callable[[Example], str] = lambda example: example["text"],
+    identity: Sequence[Any] = ("hash_split",),
+    seed: int = 0,
   ):
     """Args:
     source: what to divide.
     fractions: share of each new split; they sum to 1 at most, and what is
       left over is dropped.
     of: the split of `source` that is divided.
+    key: what is hashed; examples with equal keys stay together.
+    identity: name and options of the key, for the fingerprint.
+    seed: another one deals out otherwise.
 
     Raises:
       ValueError: a share outside (0, 1], a sum above 1, no split `of`.
     """
-    check_split(source, of)
     fractions = as_dict(fractions)
-    for split, share in fractions.items():
-      if not 0 < share <= 1:
-        raise ValueError(
-          f"fractions.{split}={share} of source {source.name!r} must be"
-          " above 0 and at most 1."
-        )
-    total = sum(fractions.values())
-    if total > 1 + 1e-9:  # rounding of shares such as 0.7 + 0.2 + 0.1
+    check_fractions(fractions, source.name)
+    salt = "split" if seed == 0 else f"split{seed}"
+
+    def assign(example: Example) -> str | None:
+      u, edge = text_hash(key(example), salt) / 2**64, 0.0
+      for split, share in fractions.items():
+        edge += share
+        if u < edge:
+          return split
+      return None
+
+    options = [] if seed == 0 else [seed]
+    super().__init__(
+      source,
+      fractions,
+      assign,
+      [*identity, list(fractions.items()), *options],
+      of,
+    )
+
+
+def check_fractions(fractions: Mapping[str, float], name: str) -> None:
+  """Raises ValueError for shares of splits that are none."""
+  for split, share in fractions.items():
+    if not 0 < share <= 1:
       raise ValueError(
-        f"fractions={fractions} of source {source.name!r} sum to {total:g};"
-        " they may sum to 1 at most."
+        f"fractions.{split}={share} of source {name!r} must be above 0 and at"
+        " most 1."
       )
-    self.name, self.licence = source.name, source.licence
-    self.splits = tuple(fractions)
-    self._source, self._fractions, self._of = source, fractions, of
-
-  def fingerprint(self) -> str:
-    return fingerprint_of(
-      "hash_split",
-      self._source.fingerprint(),
-      list(self._fractions.items()),
-      self._of,
+  total = sum(fractions.values())
+  if total > 1 + 1e-9:  # rounding of shares such as 0.7 + 0.2 + 0.1
+    raise ValueError(
+      f"fractions={fractions} of source {name!r} sum to {total:g}; they may"
+      " sum to 1 at most."
     )
-
-  def _split_of(self, text: str) -> str | None:
-    u, edge = text_hash(text, "split") / 2**64, 0.0
-    for split, share in self._fractions.items():
-      edge += share
-      if u < edge:
-        return split
-    return None
-
-  def examples(self, split: str) -> Iterator[Example]:
-    check_split(self, split)
-    mine = (
-      example
-      for example in self._source.examples(self._of)
-      if self._split_of(example["text"]) == split
-    )
-    return nonempty(mine, self.name, split)

@@ -136,7 +136,7 @@ class FileSource:
       self.name,
       self._options,
       [
-        (split, [(self._id(f), _content_of(f)) for f in files])
+        (split, [(self._id(f), content_of(f)) for f in files])
         for split, files in self._files.items()
       ],
     )
@@ -186,7 +186,7 @@ def _undecodable_line(path: str, encoding: str) -> str | None:
   return None
 
 
-def _content_of(path: str) -> str:
+def content_of(path: str) -> str:
   """Digest of a file's content.
 
   Files above 64 MB are sampled at 16 places, and their time of change counts:

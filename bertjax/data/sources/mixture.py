@@ -1,11 +1,13 @@
 """Several corpora as one: each document repeated, or left out, by a factor."""
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
 
 from bertjax.data.sources import base
 
-_UNITS = ("documents", "characters")
+_MEASURED = ("tokens", "instances")  # known once there is a tokenizer
+_UNITS = ("documents", "characters", *_MEASURED)
 
 
 def copies(factor: float, key: str) -> int:
@@ -21,6 +23,9 @@ def copies(factor: float, key: str) -> int:
 class Mixture:
   """Sources one after the other; training shuffles rows anyway.
 
+  Parts that shall be read one after the other are stages of the run, each with
+  its own source: see `stages` of the config.
+
   A split holds what the sources that have this split hold. Repeated documents
   carry `copy` > 0, which keeps them through the removal of duplicates.
   """
@@ -34,6 +39,7 @@ class Mixture:
     dupe_factors: Sequence[float] | None = None,
     weights: Sequence[float] | None = None,
     alpha: float | None = None,
+    targets: Sequence[float] | None = None,
     unit: str = "characters",
   ):
     """Args:
@@ -46,19 +52,28 @@ class Mixture:
     alpha: instead of weights, shares proportional to size^alpha, the size of
       each training split: 1 is as they are, 0.7 favours the small ones, 0
       makes all alike (Conneau & Lample 2019, arXiv:1901.07291, eq. 1).
-    unit: what shares are measured in: "documents" or "characters".
+    targets: instead of shares, how much each source gives an epoch: what is
+      scarce is repeated, what is plenty subsampled. With unit "instances" that
+      is the number of rows (the method of Wada et al. 2020, arXiv:2005.07202,
+      which balances a small corpus with a large one).
+    unit: what shares and targets are measured in: "documents", "characters",
+      "tokens", or "instances", the rows that a source alone would make. The
+      last two cost a token cache of every source; a vocabulary that is trained
+      on the mixture itself has weights by characters, and no targets.
 
     Raises:
-      ValueError: more than one of factors, weights and alpha; numbers out of
-        range or of another number than the sources; unknown unit; no source.
+      ValueError: more than one of factors, weights, alpha and targets; numbers
+        out of range or of another number than the sources; unknown unit; no
+        source.
     """
     self._sources = list(sources)
     if not self._sources:
       raise ValueError("sources=[] of source 'mixture' needs at least one.")
-    given = [x for x in (dupe_factors, weights, alpha) if x is not None]
-    if len(given) > 1:
+    ways = (dupe_factors, weights, alpha, targets)
+    if sum(way is not None for way in ways) > 1:
       raise ValueError(
-        "source 'mixture' takes one of dupe_factors, weights and alpha."
+        "source 'mixture' takes one of dupe_factors, weights, alpha and"
+        " targets."
       )
     if alpha is not None and not 0 <= alpha <= 1:
       raise ValueError(
@@ -67,7 +82,8 @@ class Mixture:
       )
     if unit not in _UNITS:
       raise ValueError(f"unit={unit!r} must be one of {', '.join(_UNITS)}.")
-    for field, values in (("dupe_factors", dupe_factors), ("weights", weights)):
+    lists = dict(dupe_factors=dupe_factors, weights=weights, targets=targets)
+    for field, values in lists.items():
       if values is not None and (
         len(values) != len(self._sources) or min(values) <= 0
       ):
@@ -80,14 +96,16 @@ class Mixture:
     )
     self._weights = None if weights is None else list(weights)
     self._alpha = alpha
+    self._targets = None if targets is None else list(targets)
     self._unit = unit
+    self._measure: base.Measure | None = None
     self._resolved: list[float] | None = None
     self.licence = "; ".join(
       dict.fromkeys(f"{s.name}: {s.licence}" for s in self._sources)
     )
     present = dict.fromkeys(split for s in self._sources for split in s.splits)
     self.splits = tuple(present)
-    if self._weights is not None or alpha is not None:
+    if dupe_factors is None and any(way is not None for way in ways):
       for source in self._sources:
         base.check_split(source, "train")
 
@@ -99,24 +117,45 @@ class Mixture:
       self._weights,
       self._unit,
       *([] if self._alpha is None else [self._alpha]),
+      *([] if self._targets is None else ["targets", self._targets]),
+      *([] if self._measure is None else [self._measure.identity]),
     )
 
+  def measured(self, measure: base.Measure) -> "Mixture":
+    """The mixture with its units known."""
+    twin = copy.copy(self)
+    twin._sources = [base.measured(s, measure) for s in self._sources]
+    twin._resolved = None
+    if self._unit in _MEASURED:
+      twin._measure = measure
+    return twin
+
   def factors(self) -> list[float]:
-    """Each source's factor; weights and alpha are turned into factors."""
-    if self._weights is None and self._alpha is None:
+    """Each source's factor; what else is given is turned into factors."""
+    if (self._weights, self._alpha, self._targets) == (None, None, None):
       return self._factors
     if self._resolved is None:
-      sizes = [
-        sum(
-          1 if self._unit == "documents" else len(example["text"])
-          for example in source.examples("train")
-        )
-        for source in self._sources
-      ]
-      weights = self._weights or [size**self._alpha for size in sizes]
-      wanted = [w / size for w, size in zip(weights, sizes)]
-      self._resolved = [w / max(wanted) for w in wanted]
+      self._resolved = self._resolve()
     return self._resolved
+
+  def _resolve(self) -> list[float]:
+    if self._targets is not None:
+      if self._unit in _MEASURED and self._measure is None:
+        return [1.0] * len(self._sources)  # counts of what is not known yet
+      sizes = map(self._size, self._sources)
+      return [target / size for target, size in zip(self._targets, sizes)]
+    sizes = list(map(self._size, self._sources))
+    weights = self._weights or [size**self._alpha for size in sizes]
+    wanted = [w / size for w, size in zip(weights, sizes)]
+    return [w / max(wanted) for w in wanted]
+
+  def _size(self, source: base.Source) -> int:
+    if self._measure is not None:
+      return self._measure.size(source, self._unit)
+    return sum(
+      1 if self._unit == "documents" else len(example["text"])
+      for example in source.examples("train")
+    )
 
   def examples(self, split: str) -> Iterator[base.Example]:
     """Examples with `id` = "<position of the source>/<its id>".

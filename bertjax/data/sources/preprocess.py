@@ -1,12 +1,20 @@
-"""Named functions on texts, and a source that applies them."""
+"""Named functions on texts, and a source that applies them.
 
+A source's `preprocess` cleans what this source holds. `data.preprocess` takes
+the same functions and belongs to the model: whatever text it reads later, in
+`bertjax.predict` or from another source, goes through them first.
+"""
+
+import functools
 import html
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-from bertjax import registry
+from bertjax import registry, rules
 from bertjax.data.sources import base
+from bertjax.data.sources.filters import named
 
 _MARKUP = re.compile(
   r"<!--.*?-->|<(script|style)\b.*?</\1\s*>|</?[a-zA-Z][^<>]*>",
@@ -39,28 +47,104 @@ def unicode_nfc(text: str) -> str:
   return unicodedata.normalize("NFC", text)
 
 
-PREPROCESSORS: dict[str, Callable[[str], str]] = {
+def unicode_nfkc(text: str) -> str:
+  """Compatibility composition: ligatures, wide forms and the like go plain."""
+  return unicodedata.normalize("NFKC", text)
+
+
+def lowercase(text: str) -> str:
+  """Lower case, by Unicode's rules of no particular language."""
+  return text.lower()
+
+
+def replace(text: str, pattern: str, by: str = "") -> str:
+  """Text with every match of a regular expression replaced.
+
+  Without `by` it strips: a label that the text gives away (Davidson et al.'s
+  "#sarcasm"), boilerplate, signatures.
+
+  Raises:
+    ValueError: `pattern` is no regular expression, or `by` refers to a group
+      that it has not.
+  """
+  compiled = rules.regex(pattern, "preprocess 'replace'")
+  try:
+    return compiled.sub(by, text)
+  except (re.error, IndexError) as err:
+    raise ValueError(
+      f"preprocess 'replace': by={by!r} does not fit {pattern!r}: {err}."
+    ) from err
+
+
+def drop_lines(text: str, pattern: str) -> str:
+  """Text without the lines in which a regular expression is found.
+
+  Raises:
+    ValueError: `pattern` is no regular expression.
+  """
+  compiled = rules.regex(pattern, "preprocess 'drop_lines'")
+  lines = text.splitlines()
+  return "\n".join(line for line in lines if not compiled.search(line))
+
+
+# Each takes the text first; what else it takes are its options.
+PREPROCESSORS: dict[str, Callable[..., str]] = {
   "collapse_whitespace": collapse_whitespace,
+  "drop_lines": drop_lines,
+  "lowercase": lowercase,
+  "replace": replace,
   "strip_html": strip_html,
   "unicode_nfc": unicode_nfc,
+  "unicode_nfkc": unicode_nfkc,
 }
 _VERSION = 1  # of the functions above; part of the fingerprint
 
+Names = Sequence[str | Mapping[str, Any]]
 
-class Preprocessed:
+
+def text_function(
+  names: Names, field: str = "preprocess"
+) -> Callable[[str], str]:
+  """Several named functions as one, the first applied first.
+
+  Args:
+    names: keys of `PREPROCESSORS`, or `name` and options.
+    field: the config field that holds them, for messages.
+
+  Raises:
+    ValueError: an unknown name or option, or one out of range.
+  """
+  functions = []
+  for spec in named(names):
+    function = registry.lookup(PREPROCESSORS, spec.pop("name", None), field)
+    registry.call(function, spec, field, text="")  # refuses wrong options
+    functions.append(functools.partial(function, **spec))
+  return functools.partial(_apply, functions)
+
+
+def _apply(functions: Sequence[Callable[[str], str]], text: str) -> str:
+  for function in functions:
+    text = function(text)
+  return text
+
+
+class Preprocessed(base.Derived):
   """A source whose texts go through named functions, first to last."""
 
-  def __init__(self, source: base.Source, names: Sequence[str]):
+  def __init__(
+    self, source: base.Source, names: Names, field: str = "preprocess"
+  ):
     """Args:
     source: what to read.
-    names: keys of `PREPROCESSORS`.
+    names: keys of `PREPROCESSORS`, or `name` and options.
+    field: the config field that holds them, for messages.
     """
-    self._source, self._names = source, base.strings(names)
-    self._functions = [
-      registry.lookup(PREPROCESSORS, name, "preprocess") for name in self._names
+    super().__init__(source)
+    self._function = text_function(names, field)
+    # A bare name, as every function had none but it, keeps its fingerprint.
+    self._names = [
+      spec["name"] if len(spec) == 1 else spec for spec in named(names)
     ]
-    self.name, self.licence = source.name, source.licence
-    self.splits = source.splits
 
   def fingerprint(self) -> str:
     return base.fingerprint_of(
@@ -69,7 +153,4 @@ class Preprocessed:
 
   def examples(self, split: str) -> Iterator[base.Example]:
     for example in self._source.examples(split):
-      text = example["text"]
-      for function in self._functions:
-        text = function(text)
-      yield {**example, "text": text}
+      yield {**example, "text": self._function(example["text"])}

@@ -50,13 +50,36 @@ Texts = Callable[[], Iterable[str]]
 
 def _trained(
   kind: str,
+  source: Mapping[str, Any] | None = None,
+  split: str = "train",
   *,
   texts: Texts,
   cache_dir: str | os.PathLike,
   source_fingerprint: str,
   **options: Any,
 ) -> Tokenizer:
-  """The vocabulary of these options and this source, trained once."""
+  """The vocabulary of these options and this source, trained once.
+
+  Args:
+    kind: key of `TRAINERS`.
+    source: a name of `SOURCES` and its options, if the vocabulary is not of the
+      data themselves: another mixture, say, in which a domain weighs more (Wada
+      et al. 2020, arXiv:2005.07202).
+    split: of that source.
+    texts: as in `build_tokenizer`; likewise what follows.
+    cache_dir: where trained vocabularies live.
+    source_fingerprint: changes when the texts do.
+    **options: of the trainer.
+  """
+  if source is not None:
+    from bertjax.data.sources import SOURCES  # sources may tokenise
+
+    own = registry.build(SOURCES, source, "data.tokenizer.source")
+    source_fingerprint = base.sha256(base.as_json([own.fingerprint(), split]))
+
+    def texts() -> Iterable[str]:
+      return (example["text"] for example in own.examples(split))
+
   resolved = training.resolve(kind, options, "data.tokenizer")
   spec = resolved | {"specials": vars(resolved["specials"])}
   content = {"kind": kind, "options": spec, "source": source_fingerprint}
@@ -135,11 +158,13 @@ def _extended(
   """Another row's tokenizer with further pieces.
 
   Args:
-    of: a name of `TOKENIZERS` and its options.
+    of: a name of `TOKENIZERS` and its options; that of `init_from` by default.
     append: pieces that get rows after the last one; a model that is there
-      already needs as many further embeddings.
-    reuse: pieces that take the place of [unusedN] rows.
-    pad_to_multiple: add [unusedN] rows up to a multiple of this.
+      already needs as many further embeddings (`init_from.new_rows`).
+    reuse: pieces that take the place of [unusedN] rows; with
+      `init_from.new_rows` these begin afresh too.
+    pad_to_multiple: add [unusedN] rows up to a multiple of this, which tensor
+      cores and matrix units like (8, 64, 128).
     texts: as in `build_tokenizer`; likewise what follows.
     cache_dir: where trained vocabularies live.
     source_fingerprint: changes when the texts do.

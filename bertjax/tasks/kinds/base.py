@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,6 +51,22 @@ class Kind(abc.ABC):
 
   @property
   @abc.abstractmethod
+  def text_fields(self) -> tuple[str, ...]:
+    """Those of them that hold texts, or lists of texts."""
+
+  def prepared(
+    self, record: Record, function: Callable[[str], str]
+  ) -> dict[str, Any]:
+    """The record with its texts gone through a function.
+
+    Raises:
+      ValueError: the labels would lose their places.
+    """
+    changed = {k: record[k] for k in self.text_fields if k in record}
+    return {**record, **{k: _each(v, function) for k, v in changed.items()}}
+
+  @property
+  @abc.abstractmethod
   def objective(self) -> dict[str, Any]:
     """The `config.objective` that fits."""
 
@@ -89,6 +105,13 @@ class Kind(abc.ABC):
   @abc.abstractmethod
   def constant_logits(self, features: Features) -> np.ndarray:
     """Logits of one row that give the commonest answer of these features."""
+
+
+def _each(value: Any, function: Callable[[str], str]) -> Any:
+  """A text, or each of a list of them, gone through a function."""
+  if isinstance(value, str) or value is None:
+    return value and function(value)
+  return [_each(item, function) for item in value]
 
 
 def joined(record: Record, field: Field) -> str:

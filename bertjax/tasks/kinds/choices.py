@@ -42,6 +42,10 @@ class Choices(Kind):
     return base.field_names((self.first, self.endings, self.prefix, self.label))
 
   @property
+  def text_fields(self) -> tuple[str, ...]:
+    return base.field_names((self.first, self.endings, self.prefix))
+
+  @property
   def objective(self) -> dict[str, Any]:
     return {"name": "multiple_choice"}
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,18 @@ class Questions(Kind):
   @property
   def fields(self) -> tuple[str, ...]:
     return self.question, self.context, self.answers
+
+  @property
+  def text_fields(self) -> tuple[str, ...]:
+    return self.question, self.context
+
+  def prepared(
+    self, record: Record, function: Callable[[str], str]
+  ) -> dict[str, Any]:
+    raise ValueError(
+      "data.preprocess would move the characters at which the answers of"
+      " 'questions' begin; prepare the file instead."
+    )
 
   @property
   def objective(self) -> dict[str, Any]:

@@ -44,6 +44,10 @@ class Sentences(Kind):
     return base.field_names((self.first, self.second, self.label))
 
   @property
+  def text_fields(self) -> tuple[str, ...]:
+    return base.field_names((self.first, self.second))
+
+  @property
   def objective(self) -> dict[str, Any]:
     spec = {"name": "classification", "num_classes": len(self.labels) or 1}
     spec |= {"labels": self.labels} if self.labels else {}

@@ -37,6 +37,10 @@ class Tagging(Kind):
     return self.words, self.tags
 
   @property
+  def text_fields(self) -> tuple[str, ...]:
+    return (self.words,)  # each word alone: it keeps its label
+
+  @property
   def objective(self) -> dict[str, Any]:
     return {
       "name": "token_classification",

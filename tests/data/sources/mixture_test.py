@@ -14,6 +14,7 @@ from bertjax import registry
 from bertjax.data import cache_build
 from bertjax.data.sources import CORPORA, PREPROCESSORS, SOURCES
 from bertjax.data.sources import mixture as mixture_lib
+from bertjax.data.text import TextData
 
 
 class _Words:
@@ -129,6 +130,18 @@ class MixtureTest(SourceTestCase):
     self.assertEqual(self.counts(source, "test"), self.counts(plain, "test"))
     self.assertEqual(self.counts(source, "test")[1], 0)
 
+  def test_targets_repeat_and_subsample(self):
+    source = self.build(
+      name="mixture",
+      sources=[self.a, self.b],
+      targets=[300, 500],
+      unit="documents",
+    )
+    a, b = self.counts(source)
+    # Binomials: standard deviations 14.5 and 7; four of them.
+    self.assertAlmostEqual(a, 300, delta=58)
+    self.assertAlmostEqual(b, 500, delta=28)
+
   def test_fingerprint_follows_parts_and_factors(self):
     prints = {
       self.build(name="mixture", **spec).fingerprint()
@@ -141,9 +154,11 @@ class MixtureTest(SourceTestCase):
         dict(sources=[self.a, self.b], weights=[1, 2], unit="documents"),
         dict(sources=[self.a, self.b], alpha=0.5),
         dict(sources=[self.a, self.b], alpha=0.7),
+        dict(sources=[self.a, self.b], targets=[1, 2]),
+        dict(sources=[self.a, self.b], targets=[1, 2], unit="tokens"),
       )
     }
-    self.assertLen(prints, 8)
+    self.assertLen(prints, 10)
 
   def test_config_dict_builds_it(self):
     config = ml_collections.ConfigDict(
@@ -160,6 +175,7 @@ class MixtureTest(SourceTestCase):
     ("both", dict(weights=[1], dupe_factors=[1]), "takes one of dupe_f"),
     ("alpha", dict(alpha=1.5), "alpha=1.5 of source 'mixture' must lie in"),
     ("length", dict(weights=[1, 2]), "each of its 1 sources"),
+    ("targets", dict(targets=[1, 2]), "targets=.*each of its 1 sources"),
     ("sign", dict(dupe_factors=[-1]), "positive"),
     ("unit", dict(unit="bytes"), "unit='bytes'.*documents, characters"),
     ("none", dict(sources=[]), "at least one"),
@@ -171,6 +187,63 @@ class MixtureTest(SourceTestCase):
   def test_bad_options(self, spec, message):
     with self.assertRaisesRegex(ValueError, message):
       self.build(name="mixture", **{"sources": [self.a], **spec})
+
+
+class MeasuredMixtureTest(SourceTestCase):
+  """Units that only a tokenizer and the way of making rows can tell."""
+
+  def setUp(self):
+    super().setUp()
+    rng = np.random.default_rng(0)
+
+    def texts(count, words, length):
+      return [
+        " ".join(rng.choice(words, length)) + f" {number}."
+        for number in range(count)
+      ]
+
+    # Long words that the vocabulary must spell in pieces, and short ones.
+    self.rich = self.jsonl("rich.jsonl", texts(400, ["cat", "dog", "ox"], 40))
+    rare = ["internationalisation", "thermodynamically", "electroencephalogram"]
+    self.poor = self.jsonl("poor.jsonl", texts(100, rare, 9))
+
+  def data(self, **mixture):
+    parts = [self.rich, self.poor]
+    source = dict(name="mixture", sources=parts) | mixture
+    # Wrapped, so that the measure has to find its way in.
+    source |= dict(filters=[dict(name="length", min_words=2)])
+    spec = dict(
+      source=source,
+      tokenizer=dict(name="train", kind="wordpiece", vocab_size=60),
+      seq_len=32,
+      batch_size=4,
+      instances=dict(name="packed"),
+      masking=dict(rate=0.15),
+    )
+    cache = self.folder / "cache"
+    return registry.call(TextData, spec, "data", seed=0, cache_dir=cache)
+
+  def test_weights_by_tokens(self):
+    cache = self.data(weights=[1, 1], unit="tokens").cache("train")
+    lengths, origin = cache.document_lengths, cache.document_sources
+    tokens = [lengths[origin == i].sum() for i in range(2)]
+    # One source is subsampled at random, by documents of nearly one length.
+    self.assertAlmostEqual(tokens[0] / sum(tokens), 0.5, delta=0.06)
+    self.assertGreater(cache.num_documents, 100)
+
+  def test_targets_in_instances(self):
+    data = self.data(targets=[200, 1200], unit="instances")
+    rows = data.dataset().rows_per_epoch(0)
+    self.assertAlmostEqual(rows, 1400, delta=80)  # five standard deviations
+    origin = data.cache("train").document_sources
+    self.assertGreater((origin == 1).sum(), 100)  # the poor one is repeated
+
+  def test_the_cache_depends_on_how_rows_are_made(self):
+    prints = {
+      self.data(targets=[200, 300], unit=unit).source.fingerprint()
+      for unit in ("instances", "tokens", "documents")
+    }
+    self.assertLen(prints, 3)
 
 
 class PreprocessTest(SourceTestCase):

@@ -215,6 +215,8 @@ class BuildTest(absltest.TestCase):
     return iter(_TEXTS)
 
   def _build(self, source="s1", **options):
+    if "source_" in options:
+      options["source"] = options.pop("source_")
     spec = dict(name="train", kind="wordpiece", vocab_size=60) | options
     return tokenizers.build_tokenizer(spec, self._texts, self.cache, source)
 
@@ -231,6 +233,21 @@ class BuildTest(absltest.TestCase):
     self._build(lowercase=False)
     self._build(specials=dict(mask="<mask>"))
     self.assertEqual(self.reads, 4)
+
+  def test_a_source_of_its_own_replaces_the_datas(self):
+    path = pathlib.Path(self.create_tempdir()) / "a.txt"
+    path.write_text("zebra zebra zebras quagga quagga")
+    source = dict(name="text_files", paths=str(path))
+    own = self._build(source_=source)
+    self.assertEqual(self.reads, 0)
+    self.assertIn("zebra", own.vocabulary)
+    # The data no longer matter, the vocabulary's source does.
+    again = self._build(source="s2", source_=source)
+    self.assertEqual(own.fingerprint(), again.fingerprint())
+    path.write_text("gnu gnu gnu gnus okapi okapi")
+    self.assertNotIn("zebra", self._build(source_=source).vocabulary)
+    with self.assertRaisesRegex(ValueError, "data.tokenizer.source.name='tex'"):
+      self._build(source_=dict(name="tex"))
 
   def test_a_damaged_folder_is_made_again_and_kept_aside(self):
     first = self._build()
