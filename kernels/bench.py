@@ -41,6 +41,13 @@ SHAPES = (
   (2, 16, 2048, 64),
   (1, 16, 8192, 64),
 )
+# Of what is compiled: how calls are split over devices changes no kernel.
+_PACKAGE = pathlib.Path(programs.__file__).parent
+SOURCES = tuple(
+  path
+  for path in sorted(_PACKAGE.rglob("*.py"))
+  if path.stem not in ("ring", "sharded", "varlen")
+)
 STOCK = ("stock_flash", "stock_splash")
 OURS_MORE = {
   "hardware dropout": dict(
@@ -131,12 +138,11 @@ class Bench:
   """Measurements that are made again when what they are of has changed."""
 
   def __init__(self, workdir: pathlib.Path):
-    package = pathlib.Path(programs.__file__).parent
     pricing = pathlib.Path(hardware.__file__).parent
     self._stock = Measurements(
       workdir, fingerprint([pricing, programs.__file__])
     )
-    self._ours = Measurements(workdir, fingerprint([pricing, package]))
+    self._ours = Measurements(workdir, fingerprint([pricing, *SOURCES]))
 
   def get(self, function, *, name: str, **arguments: Any) -> dict[str, Any]:
     """`function` of the implementation `name`; see `Measurements.get`."""

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels.flash_attention.backend import RESIDUALS, Backend, attend
+from kernels.flash_attention.capabilities import refuse
 from kernels.flash_attention.options import (
   Extras,
   Options,
@@ -88,7 +89,7 @@ def _refuse(backend, axis, q, k, v, extras, options):
   # Zeros of the right kinds: what one step of the ring will see.
   shard = _of_shard(extras, options, n, *map(jnp.int32, (0, 0)), count)
   check(q, k, v, shard, options)
-  backend.refuse(q, k, v, shard, options)
+  refuse(backend.CAPABILITIES, q, k, v, shard, options)
 
 
 class _Moving(NamedTuple):
