@@ -46,7 +46,7 @@ _PACKAGE = pathlib.Path(programs.__file__).parent
 SOURCES = tuple(
   path
   for path in sorted(_PACKAGE.rglob("*.py"))
-  if path.stem not in ("ring", "sharded", "varlen")
+  if path.stem not in ("reasons", "ring", "sharded", "varlen", "zigzag")
 )
 STOCK = ("stock_flash", "stock_splash")
 OURS_MORE = {

@@ -146,7 +146,9 @@ class TilesTest(parameterized.TestCase):
     with self.assertRaisesRegex(Unsupported, r"tiles=\(256, 128\) do not"):
       flash_attention(q, q, q, tiles=(256, 128), block_mask=mask, **run)
     mask = np.ones((64, 64), bool)
-    with self.assertRaisesRegex(Unsupported, r"blocks of \(4, 4\).*multiples of 8"):
+    with self.assertRaisesRegex(
+      Unsupported, r"blocks of \(4, 4\).*multiples of 8"
+    ):
       flash_attention(q, q, q, block_mask=mask, **run)
 
 
