@@ -183,7 +183,7 @@ def tpu_rows(made: Bench, scale: Scale) -> Iterable[dict[str, Any]]:
       for name in ("ours", *STOCK):
         tiles, cost = best(made, scale.search, chip, name, sizes)
         runs = {"none": {}, "segment ids": {"segment_ids": True}}
-        if name == "ours":
+        if name == "ours" and chip == SEARCHED:
           runs |= OURS_MORE
         for options_name, options in runs.items():
           if options:
@@ -299,13 +299,26 @@ def figure(rows: Sequence[dict[str, Any]]) -> Any:
   return drawn
 
 
-def run(workdir: pathlib.Path, output: pathlib.Path, variant: str) -> None:
+def run(
+  workdir: pathlib.Path,
+  output: pathlib.Path,
+  variant: str,
+  chips: Sequence[str] | None = None,
+) -> None:
   """Compiles what was not compiled yet, prints and writes the tables.
+
+  Args:
+    workdir: of finished measurements.
+    output: folder of the tables.
+    variant: key of `SCALES`.
+    chips: keys of `CHIPS`, instead of the variant's.
 
   Raises:
     CompilerMissing: `libtpu` or the CUDA compiler is not installed.
   """
   scale = lookup(SCALES, variant, "variant")
+  if chips:
+    scale = dataclasses.replace(scale, chips=tuple(chips))
   made = Bench(workdir)
   tpu = []
   for row in tpu_rows(made, scale):
@@ -358,6 +371,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     help="folder of the tables; by default the experiment's, or for 'quick'"
     " the workdir",
   )
+  parser.add_argument(
+    "--chips", nargs="+", choices=CHIPS, help="only these TPUs"
+  )
   options = parser.parse_args(arguments)
   output = options.output
   if output is None:
@@ -365,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = experiment if options.variant == "full" else options.workdir
   cli.quiet()
   with cli.clear_errors():
-    run(options.workdir, output, options.variant)
+    run(options.workdir, output, options.variant, options.chips)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,6 @@ EXACT, CPU_MEMORY, TPU_MEMORY = "exactness", "CPU memory", "v5e memory"
 TRAFFIC, SPARSE = "v5e traffic", "v5e block-sparse"
 STEP, CROSSOVER = "v5e training step", "CPU time"
 
-# (attention, dropout of its weights); the stock kernel knows no dropout.
-STEPS = (
-  ("reference", 0.0),
-  ("stock", 0.0),
-  ("flash", 0.0),
-  ("reference", 0.1),
-  ("flash", 0.1),
-)
 Row = Mapping[str, Any]
 
 
@@ -159,7 +151,8 @@ def _sparse(rows: Sequence[Row]) -> Claim:
 
 def _step(rows: Sequence[Row]) -> Claim:
   shown, holds = [], []
-  for dropout in (0.1, 0.0):
+  steps = _select(rows, STEP)
+  for dropout in dict.fromkeys(row["attention_dropout"] for row in steps):
     found = {
       r["attend"]: r for r in _select(rows, STEP, attention_dropout=dropout)
     }

@@ -34,6 +34,8 @@ class Scale:
     traffic: shape of the comparison of bytes.
     sparse: shape of block-sparse attention.
     blocks: per side, a power of two.
+    patterns: keys of `measure.PATTERNS`, "full" among them.
+    steps: attention and dropout of its weights, in a training step.
     model: variant of configs/bert.py.
     batch_size: of its step.
     crossover_lengths: of attention on the CPU.
@@ -46,6 +48,8 @@ class Scale:
   traffic: Shape
   sparse: Shape
   blocks: int
+  patterns: tuple[str, ...]
+  steps: tuple[tuple[str, float], ...]
   model: str
   batch_size: int
   crossover_lengths: tuple[int, ...]
@@ -60,6 +64,15 @@ SCALES = {
     traffic=(64, 16, 1024, 64),
     sparse=(1, 4, 8192, 64),
     blocks=16,
+    patterns=tuple(measure.PATTERNS),
+    # The stock kernel knows no dropout.
+    steps=(
+      ("reference", 0.1),
+      ("flash", 0.1),
+      ("reference", 0.0),
+      ("stock", 0.0),
+      ("flash", 0.0),
+    ),
     model="large",
     batch_size=8,
     crossover_lengths=(64, 128, 256, 512, 1024, 2048, 4096),
@@ -72,6 +85,8 @@ SCALES = {
     traffic=(1, 2, 256, 64),
     sparse=(1, 1, 512, 64),
     blocks=4,
+    patterns=("full", "butterfly"),
+    steps=(("reference", 0.1), ("flash", 0.1)),
     model="tiny",
     batch_size=2,
     crossover_lengths=(32, 64),
@@ -123,11 +138,11 @@ def plan(scale: Scale) -> Iterable[tuple[str, Any, dict[str, Any]]]:
   for name in ("dense", "ours"):
     arguments = {"name": name, "sizes": scale.traffic}
     yield findings.TRAFFIC, measure.tpu_cost, arguments
-  for pattern in measure.PATTERNS:
+  for pattern in scale.patterns:
     arguments = {"pattern": pattern, "blocks": scale.blocks}
     sizes = {"sizes": scale.sparse}
     yield findings.SPARSE, measure.sparse_cost, arguments | sizes
-  for attend, dropout in findings.STEPS:
+  for attend, dropout in scale.steps:
     yield (
       findings.STEP,
       measure.step_cost,
