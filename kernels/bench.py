@@ -46,7 +46,8 @@ _PACKAGE = pathlib.Path(programs.__file__).parent
 SOURCES = tuple(
   path
   for path in sorted(_PACKAGE.rglob("*.py"))
-  if path.stem not in ("reasons", "ring", "sharded", "varlen", "zigzag")
+  if path.stem
+  not in ("placement", "reasons", "ring", "sharded", "varlen", "zigzag")
 )
 STOCK = ("stock_flash", "stock_splash")
 OURS_MORE = {

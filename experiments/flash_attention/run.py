@@ -60,7 +60,7 @@ SCALES = {
   command.FULL: Scale(
     exact=(1, 2, 512, 64),
     memory_heads=2,
-    memory_lengths=(1024, 2048, 4096, 8192, 16_384),
+    memory_lengths=(1024, 4096, 16_384),
     traffic=(64, 16, 1024, 64),
     sparse=(1, 4, 8192, 64),
     blocks=16,

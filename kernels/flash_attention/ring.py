@@ -9,19 +9,14 @@ buffer.
 """
 
 import functools
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels.flash_attention.backend import (
-  RESIDUALS,
-  Backend,
-  Gradients,
-  attend,
-)
+from kernels.flash_attention.backend import RESIDUALS, Backend, attend
 from kernels.flash_attention.capabilities import refuse
 from kernels.flash_attention.options import (
   Extras,
@@ -31,6 +26,13 @@ from kernels.flash_attention.options import (
   block_size,
   check,
   sizes,
+)
+from kernels.flash_attention.placement import (
+  Call,
+  Contiguous,
+  Moving,
+  Placement,
+  of_shard,
 )
 
 
@@ -61,39 +63,11 @@ def merge(
   return (weigh(out1, lse1) + weigh(out2, lse2)).astype(out1.dtype), lse
 
 
-def of_shard(extras: Extras, options: Options, n: Sizes, me, source, count):
-  """The extras of the keys of device `source` for the queries of `me`."""
-  changes = {}
-  if extras.block_mask is not None:
-    rows, columns = (size // count for size in extras.block_mask.shape[1:])
-    changes["block_mask"] = jax.lax.dynamic_slice(
-      extras.block_mask,
-      (0, me * rows, source * columns),
-      (extras.block_mask.shape[0], rows, columns),
-    )
-  if extras.bias is not None:
-    changes["bias"] = jax.lax.dynamic_slice_in_dim(
-      extras.bias, source * n.s, n.s, axis=3
-    )
-  if extras.seed is not None:
-    first = jnp.stack([me * n.t, source * n.s]).astype(jnp.uint32)
-    changes["seed"] = extras.seed.at[4:].add(first)
-  if (
-    options.causal
-    or options.window is not None
-    or extras.alibi_slopes is not None
-  ):
-    # The last query of all stands where the last key of all does.
-    offset = me * n.t - source * n.s + count * (n.s - n.t)
-    changes["offset"] = offset.astype(jnp.int32)
-  return extras._replace(**changes)
-
-
 def _check_mask(n: Sizes, extras: Extras, options: Options, count: int) -> None:
   """Refuses blocks that do not end where the shards do."""
   whole = n._replace(t=n.t * count, s=n.s * count)
   rows, columns = block_size(extras, options, whole.t, whole.s)
-  if n.t % rows or n.s % columns or not rows or not columns:
+  if n.t % rows or n.s % columns:
     raise ValueError(
       f"block_mask of shape {extras.block_mask.shape} in blocks of"
       f" {(rows, columns)} does not divide over {count} devices of a sequence"
@@ -133,77 +107,6 @@ def _turns(mask: Any, count: int) -> tuple[bool, ...]:
   return tuple(
     bool(parts[index, (index - turn) % count].any()) for turn in range(count)
   )
-
-
-class Moving(NamedTuple):
-  """What travels: keys, values, their ids, and in time their gradients."""
-
-  k: jax.Array
-  v: jax.Array
-  kv_segments: jax.Array | None
-  dk: jax.Array | None = None
-  dv: jax.Array | None = None
-
-  def on(self, axis: str) -> "Moving":
-    """Hands everything to the next device."""
-    count = jax.lax.axis_size(axis)
-    to_next = [(i, (i + 1) % count) for i in range(count)]
-    return jax.tree.map(lambda x: jax.lax.ppermute(x, axis, to_next), self)
-
-
-class Call(NamedTuple):
-  """What does not change from turn to turn."""
-
-  backend: Backend
-  options: Options
-  axis: str
-  q: jax.Array
-  extras: Extras
-
-  def shard(self, turn: int, moving: Moving) -> Extras:
-    """The extras of the keys that are here in a turn."""
-    count, me = jax.lax.axis_size(self.axis), jax.lax.axis_index(self.axis)
-    n = sizes(self.q, moving.k, moving.v, self.options.layout)
-    source = (me - turn) % count
-    shard = of_shard(self.extras, self.options, n, me, source, count)
-    return shard._replace(kv_segments=moving.kv_segments)
-
-
-class Placement(Protocol):
-  """Which positions a device holds, and so what it computes in a turn.
-
-  An object that is hashable. Both methods serve all local queries and the keys
-  in `moving`, whatever part of them sees each other.
-  """
-
-  def forward(
-    self, call: Call, turn: int, moving: Moving
-  ) -> tuple[jax.Array, jax.Array]:
-    """(out, lse) over the keys that are here, out in float32."""
-
-  def backward(
-    self, call: Call, turn: int, moving: Moving, results: tuple
-  ) -> Gradients:
-    """Gradients over them; results are (out, lse, dout, dlse) of all keys."""
-
-
-class Contiguous:
-  """Device i holds the i-th part of the positions."""
-
-  @staticmethod
-  def forward(call, turn, moving):
-    shard = call.shard(turn, moving)
-    out, lse = call.backend.forward(
-      call.q, moving.k, moving.v, shard, call.options
-    )
-    return out.astype(jnp.float32), lse
-
-  @staticmethod
-  def backward(call, turn, moving, results):
-    shard = call.shard(turn, moving)
-    return call.backend.backward(
-      call.q, moving.k, moving.v, shard, call.options, *results
-    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))

@@ -14,11 +14,11 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from kernels.flash_attention import backend as backends
-from kernels.flash_attention import ring, zigzag
+from kernels.flash_attention import placement, ring, zigzag
 from kernels.flash_attention.backend import Backend
 from kernels.flash_attention.options import Extras, Options, Sizes, check
 
-PLACEMENTS = {"contiguous": ring.Contiguous, "zigzag": zigzag.Zigzag}
+PLACEMENTS = {"contiguous": placement.Contiguous, "zigzag": zigzag.Zigzag}
 
 
 class Sharding(NamedTuple):

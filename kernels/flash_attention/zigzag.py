@@ -16,7 +16,7 @@ import numpy as np
 
 from kernels.flash_attention.backend import Gradients
 from kernels.flash_attention.options import Extras, Options, Unsupported
-from kernels.flash_attention.ring import Call, Moving
+from kernels.flash_attention.placement import Call, Moving
 
 
 def zigzag_order(length: int, count: int) -> np.ndarray:

@@ -37,6 +37,8 @@ OPTIONS = {
   "bias_per_head": {"bias": normal(5, 1, H, T, T)},
   "bias_per_key": {"bias": normal(5, B, 1, 1, T)},
   "alibi_causal": {"alibi_slopes": jnp.arange(H) / 8, "causal": True},
+  "causal_segments": {"causal": True, "segment_ids": IDS},
+  "causal_bias": {"causal": True, "bias": normal(5, 1, H, T, T)},
   "window_dropout": {
     "window": (9, 20),
     "dropout_rate": 0.3,
