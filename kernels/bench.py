@@ -76,7 +76,7 @@ class Scale:
 
 
 SCALES = {
-  "full": Scale(tuple(CHIPS), SHAPES, (SHAPES[2], SHAPES[3]), None),
+  "full": Scale(tuple(CHIPS), SHAPES, (SHAPES[2],), None),
   "quick": Scale(("v5e",), (SHAPES[0], SHAPES[2]), SHAPES[2:3], 1),
 }
 
