@@ -29,7 +29,7 @@ def outcome(rows: Sequence[Row]) -> Outcome:
       _traffic(rows),
       _sparse(rows),
       _step(rows),
-      _crossover(rows),
+      *([_crossover(rows)] if _select(rows, CROSSOVER) else []),
     ],
     rows=rows,
     summary=_summary(rows),
@@ -221,7 +221,8 @@ def _summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _figure(rows: Sequence[Row]) -> Figure:
-  figure, axes = plots.panels(4)
+  ratios = crossover(rows)
+  figure, axes = plots.panels(4 if ratios else 3)
   for part, name in ((CPU_MEMORY, "blockwise"), (TPU_MEMORY, "ours")):
     for arm in (name, "dense"):
       points = [(n, size) for n, size in _curve(rows, part, arm) if size]
@@ -245,11 +246,11 @@ def _figure(rows: Sequence[Row]) -> Figure:
   axes[2].bar(names, [row["cycles"] / 1e6 for row in steps])
   axes[2].tick_params(axis="x", labelsize=7)
   axes[2].set_title("training step: Mcycles, by dropout")
-  ratios = crossover(rows)
-  axes[3].plot(list(ratios), list(ratios.values()), marker="o", label="CPU")
-  axes[3].axhline(1.0, color="gray", ls="--")
-  axes[3].set_xscale("log", base=2)
-  axes[3].set_title("dense time over tiled, by length")
-  for panel in (axes[0], axes[1], axes[3]):
+  if ratios:
+    axes[3].plot(list(ratios), list(ratios.values()), marker="o", label="CPU")
+    axes[3].axhline(1.0, color="gray", ls="--")
+    axes[3].set_xscale("log", base=2)
+    axes[3].set_title("dense time over tiled, by length")
+  for panel in (*axes[:2], *axes[3:]):
     panel.legend(fontsize=7)
   return figure
