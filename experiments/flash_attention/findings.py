@@ -28,7 +28,7 @@ def outcome(rows: Sequence[Row]) -> Outcome:
       _memory(rows),
       _traffic(rows),
       _sparse(rows),
-      _step(rows),
+      *([_step(rows)] if _select(rows, STEP) else []),
       *([_crossover(rows)] if _select(rows, CROSSOVER) else []),
     ],
     rows=rows,
