@@ -60,7 +60,13 @@ class BatteryTest(parameterized.TestCase):
     self.assertEqual(found["kernels"], 3)  # one for the bias' gradient
     self.assertLess(found["vmem_bytes"], CHIPS["v4"].vmem_bytes)
 
-  @pytest.mark.slow
+
+@pytest.mark.slow  # on the class: parameters would hide it on the method
+@unittest.skipUnless(
+  importlib.util.find_spec("libtpu"),
+  "libtpu is not installed: pip install 'bertjax[test]'",
+)
+class EveryRowTest(parameterized.TestCase):
   @parameterized.parameters(*enumerate(_ROWS))
   def test_row_compiles(self, _, row):
     found = battery.compiled(row)
