@@ -3,6 +3,7 @@
 # make typecheck    annotations against what the tests of parts call them with
 # make lint         ruff
 # make bench        speed against PyTorch, and of reading; prints ratios
+# make bench-kernels  kernels against the stock ones, compiled, not run (30 min)
 PYTHON ?= python3.11
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -10,7 +11,7 @@ WORKDIR ?= runs/quickstart
 # The quickstart is for any machine; JAX_PLATFORMS=tpu or cuda where there is one.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: quickstart test typecheck lint bench clean
+.PHONY: quickstart test typecheck lint bench bench-kernels clean
 
 $(VENV)/core: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +20,10 @@ $(VENV)/core: setup.py
 
 $(VENV)/test: $(VENV)/core
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@
+
+$(VENV)/kernels: $(VENV)/test
+	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[gpu_compiler]'
 	touch $@
 
 quickstart: $(VENV)/core
@@ -46,6 +51,9 @@ lint: $(VENV)/test
 bench: $(VENV)/test
 	$(RUN) -m benchmarks.reading
 	$(RUN) -m benchmarks.step
+
+bench-kernels: $(VENV)/kernels
+	$(RUN) -m kernels.bench
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -88,7 +88,7 @@ class CompiledPlanTest(absltest.TestCase):
       pathlib.Path("nowhere"),
       model=dict(
         num_layers=1,
-        attend="auto",
+        attend="flash",
         dropout_rate=0.0,
         attention_dropout_rate=0.0,
       ),

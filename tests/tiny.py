@@ -41,7 +41,7 @@ def config(folder: pathlib.Path, **changes: Any) -> dict[str, Any]:
       num_heads=4,
       mlp_dim=24,
       max_positions=32,
-      attend="blockwise",  # "auto" traces the kernels of all platforms
+      attend="blockwise",  # "flash" traces the kernels of all platforms
     ),
     objective=dict(name="masked_lm", pair_task="nsp"),
     data=dict(

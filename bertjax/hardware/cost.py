@@ -26,6 +26,7 @@ class Row:
     cycles: bundles that one run issues; None if the dump has none.
     mxu_cycles: for which one run occupies the matrix units.
     hbm_bytes: that one run moves.
+    vmem_bytes: of on-chip memory that it reserves for itself.
     estimate: cycles of all runs.
     op_name: the JAX operation behind it, with its scopes.
     source: `file:line` behind it.
@@ -37,6 +38,7 @@ class Row:
   cycles: int | None
   mxu_cycles: float
   hbm_bytes: int
+  vmem_bytes: int
   estimate: float
   op_name: str
   source: str
@@ -80,6 +82,11 @@ class Cost:
     return sum(row.times * row.hbm_bytes for row in self.rows)
 
   @property
+  def vmem_bytes(self) -> int:
+    """The most on-chip memory that an operation reserves for itself."""
+    return max((row.vmem_bytes for row in self.rows), default=0)
+
+  @property
   def missing(self) -> list[str]:
     """Operations whose cycles are unknown; only their bytes count."""
     return [row.name for row in self.rows if row.cycles is None]
@@ -118,6 +125,7 @@ def price_module(
         cycles=schedule.cycles if schedule else None,
         mxu_cycles=schedule.mxu_cycles if schedule else 0,
         hbm_bytes=moved,
+        vmem_bytes=traffic.vmem_bytes(instruction),
         estimate=executed.times * max(busy, moved / chip.hbm_bytes_per_cycle),
         op_name=instruction.op_name,
         source=module.source(instruction),

@@ -27,12 +27,20 @@ _BOOKKEEPING = (
   "ConcatBitcast",
 )
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
+_RESERVED = re.compile(r'"used_scoped_memory_configs":\[([^\]]*)\]')
+_VMEM = re.compile(r'"memory_space":"1","offset":"\d+","size":"(\d+)"')
 
 
 def custom_call_target(instruction: Instruction) -> str:
   """What a custom call calls; "" for other instructions."""
   match = _TARGET.search(instruction.attributes)
   return match[1] if match else ""
+
+
+def vmem_bytes(instruction: Instruction) -> int:
+  """On-chip memory that a run of the instruction reserves for itself."""
+  used = _RESERVED.search(instruction.attributes)
+  return sum(map(int, _VMEM.findall(used[1]))) if used else 0
 
 
 def costs_nothing(

@@ -1,6 +1,7 @@
 """FlashAttention as the encoders' attention, split as the mesh is."""
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -62,33 +63,14 @@ class FlashAttend:
     return "bhdt" if platform() == "tpu" else "bthd"
 
   def __call__(
-    self,
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    *,
-    segment_ids: jax.Array | None = None,
-    bias: jax.Array | None = None,
-    alibi_slopes: jax.Array | None = None,
-    window: int | None = None,
-    block_mask: jax.Array | None = None,
-    causal: bool = False,
-    dropout_rate: float = 0.0,
-    dropout_seed: jax.Array | None = None,
+    self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any
   ) -> jax.Array:
-    """Attention of arrays laid out as `layout` says; see `Attend`."""
+    """Attention of arrays laid out as `layout` says; options as `Attend`."""
     return flash_attention(
       q,
       k,
       v,
-      segment_ids=segment_ids,
-      bias=bias,
-      alibi_slopes=alibi_slopes,
-      window=window,
-      block_mask=block_mask,
-      causal=causal,
-      dropout_rate=dropout_rate,
-      dropout_seed=dropout_seed,
+      **options,
       dropout_generator=self.dropout_generator,
       layout=self.layout,
       backend=self.backend,

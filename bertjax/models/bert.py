@@ -51,7 +51,7 @@ def bert(
   remat: str = "none",
   keep_layers: bool = False,
   dtype: Dtype = jnp.float32,
-  attend: str | Attend = "auto",
+  attend: str | Attend = "flash",
   causal: bool = False,
 ) -> Encoder:
   """A BERT encoder of a published size, any dimension of which may be replaced.

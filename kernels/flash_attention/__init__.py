@@ -50,6 +50,28 @@ def _block_mask(mask):
   return mask[None] if mask.ndim == 2 else mask
 
 
+def _seed(rate: float, seed: jax.Array | int | None) -> jax.Array | None:
+  """Without dropout a seed changes nothing, so no kernel gets to see it."""
+  return make_seed(seed) if rate and seed is not None else None
+
+
+def _run(
+  backend: str | None,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  extras: Extras,
+  options: Options,
+  sharding: Sharding | None,
+) -> tuple[jax.Array, jax.Array]:
+  """(out, lse), split over a mesh if need be."""
+  # The reference is plain JAX, which the partitioner splits by itself.
+  if sharding is None or not sharding.axes or backend == "reference":
+    return dispatch.attend(backend, q, k, v, extras, options)
+  chosen, options = dispatch.choose(backend, options)
+  return sharded.attend(chosen, q, k, v, extras, options, sharding)
+
+
 def flash_attention(
   q: jax.Array,
   k: jax.Array,
@@ -132,10 +154,7 @@ def flash_attention(
     q_segments=q_segments,
     kv_segments=kv_segments,
     block_mask=_block_mask(block_mask),
-    # Without dropout a seed changes nothing, so no kernel gets to see it.
-    seed=make_seed(dropout_seed)
-    if dropout_rate and dropout_seed is not None
-    else None,
+    seed=_seed(dropout_rate, dropout_seed),
   )
   options = Options(
     scale=n.d**-0.5 if sm_scale is None else sm_scale,
@@ -149,10 +168,5 @@ def flash_attention(
     tiles=tiles,
     interpret=interpret,
   )
-  # The reference is plain JAX, which the partitioner splits by itself.
-  if sharding is not None and sharding.axes and backend != "reference":
-    chosen, options = dispatch.choose(backend, options)
-    out, lse = sharded.attend(chosen, q, k, v, extras, options, sharding)
-  else:
-    out, lse = dispatch.attend(backend, q, k, v, extras, options)
+  out, lse = _run(backend, q, k, v, extras, options, sharding)
   return (out, lse) if return_lse else out

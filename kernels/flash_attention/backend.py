@@ -1,8 +1,9 @@
 """What a backend is, and the one differentiation rule that all of them share.
 
-A backend is a module that offers three functions on plain arrays:
+A backend is a module that says what it can do and offers two functions on plain
+arrays:
 
-    refuse(q, k, v, extras, options) -> None, or raises `Unsupported`
+    CAPABILITIES: see `capabilities.py`
     forward(q, k, v, extras, options) -> (out, lse)
     backward(q, k, v, extras, options, out, lse, dout, dlse) -> Gradients
 
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels.flash_attention.capabilities import Capabilities, refuse
 from kernels.flash_attention.options import Extras, Options, check
 
 RESIDUALS = ("flash_out", "flash_lse")
@@ -41,7 +43,7 @@ class Gradients(NamedTuple):
 class Backend(Protocol):
   """A module, or a hashable object like one; see the module's docstring."""
 
-  refuse: Callable[..., None]
+  CAPABILITIES: Capabilities
   forward: Callable[..., tuple[jax.Array, jax.Array]]
   backward: Callable[..., Gradients]
 
@@ -116,7 +118,7 @@ def attend(
     ValueError: shapes that do not fit, or `Unsupported` by the backend.
   """
   check(q, k, v, extras, options)
-  backend.refuse(q, k, v, extras, options)
+  refuse(backend.CAPABILITIES, q, k, v, extras, options)
   mask = None
   if isinstance(extras.block_mask, np.ndarray):
     mask = _Static(extras.block_mask)

@@ -17,11 +17,11 @@ import numpy as np
 from kernels.flash_attention import dropout
 from kernels.flash_attention.backend import Gradients, delta
 from kernels.flash_attention.block_mask import active_list, tile_map
+from kernels.flash_attention.capabilities import Capabilities
 from kernels.flash_attention.options import (
   Extras,
   Options,
   Sizes,
-  Unsupported,
   block_size,
   cap,
   relayout,
@@ -38,23 +38,7 @@ STEP_ELEMENTS = 2**20
 UNLOOPED_ELEMENTS = 2**22
 
 
-def refuse(
-  q: jax.Array, k: jax.Array, v: jax.Array, extras: Extras, options: Options
-) -> None:
-  """Refuses the hardware generator, and tiles that do not divide blocks.
-
-  Raises:
-    Unsupported: names the option.
-  """
-  if options.dropout_rate and options.dropout_generator != "counter":
-    raise Unsupported(
-      f"dropout_generator={options.dropout_generator!r} exists on a TPU only;"
-      " blockwise takes 'counter'."
-    )
-  if options.tiles is not None and len(options.tiles) != 2:
-    raise Unsupported(
-      f"tiles={options.tiles}: blockwise takes (rows, columns)."
-    )
+CAPABILITIES = Capabilities("blockwise")
 
 
 class _Plan(NamedTuple):

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from kernels.flash_attention import backend as backends
-from kernels.flash_attention import reference
+from kernels.flash_attention import blockwise, reference
 from kernels.flash_attention.backend import Backend
+from kernels.flash_attention.capabilities import refuse
 from kernels.flash_attention.options import Extras, Options, Unsupported
 
 _PACKAGE = __name__.rpartition(".")[0]
@@ -54,7 +55,7 @@ def _platform_backend(platform, q, k, v, extras, options):
   backend = module(platform.backend)
   resolved = resolve(options, platform)
   try:
-    backend.refuse(q, k, v, extras, resolved)
+    refuse(backend.CAPABILITIES, q, k, v, extras, resolved)
   except Unsupported:
     return module(OTHER.backend), resolve(options, OTHER)
   return backend, resolved
@@ -67,9 +68,10 @@ class ByPlatform:
   kernels refuse the options runs blockwise. Both passes choose alike.
   """
 
-  @staticmethod
-  def refuse(q, k, v, extras, options):
-    module(OTHER.backend).refuse(q, k, v, extras, resolve(options, OTHER))
+  # Some platform runs what blockwise can do; "auto" is resolved later.
+  CAPABILITIES = dataclasses.replace(
+    blockwise.CAPABILITIES, generators=("counter", "auto")
+  )
 
   @staticmethod
   def forward(q, k, v, extras, options):

@@ -19,17 +19,16 @@ from jax.experimental.pallas import triton as plgpu
 from kernels.flash_attention import gpu_kernels
 from kernels.flash_attention.backend import Gradients, delta
 from kernels.flash_attention.block_mask import table, tile_map
+from kernels.flash_attention.capabilities import Capabilities, Sides
 from kernels.flash_attention.gpu_kernels import LOG2E, Problem
 from kernels.flash_attention.options import (
   Extras,
   Options,
-  Unsupported,
   block_size,
   relayout,
   sizes,
 )
 
-MAX_WIDTH = 256
 MIN_TILE = 16  # what a tensor core multiplies
 
 
@@ -51,7 +50,7 @@ LAUNCHES = {
   ),
   ("forward", 4): (
     (64, Launch(32, 32, 4, 2)),
-    (128, Launch(32, 32, 8, 2)),
+    (128, Launch(32, 16, 4, 2)),
     (256, Launch(32, 16, 8, 1)),
   ),
   ("backward", 2): (
@@ -67,44 +66,16 @@ LAUNCHES = {
 }
 
 
-def refuse(
-  q: jax.Array, k: jax.Array, v: jax.Array, extras: Extras, options: Options
-) -> None:
-  """Refuses wide heads, float64, the hardware generator and tiny blocks.
-
-  Raises:
-    Unsupported: names the option.
-  """
-  n = sizes(q, k, v, options.layout)
-  if max(n.d, n.dv) > MAX_WIDTH:
-    raise Unsupported(
-      f"head widths {(n.d, n.dv)} exceed the gpu backend's {MAX_WIDTH}."
-    )
-  for name, x in (("q", q), ("k", k), ("v", v)):
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-      raise Unsupported(
-        f"{name} has dtype {x.dtype}; gpu takes float32, bfloat16, float16."
-      )
-  if options.dropout_rate and options.dropout_generator != "counter":
-    raise Unsupported(
-      f"dropout_generator={options.dropout_generator!r} exists on a TPU only;"
-      " gpu takes 'counter'."
-    )
-  tiles = options.tiles
-  if tiles is not None and (
-    len(tiles) != 2 or any(x < MIN_TILE or x & (x - 1) for x in tiles)
-  ):
-    raise Unsupported(
-      f"tiles={tiles}: gpu takes (rows, columns), powers of two from"
-      f" {MIN_TILE}."
-    )
-  if extras.block_mask is not None:
-    blocks = block_size(extras, options, n.t, n.s)
-    counts = extras.block_mask.shape[1:]
-    if any(c > 1 and x % MIN_TILE for c, x in zip(counts, blocks)):
-      raise Unsupported(
-        f"block_mask has blocks of {blocks}; gpu takes multiples of {MIN_TILE}."
-      )
+CAPABILITIES = Capabilities(
+  "gpu",
+  dtypes=(jnp.float32, jnp.bfloat16, jnp.float16),
+  max_width=256,
+  tiles=Sides(
+    f"powers of two from {MIN_TILE}",
+    lambda size: size >= MIN_TILE and not size & (size - 1),
+  ),
+  blocks=Sides(f"multiples of {MIN_TILE}", lambda size: size % MIN_TILE == 0),
+)
 
 
 def _busy(extras: Extras, options: Options) -> bool:

@@ -8,6 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from kernels.flash_attention import dropout
+from kernels.flash_attention.capabilities import (
+  Capabilities,
+  Sides,
+  refuse,
+)
 from kernels.flash_attention.options import (
   Extras,
   Options,
@@ -18,6 +23,10 @@ from kernels.flash_attention.options import (
   relayout,
   same_segment,
   visible_by_position,
+)
+
+CAPABILITIES = Capabilities(
+  "reference", tiles=Sides("none at all", lambda size: False)
 )
 
 
@@ -81,14 +90,11 @@ def attend(
     float32 (float64 for float64).
 
   Raises:
-    ValueError: shapes that do not fit, or the hardware generator.
+    ValueError: shapes that do not fit, or `Unsupported`: tiles, which it has
+      none of, and the hardware generator.
   """
   n = check(q, k, v, extras, options)
-  if options.dropout_rate and options.dropout_generator != "counter":
-    raise ValueError(
-      f"dropout_generator={options.dropout_generator!r} exists on a TPU only;"
-      " the reference takes 'counter'."
-    )
+  refuse(CAPABILITIES, q, k, v, extras, options)
   q, k, v = (relayout(x, options.layout, "bhtd") for x in (q, k, v))
   s = scores(q, k, extras, options, n)
   mask = visible(n, extras, options)

@@ -1,27 +1,38 @@
 """Sequences split over devices: ring attention, and its all-gather twin.
 
 Both run inside `jax.shard_map`, where every device holds consecutive queries
-and keys. `ring_attention` (Liu et al. 2023, arXiv:2310.01889) passes the keys
-and values around and merges partial results by lse; it holds one shard of them
-at a time, in both passes. `gathered_attention` collects all keys first: one
-larger call and one larger buffer.
+and keys, or those that another `Placement` gives it. `ring_attention` (Liu et
+al. 2023, arXiv:2310.01889) passes the keys and values around and merges partial
+results by lse; it holds one shard of them at a time, in both passes.
+`gathered_attention` collects all keys first: one larger call and one larger
+buffer.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels.flash_attention.backend import RESIDUALS, Backend, attend
+from kernels.flash_attention.capabilities import refuse
 from kernels.flash_attention.options import (
   Extras,
   Options,
   Sizes,
   Unsupported,
+  block_size,
   check,
   sizes,
+)
+from kernels.flash_attention.placement import (
+  Call,
+  Contiguous,
+  Moving,
+  Placement,
+  of_shard,
 )
 
 
@@ -52,113 +63,102 @@ def merge(
   return (weigh(out1, lse1) + weigh(out2, lse2)).astype(out1.dtype), lse
 
 
-def _of_shard(extras: Extras, options: Options, n: Sizes, me, source, count):
-  """The extras of the keys of device `source` for the queries of `me`."""
-  changes = {}
-  if extras.bias is not None:
-    changes["bias"] = jax.lax.dynamic_slice_in_dim(
-      extras.bias, source * n.s, n.s, axis=3
+def _check_mask(n: Sizes, extras: Extras, options: Options, count: int) -> None:
+  """Refuses blocks that do not end where the shards do."""
+  whole = n._replace(t=n.t * count, s=n.s * count)
+  rows, columns = block_size(extras, options, whole.t, whole.s)
+  if n.t % rows or n.s % columns:
+    raise ValueError(
+      f"block_mask of shape {extras.block_mask.shape} in blocks of"
+      f" {(rows, columns)} does not divide over {count} devices of a sequence"
+      f" axis, which hold {(n.t, n.s)} queries and keys each."
     )
-  if extras.seed is not None:
-    first = jnp.stack([me * n.t, source * n.s]).astype(jnp.uint32)
-    changes["seed"] = extras.seed.at[4:].add(first)
-  if (
-    options.causal
-    or options.window is not None
-    or extras.alibi_slopes is not None
-  ):
-    # The last query of all stands where the last key of all does.
-    offset = me * n.t - source * n.s + count * (n.s - n.t)
-    changes["offset"] = offset.astype(jnp.int32)
-  return extras._replace(**changes)
 
 
 def _refuse(backend, axis, q, k, v, extras, options):
-  if extras.block_mask is not None:
-    raise Unsupported("block_mask is not split over a sequence axis.")
   if extras.offset is not None:
     raise Unsupported("offset is set by the ring itself.")
   count = jax.lax.axis_size(axis)
   n = sizes(q, k, v, options.layout)
+  if extras.block_mask is not None:
+    _check_mask(n, extras, options, count)
+    extras = extras._replace(block_mask=jnp.asarray(extras.block_mask))
   if extras.bias is not None and extras.bias.shape[3] != n.s * count:
     raise ValueError(
       f"bias has shape {extras.bias.shape}; on every device its last axis must"
       f" span all {n.s * count} keys."
     )
   # Zeros of the right kinds: what one step of the ring will see.
-  shard = _of_shard(extras, options, n, *map(jnp.int32, (0, 0)), count)
+  shard = of_shard(extras, options, n, *map(jnp.int32, (0, 0)), count)
   check(q, k, v, shard, options)
-  backend.refuse(q, k, v, shard, options)
+  refuse(backend.CAPABILITIES, q, k, v, shard, options)
 
 
-class _Moving(NamedTuple):
-  """What travels: keys, values, their ids, and in time their gradients."""
+def _turns(mask: Any, count: int) -> tuple[bool, ...]:
+  """By turn of the ring, whether a static block mask shows anything to anyone.
 
-  k: jax.Array
-  v: jax.Array
-  kv_segments: jax.Array | None
-  dk: jax.Array | None = None
-  dv: jax.Array | None = None
+  In turn r device i holds the keys of device i - r.
+  """
+  if not isinstance(mask, np.ndarray):
+    return (True,) * count
+  shape = mask.shape[1] // count, mask.shape[2] // count
+  parts = mask.reshape(-1, count, shape[0], count, shape[1]).any((0, 2, 4))
+  index = np.arange(count)
+  return tuple(
+    bool(parts[index, (index - turn) % count].any()) for turn in range(count)
+  )
 
-  def on(self, axis: str) -> "_Moving":
-    """Hands everything to the next device."""
-    count = jax.lax.axis_size(axis)
-    to_next = [(i, (i + 1) % count) for i in range(count)]
-    return jax.tree.map(lambda x: jax.lax.ppermute(x, axis, to_next), self)
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _ring(backend, options, axis, q, k, v, extras):
-  count, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
-  n = sizes(q, k, v, options.layout)
-  moving, found = _Moving(k, v, extras.kv_segments), None
-  for turn in range(count):
-    source = (me - turn) % count
-    shard = _of_shard(extras, options, n, me, source, count)
-    shard = shard._replace(kv_segments=moving.kv_segments)
-    out, lse = backend.forward(q, moving.k, moving.v, shard, options)
-    part = out.astype(jnp.float32), lse
-    found = part if found is None else merge(found, part, options.layout)
-    if turn < count - 1:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _ring(backend, options, axis, placement, turns, q, k, v, extras):
+  call = Call(backend, options, axis, q, extras)
+  moving, found = Moving(k, v, extras.kv_segments), None
+  for turn, computes in enumerate(turns):
+    if computes or (turn == len(turns) - 1 and found is None):
+      part = placement.forward(call, turn, moving)
+      found = part if found is None else merge(found, part, options.layout)
+    if any(turns[turn + 1 :]) or found is None:
       moving = moving.on(axis)
   out, lse = found
   return out.astype(v.dtype), lse
 
 
-def _ring_forward(backend, options, axis, q, k, v, extras):
-  out, lse = _ring(backend, options, axis, q, k, v, extras)
+def _ring_forward(backend, options, axis, placement, turns, q, k, v, extras):
+  out, lse = _ring(backend, options, axis, placement, turns, q, k, v, extras)
   out, lse = map(checkpoint_name, (out, lse), RESIDUALS)
   return (out, lse), (q, k, v, extras, out, lse)
 
 
-def _ring_backward(backend, options, axis, residuals, cotangents):
+def _ring_backward(
+  backend, options, axis, placement, turns, residuals, cotangents
+):
   q, k, v, extras, out, lse = residuals
   dout, dlse = cotangents
-  dlse = jnp.where(lse == -jnp.inf, 0.0, dlse)
+  # The global lse makes each part's probabilities those of the whole.
+  results = out, lse, dout, jnp.where(lse == -jnp.inf, 0.0, dlse)
   count, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
   n = sizes(q, k, v, options.layout)
+  call = Call(backend, options, axis, q, extras)
 
   def zeros(x):
     return None if x is None else jnp.zeros(x.shape, jnp.float32)
 
-  moving = _Moving(k, v, extras.kv_segments, zeros(k), zeros(v))
+  moving = Moving(k, v, extras.kv_segments, zeros(k), zeros(v))
   dq, dbias, dslopes = map(zeros, (q, extras.bias, extras.alibi_slopes))
-  for turn in range(count):
-    source = (me - turn) % count
-    shard = _of_shard(extras, options, n, me, source, count)
-    shard = shard._replace(kv_segments=moving.kv_segments)
-    # The global lse makes each part's probabilities those of the whole.
-    part = backend.backward(
-      q, moving.k, moving.v, shard, options, out, lse, dout, dlse
-    )
-    dq += part.q
-    if dbias is not None:
-      dbias = jax.lax.dynamic_update_slice_in_dim(
-        dbias, part.bias.astype(jnp.float32), source * n.s, axis=3
-      )
-    if dslopes is not None:
-      dslopes += part.alibi_slopes
-    moving = moving._replace(dk=moving.dk + part.k, dv=moving.dv + part.v)
+  for turn, computes in enumerate(turns):
+    if computes:
+      part = placement.backward(call, turn, moving, results)
+      dq += part.q
+      if dbias is not None:
+        dbias = jax.lax.dynamic_update_slice_in_dim(
+          dbias,
+          part.bias.astype(jnp.float32),
+          (me - turn) % count * n.s,
+          axis=3,
+        )
+      if dslopes is not None:
+        dslopes += part.alibi_slopes
+      moving = moving._replace(dk=moving.dk + part.k, dv=moving.dv + part.v)
     moving = moving.on(axis)  # after the last turn, gradients are home
 
   def like(x, y):
@@ -182,6 +182,7 @@ def ring_attention(
   v: jax.Array,
   extras: Extras,
   options: Options,
+  placement: Placement = Contiguous,
 ) -> tuple[jax.Array, jax.Array]:
   """(out, lse) of this device's queries over the keys of all devices.
 
@@ -191,15 +192,20 @@ def ring_attention(
     q: this device's queries.
     k: this device's keys.
     v: this device's values.
-    extras: this device's; bias spans the keys of all devices, and `seed` names
-      the first row and column of the whole sequence.
+    extras: this device's; bias spans the keys of all devices, the block mask
+      all of both, and `seed` names the first row and column of the whole
+      sequence.
     options: static choices.
+    placement: which positions the devices hold.
 
   Raises:
-    ValueError: shapes that do not fit, or `Unsupported`: a block mask.
+    ValueError: shapes that do not fit, or `Unsupported`.
   """
   _refuse(backend, axis, q, k, v, extras, options)
-  return _ring(backend, options, axis, q, k, v, extras)
+  turns = _turns(extras.block_mask, jax.lax.axis_size(axis))
+  if extras.block_mask is not None:
+    extras = extras._replace(block_mask=jnp.asarray(extras.block_mask))
+  return _ring(backend, options, axis, placement, turns, q, k, v, extras)
 
 
 def gathered_attention(
@@ -215,8 +221,16 @@ def gathered_attention(
   _refuse(backend, axis, q, k, v, extras, options)
   count, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
   n = sizes(q, k, v, options.layout)
-  shard = _of_shard(extras, options, n, me, jnp.int32(0), count)
+  mask = extras.block_mask
+  alone = extras._replace(block_mask=None)
+  shard = of_shard(alone, options, n, me, jnp.int32(0), count)
   shard = shard._replace(bias=extras.bias)
+  if mask is not None:
+    rows = mask.shape[1] // count
+    mask = jax.lax.dynamic_slice_in_dim(
+      jnp.asarray(mask), me * rows, rows, axis=1
+    )
+    shard = shard._replace(block_mask=mask)
 
   def gather(x, dimension):
     return jax.lax.all_gather(x, axis, axis=dimension, tiled=True)

@@ -14,9 +14,11 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from kernels.flash_attention import backend as backends
-from kernels.flash_attention import ring
+from kernels.flash_attention import placement, ring, zigzag
 from kernels.flash_attention.backend import Backend
 from kernels.flash_attention.options import Extras, Options, Sizes, check
+
+PLACEMENTS = {"contiguous": placement.Contiguous, "zigzag": zigzag.Zigzag}
 
 
 class Sharding(NamedTuple):
@@ -28,12 +30,16 @@ class Sharding(NamedTuple):
     sequence: of positions, or None.
     gather: collect the keys of all positions before the call, instead of
       passing them around in a ring.
+    placement: which positions a device of the sequence axis holds: "contiguous"
+      or, to balance causal attention, "zigzag": the arrays are then in the
+      order of `zigzag.zigzag_order`.
   """
 
   batch: tuple[str, ...] = ()
   heads: tuple[str, ...] = ()
   sequence: str | None = None
   gather: bool = False
+  placement: str = "contiguous"
 
   @property
   def axes(self) -> tuple[str, ...]:
@@ -91,6 +97,22 @@ def _divides(n: Sizes, sharding: Sharding, mesh) -> None:
       )
 
 
+def _check_placement(n: Sizes, extras, options, sharding: Sharding, mesh):
+  if sharding.placement not in PLACEMENTS:
+    raise ValueError(
+      f"sharding.placement={sharding.placement!r} is unknown; choose from"
+      f" {', '.join(PLACEMENTS)}."
+    )
+  if sharding.placement == "contiguous":
+    return
+  if sharding.sequence is None or sharding.gather:
+    raise ValueError(
+      f"sharding.placement={sharding.placement!r} is of a ring: it needs"
+      " sharding.sequence, without gather."
+    )
+  zigzag.check(n.t, n.s, mesh.shape[sharding.sequence], extras, options)
+
+
 def _local_seed(seed, q, options: Options, sharding: Sharding) -> jax.Array:
   """The seed with this shard's first example and head."""
   shape = dict(zip(options.layout, q.shape))
@@ -120,6 +142,7 @@ def attend(
   n = check(q, k, v, extras, options)
   mesh = jax.sharding.get_abstract_mesh()
   _divides(n, sharding, mesh)
+  _check_placement(n, extras, options, sharding, mesh)
   mask = extras.block_mask
   static = isinstance(mask, np.ndarray)
   if static and mask.shape[0] > 1 and sharding.heads:
@@ -136,8 +159,10 @@ def attend(
       )
     if sharding.sequence is None:
       return backends.attend(backend, q, k, v, extras, options)
-    run = ring.gathered_attention if sharding.gather else ring.ring_attention
-    return run(backend, sharding.sequence, q, k, v, extras, options)
+    call = backend, sharding.sequence, q, k, v, extras, options
+    if sharding.gather:
+      return ring.gathered_attention(*call)
+    return ring.ring_attention(*call, PLACEMENTS[sharding.placement])
 
   return jax.shard_map(
     local,

@@ -5,13 +5,12 @@ lengths tell where sequences begin. Blocks in which no sequence of the queries
 meets one of the keys are skipped, so that the cost is that of the sequences.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kernels.flash_attention import flash_attention
-from kernels.flash_attention.options import Unsupported
 
 BLOCK = 128
 
@@ -41,6 +40,84 @@ def meeting_blocks(q_ids: jax.Array, kv_ids: jax.Array) -> jax.Array:
   return (q_low[:, None] <= kv_high[None]) & (kv_low[None] <= q_high[:, None])
 
 
+class _Slots(NamedTuple):
+  """One slot per sequence, the same for queries and keys.
+
+  A slot is as long as the longer of the two, and both end where it ends: so
+  places in the arrays of slots differ as positions in a sequence do, when the
+  last query is aligned with the last key.
+
+  Attributes:
+    q: place of each query among the slots; `size` beyond the last sequence.
+    kv: likewise of each key.
+    size: of all slots, at most.
+  """
+
+  q: jax.Array
+  kv: jax.Array
+  size: int
+
+
+def _slots(cumulative_q, cumulative_kv, q_ids, kv_ids) -> _Slots:
+  longest = jnp.maximum(jnp.diff(cumulative_q), jnp.diff(cumulative_kv))
+  ends = jnp.cumsum(longest)
+  size = len(q_ids) + len(kv_ids)
+
+  def places(ids, cumulative):
+    last = jnp.maximum(ids - 1, 0)
+    place = jnp.arange(len(ids)) + (ends - cumulative[1:])[last]
+    return jnp.where(ids > 0, place, size)
+
+  return _Slots(
+    places(q_ids, cumulative_q), places(kv_ids, cumulative_kv), size
+  )
+
+
+def _spread(x: jax.Array, places: jax.Array, size: int, axis: int = 0):
+  """x at its places in an array of `size`, zeros elsewhere."""
+  x = jnp.moveaxis(x, axis, 0)
+  spread = jnp.zeros((size, *x.shape[1:]), x.dtype)
+  return jnp.moveaxis(spread.at[places].set(x, mode="drop"), 0, axis)
+
+
+def _in_slots(q, k, v, q_ids, kv_ids, slots: _Slots, options):
+  """Attention whose positions are those within each sequence."""
+  bias = options.get("bias")
+  if bias is not None:
+    if bias.shape[2] > 1:
+      bias = _spread(bias, slots.q, slots.size, axis=2)
+    bias = _spread(bias, slots.kv, slots.size, axis=3)
+    options = options | {"bias": bias}
+  found = _by_segment(
+    _spread(q, slots.q, slots.size),
+    _spread(k, slots.kv, slots.size),
+    _spread(v, slots.kv, slots.size),
+    _spread(q_ids, slots.q, slots.size),
+    _spread(kv_ids, slots.kv, slots.size),
+    options,
+  )
+
+  def back(x, axis, fill):
+    return jnp.take(x, slots.q, axis=axis, mode="fill", fill_value=fill)
+
+  if not options.get("return_lse"):
+    return back(found, 0, 0.0)
+  return back(found[0], 0, 0.0), back(found[1], 1, -jnp.inf)
+
+
+def _by_segment(q, k, v, q_ids, kv_ids, options):
+  found = flash_attention(
+    q[None],
+    k[None],
+    v[None],
+    segment_ids=(q_ids[None], kv_ids[None]),
+    block_mask=meeting_blocks(q_ids, kv_ids),
+    block_size=(BLOCK, BLOCK),
+    **options,
+  )
+  return jax.tree.map(lambda x: x[0], found)
+
+
 def flash_attention_varlen(
   q: jax.Array,
   k: jax.Array,
@@ -58,37 +135,27 @@ def flash_attention_varlen(
     cumulative_q: int [n + 1], 0 and the ends of the sequences in q.
     cumulative_kv: likewise in k and v; the same by default.
     **options: of `flash_attention`, but for layout, ids, lengths and masks of
-      blocks. bias is [1, 1|h, 1|total, total of keys]; dropout is keyed by the
-      place in the array.
+      blocks. Positions are those within a sequence, whose last query and last
+      key are aligned. bias is [1, 1|h, 1|total, total of keys]; dropout is
+      keyed by the place in the array, or where queries and keys are cut
+      differently and positions count, by that in an array of aligned sequences.
 
   Returns:
     [total, h, dv], or with `return_lse` also lse [h, total].
 
   Raises:
-    ValueError: an option that does not fit; `Unsupported` for causal, window
-      and ALiBi where queries and keys are cut differently.
+    ValueError: an option that does not fit.
   """
   taken = {"layout", "segment_ids", "kv_lengths", "block_mask", "block_size"}
   for name in sorted(taken & set(options)):
     raise ValueError(f"{name} is not an option of flash_attention_varlen.")
-  if cumulative_kv is not None:
-    for name in ("causal", "window", "alibi_slopes"):
-      if options.get(name) not in (None, False):
-        raise Unsupported(
-          f"{name} with cumulative_kv: positions are those of self-attention"
-          " and need queries and keys cut alike."
-        )
   q_ids = segment_ids(cumulative_q, len(q))
-  if cumulative_kv is None:
+  alike = cumulative_kv is None
+  if alike:
     cumulative_kv = cumulative_q
   kv_ids = segment_ids(cumulative_kv, len(k))
-  found = flash_attention(
-    q[None],
-    k[None],
-    v[None],
-    segment_ids=(q_ids[None], kv_ids[None]),
-    block_mask=meeting_blocks(q_ids, kv_ids),
-    block_size=(BLOCK, BLOCK),
-    **options,
-  )
-  return jax.tree.map(lambda x: x[0], found)
+  positional = ("causal", "window", "alibi_slopes")
+  if alike or all(options.get(name) in (None, False) for name in positional):
+    return _by_segment(q, k, v, q_ids, kv_ids, options)
+  slots = _slots(cumulative_q, cumulative_kv, q_ids, kv_ids)
+  return _in_slots(q, k, v, q_ids, kv_ids, slots, options)

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.flash_attention.backend import Gradients
+from kernels.flash_attention.capabilities import Capabilities, Sides
 from kernels.flash_attention.options import (
   Extras,
   Options,
   Unsupported,
-  block_size,
   relayout,
   sizes,
 )
@@ -41,32 +41,31 @@ from kernels.flash_attention.tpu.problem import (
   describe,
 )
 
-__all__ = ["backward", "forward", "refuse"]
+__all__ = ["CAPABILITIES", "backward", "forward"]
 
 _PACKED = 16  # sublanes of a packed bfloat16 register
 
 
-def refuse(
-  q: jax.Array, k: jax.Array, v: jax.Array, extras: Extras, options: Options
+def _refuse_tiles(
+  extras: Extras, options: Options, block: tuple[int, int] | None
 ) -> None:
-  """Raises Unsupported for what the kernels cannot do."""
-  block, given = None, options.tiles
-  if extras.block_mask is not None:
-    n = sizes(q, k, v, options.layout)
-    block = block_size(extras, options, n.t, n.s)
-    sparse.refuse(block)
-  if given is None:
+  """Refuses tiles that cut what the blocks of a mask make up."""
+  if options.tiles is None or block is None:
     return
-  if len(given) != 2 or any(size % LANES for size in given):
+  whole = sparse.tile(block)
+  if any(size % tile for size, tile in zip(whole, options.tiles)):
     raise Unsupported(
-      f"tiles={given} must be (queries, keys) of a tile, multiples of {LANES}."
+      f"tiles={options.tiles} do not divide block_mask's tiles {whole}."
     )
-  if block is not None and any(
-    size % tile for size, tile in zip(sparse.tile(block), given)
-  ):
-    raise Unsupported(
-      f"tiles={given} do not divide block_mask's tiles {sparse.tile(block)}."
-    )
+
+
+CAPABILITIES = Capabilities(
+  "tpu",
+  generators=("counter", "hardware"),
+  tiles=Sides(f"multiples of {LANES}", lambda size: size % LANES == 0),
+  blocks=sparse.SIDES,
+  refuse_more=_refuse_tiles,
+)
 
 
 def _dtype(q: jax.Array, k: jax.Array, v: jax.Array) -> jnp.dtype:

@@ -11,7 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.flash_attention.options import Extras, Unsupported
+from kernels.flash_attention.capabilities import Sides
+from kernels.flash_attention.options import Extras
 from kernels.flash_attention.tpu.launch import Operand
 from kernels.flash_attention.tpu.problem import LANES, Problem
 from kernels.flash_attention.tpu.tiles import Tiles
@@ -25,15 +26,17 @@ def tile(block: tuple[int, int]) -> tuple[int, int]:
   return tuple(math.lcm(n, LANES) for n in block)
 
 
-def refuse(block: tuple[int, int]) -> None:
-  """Raises Unsupported for blocks that do not make up tiles."""
-  for size, whole in zip(block, tile(block)):
-    if size % _SUBLANES or (size % LANES and whole > _LARGEST):
-      raise Unsupported(
-        f"block_mask has blocks of {block[0]} x {block[1]}; the TPU kernels"
-        f" take multiples of {LANES}, or multiples of {_SUBLANES} whose least"
-        f" common multiple with {LANES} is at most {_LARGEST}."
-      )
+def _makes_tiles(size: int) -> bool:
+  if size % LANES == 0:
+    return True
+  return size % _SUBLANES == 0 and math.lcm(size, LANES) <= _LARGEST
+
+
+SIDES = Sides(
+  f"multiples of {LANES}, or multiples of {_SUBLANES} whose least common"
+  f" multiple with {LANES} is at most {_LARGEST}",
+  _makes_tiles,
+)
 
 
 def by_tile(mask: Any, block: tuple[int, int], tiles: Tiles) -> tuple[Any, Any]:

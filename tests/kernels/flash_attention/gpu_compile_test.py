@@ -6,11 +6,11 @@ import unittest
 from absl.testing import absltest, parameterized
 
 from bertjax.hardware import compile_for
-from tests.kernels.flash_attention import gpu_programs
+from kernels.flash_attention import programs
 
 BERT = dict(segment_ids=True, dropout_rate=0.1, dropout_seed=0)
 EVERYTHING = BERT | dict(
-  bias=True, causal=True, window=(99, 9), logit_softcap=9.0
+  bias="full", causal=True, window=(99, 9), logit_softcap=9.0
 )
 
 
@@ -28,9 +28,10 @@ class CompileTest(parameterized.TestCase):
   def test_nothing_spills(self, dtype, width, options):
     program = compile_for(
       "h100:1",
-      gpu_programs.lower,
+      programs.lower,
       dtype=dtype,
-      width=width,
+      name="ours_gpu",
+      sizes=(2, 4, 500, width),  # ends inside a tile
       options=options,
     )
     kernels = {

@@ -7,15 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from kernels.flash_attention import Sharding, flash_attention
+from kernels.flash_attention import (
+  Sharding,
+  blockwise,
+  flash_attention,
+  ring,
+  sharded,
+  zigzag,
+)
+from kernels.flash_attention.options import Extras, Options, sizes
 from kernels.flash_attention.ring import merge
 from tests.kernels.flash_attention.cases import normal
 
 B, T, H, KV, D, DV = 4, 48, 4, 2, 8, 16
+AUTO = jax.sharding.AxisType.Auto
 MESH = jax.make_mesh(
   (2, 2, 2),
   ("data", "model", "seq"),
-  axis_types=(jax.sharding.AxisType.Auto,) * 3,
+  axis_types=(AUTO,) * 3,
 )
 BATCH_AND_HEADS = Sharding(batch=("data",), heads=("model",))
 RING = Sharding(batch=("data",), heads=("model",), sequence="seq")
@@ -28,6 +37,8 @@ OPTIONS = {
   "bias_per_head": {"bias": normal(5, 1, H, T, T)},
   "bias_per_key": {"bias": normal(5, B, 1, 1, T)},
   "alibi_causal": {"alibi_slopes": jnp.arange(H) / 8, "causal": True},
+  "causal_segments": {"causal": True, "segment_ids": IDS},
+  "causal_bias": {"causal": True, "bias": normal(5, 1, H, T, T)},
   "window_dropout": {
     "window": (9, 20),
     "dropout_rate": 0.3,
@@ -113,9 +124,130 @@ class ShardedTest(parameterized.TestCase):
     ):
       flash_attention(x, x, x, sharding=BATCH_AND_HEADS)
 
-  def test_a_block_mask_on_a_ring_is_refused(self):
-    with self.assertRaisesRegex(ValueError, "block_mask"):
+  @parameterized.product(
+    sharding=(RING, GATHER), traced=(False, True), causal=(False, True)
+  )
+  def test_a_block_mask_on_a_ring(self, sharding, traced, causal):
+    # Blocks of 8 x 12, six by four; the second half sees none of the first.
+    mask = np.random.default_rng(1).random((H, 6, 4)) < 0.6
+    mask[:, 3:, :2] = False
+    given = jnp.asarray(mask) if traced else mask
+    options = {"block_mask": given, "causal": causal}
+    found, want = solve(options, sharding), solve(options, None)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-4)
+
+  def test_turns_in_which_nobody_sees_anything_compute_nothing(self):
+    diagonal = np.eye(8, dtype=bool)[None]
+    self.assertEqual(ring._turns(diagonal, 4), (True, False, False, False))
+    diagonal[0, 0, 7] = True  # device 0 needs what it holds in turn 1
+    self.assertEqual(ring._turns(diagonal, 4), (True, True, False, False))
+
+  def test_blocks_that_shards_cut_are_refused(self):
+    with self.assertRaisesRegex(
+      ValueError, r"\(16, 16\) does not divide.*2 dev"
+    ):
       solve({"block_mask": np.ones((3, 3), bool)}, RING)
+
+
+ZIGZAG = RING._replace(placement="zigzag")
+
+
+class ZigzagTest(parameterized.TestCase):
+  def test_the_order_gives_each_device_an_early_and_a_late_part(self):
+    np.testing.assert_array_equal(
+      zigzag.zigzag_order(12, 3), [0, 1, 10, 11, 2, 3, 8, 9, 4, 5, 6, 7]
+    )
+    with self.assertRaisesRegex(ValueError, "length=10.*each of 3"):
+      zigzag.zigzag_order(10, 3)
+
+  @parameterized.named_parameters(
+    ("plain", {}),
+    ("segments", {"segment_ids": IDS}),
+    ("bias_per_head", {"bias": normal(5, 1, H, T, T)}),
+    ("bias_per_key", {"bias": normal(5, B, 1, 1, T)}),
+    ("capped", {"logit_softcap": 2.0}),
+  )
+  def test_equals_the_whole_in_order(self, options):
+    order = zigzag.zigzag_order(T, MESH.shape["seq"])
+    # A causal mask of blocks of one position, in the order of the shards.
+    mask = order[None, :] <= order[:, None]
+    found = solve(options | {"causal": True}, ZIGZAG)
+    want = solve(options | {"block_mask": mask}, None)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+      scale = max(1.0, float(jnp.abs(b).max()))
+      np.testing.assert_allclose(a, b, atol=2e-5 * scale)
+
+  def test_dropout_draws_the_mask_of_the_whole(self):
+    order = zigzag.zigzag_order(T, MESH.shape["seq"])
+    mask = order[None, :] <= order[:, None]
+    drop = {"dropout_rate": 0.3, "dropout_seed": 3}
+    found = solve({"causal": True, **drop}, ZIGZAG)
+    want = solve({"block_mask": mask, **drop}, None)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-4)
+
+  def work(self, sharding, count=4):
+    """Products of a query and a key that each device computes, forward."""
+    done = np.zeros(count)
+
+    class Counting:
+      CAPABILITIES = blockwise.CAPABILITIES
+
+      @staticmethod
+      def forward(q, k, v, extras, options):
+        n = sizes(q, k, v, options.layout)
+        if options.causal and extras.offset is not None:
+          distance = jnp.arange(n.t)[:, None] + extras.offset
+          pairs = (jnp.arange(n.s)[None] <= distance).sum()
+        else:
+          pairs = n.t * (n.s + 1) // 2 if options.causal else n.t * n.s
+
+        def add(device, pairs):
+          done[int(device)] += int(pairs)
+
+        jax.debug.callback(add, jax.lax.axis_index("seq"), pairs)
+        return blockwise.forward(q, k, v, extras, options)
+
+    mesh = jax.make_mesh((count,), ("seq",), axis_types=(AUTO,))
+    x = normal(0, 1, T, H, D)
+    options = Options(scale=1.0, causal=True)
+    with jax.set_mesh(mesh):
+      attend = functools.partial(
+        sharded.attend, Counting, extras=Extras(), options=options
+      )
+      jax.jit(functools.partial(attend, sharding=sharding))(x, x, x)
+    jax.effects_barrier()
+    return done
+
+  def test_work_is_balanced(self):
+    contiguous = self.work(Sharding(sequence="seq"))
+    balanced = self.work(Sharding(sequence="seq", placement="zigzag"))
+    self.assertEqual(contiguous.sum(), T * (T + 1) / 2)
+    self.assertEqual(balanced.sum(), T * (T + 1) / 2)
+    self.assertEqual(balanced.max(), balanced.min())
+    # The last of 4 devices sees 3.5 of the 8 shards that all see together.
+    self.assertGreater(contiguous.max() / contiguous.mean(), 1.7)
+
+  @parameterized.named_parameters(
+    ("window", dict(causal=True, window=9), ZIGZAG, "window counts positions"),
+    ("open", {}, ZIGZAG, "balances causal attention"),
+    (
+      "gather",
+      dict(causal=True),
+      ZIGZAG._replace(gather=True),
+      "'zigzag' is of a ring",
+    ),
+    (
+      "unknown",
+      dict(causal=True),
+      RING._replace(placement="striped"),
+      "placement='striped' is unknown; choose from contiguous, zigzag",
+    ),
+  )
+  def test_what_it_cannot_do_is_named(self, options, sharding, message):
+    with self.assertRaisesRegex(ValueError, message):
+      solve(options, sharding)
 
 
 class MergeTest(parameterized.TestCase):

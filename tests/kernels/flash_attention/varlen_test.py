@@ -6,7 +6,6 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from kernels.flash_attention import flash_attention, varlen
-from kernels.flash_attention.options import Unsupported
 from tests.kernels.flash_attention.cases import normal
 
 LENGTHS = np.array([150, 3, 200, 40])
@@ -62,6 +61,64 @@ class VarlenTest(parameterized.TestCase):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want)):
       np.testing.assert_allclose(a, b, atol=1e-4)
 
+  @parameterized.named_parameters(
+    ("plain", {}),
+    ("causal", {"causal": True}),
+    ("window_alibi", {"window": 30, "alibi_slopes": jnp.arange(H) / 16}),
+    ("causal_bias", {"causal": True, "bias": normal(5, 1, H, TOTAL, 300)}),
+    ("window_bias_per_key", {"window": 9, "bias": normal(5, 1, 1, 1, 300)}),
+  )
+  def test_queries_and_keys_may_be_cut_differently(self, options):
+    kv_lengths = np.array([20, 100, 7, 160])  # more and fewer than queries
+    kv_ends = np.concatenate([[0], np.cumsum(kv_lengths)])
+    x = normal(0, TOTAL, H, D), normal(1, 300, KV, D), normal(2, 300, KV, DV)
+    weights = normal(3, TOTAL, H, DV)
+
+    def packed(*x):
+      out, lse = varlen.flash_attention_varlen(
+        *x,
+        jnp.asarray(ENDS),
+        jnp.asarray(kv_ends),
+        backend="blockwise",
+        return_lse=True,
+        **options,
+      )
+      seen = jnp.where(lse == -jnp.inf, 0.0, lse)
+      return (out * weights).sum() + seen.sum(), (out, seen)
+
+    def separate(q, k, v):
+      outs, lses = [], []
+      for i, (rows, keys) in enumerate(zip(LENGTHS, kv_lengths)):
+        here = slice(ENDS[i], ENDS[i] + rows)
+        there = slice(kv_ends[i], kv_ends[i] + keys)
+        alone = dict(options)
+        if "bias" in options:
+          bias = options["bias"]
+          bias = bias[:, :, here] if bias.shape[2] > 1 else bias
+          alone["bias"] = bias[..., there]
+        out, lse = flash_attention(
+          q[None, here],
+          k[None, there],
+          v[None, there],
+          backend="reference",
+          return_lse=True,
+          **alone,
+        )
+        outs.append(out[0])
+        lses.append(lse[0])
+      missing = TOTAL - ENDS[-1]
+      out = jnp.pad(jnp.concatenate(outs), ((0, missing), (0, 0), (0, 0)))
+      lse = jnp.pad(jnp.concatenate(lses, axis=1), ((0, 0), (0, missing)))
+      seen = jnp.where(lse == -jnp.inf, 0.0, lse)
+      return (out * weights).sum() + seen.sum(), (out, seen)
+
+    found, want = (
+      jax.jit(jax.grad(f, (0, 1, 2), has_aux=True))(*x)
+      for f in (packed, separate)
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want)):
+      np.testing.assert_allclose(a, b, atol=1e-4)
+
   def test_only_blocks_where_sequences_meet_are_visited(self):
     ids = np.asarray(varlen.segment_ids(jnp.asarray(ENDS), TOTAL))
     np.testing.assert_array_equal(
@@ -78,8 +135,6 @@ class VarlenTest(parameterized.TestCase):
     q = normal(0, TOTAL, H, D)
     with self.assertRaisesRegex(ValueError, "block_mask is not an option"):
       varlen.flash_attention_varlen(q, q, q, ENDS, block_mask=None)
-    with self.assertRaisesRegex(Unsupported, "causal with cumulative_kv"):
-      varlen.flash_attention_varlen(q, q, q, ENDS, ENDS, causal=True)
 
 
 if __name__ == "__main__":
