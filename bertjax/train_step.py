@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bertjax.objectives.base import Metrics, Objective, total_loss
 from bertjax.optim import Optimizer, gradient_norm
@@ -162,6 +162,13 @@ def train_step(
   return step
 
 
+def _over_data(sharding: NamedSharding) -> PartitionSpec:
+  """The part of a sharding that concerns the axis "data"."""
+  return PartitionSpec(
+    *("data" if entry == "data" else None for entry in sharding.spec)
+  )
+
+
 def compile_step(
   objective: Objective,
   optimizer: Optimizer,
@@ -181,18 +188,19 @@ def compile_step(
     microbatches: parts that the batch is split into.
 
   Raises:
-    ValueError: the batch does not divide (`check_batch`), or an optimizer that
-      wants local gradients meets parameters sharded over "data".
+    ValueError: the batch does not divide (`check_batch`).
   """
   batch_size = next(iter(batch_spec.values())).shape[0]
   check_batch(batch_size, microbatches, mesh)
   step = train_step(objective, optimizer, microbatches)
   if optimizer.local_gradients:
+    # Of each worker's own; the axes within a worker stay automatic.
+    specs = jax.tree.map(_over_data, shardings)
     step = jax.shard_map(
       step,
       mesh=mesh,
-      in_specs=(PartitionSpec(), PartitionSpec("data")),
-      out_specs=PartitionSpec(),
+      in_specs=(specs, PartitionSpec("data")),
+      out_specs=(specs, PartitionSpec()),
       axis_names={"data"},
       # The update is the same on every shard, which types can't show.
       check_vma=False,
