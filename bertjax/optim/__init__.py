@@ -41,6 +41,7 @@ from bertjax.optim.onebit_adam import (
   onebit_adam,
   onebit_sgd,
 )
+from bertjax.optim.onebit_lamb import onebit_lamb
 from bertjax.optim.schedules import (
   SCHEDULES,
   Schedule,
@@ -73,6 +74,7 @@ __all__ = [
   "lars",
   "layer_statistics",
   "onebit_adam",
+  "onebit_lamb",
   "onebit_sgd",
   "scale_by_adam",
   "scale_by_trust_ratio",
@@ -104,6 +106,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   "lamb": lamb,
   "lars": lars,
   "onebit_adam": onebit_adam,
+  "onebit_lamb": onebit_lamb,
   "onebit_sgd": onebit_sgd,
   "sgd": optax.sgd,
 }
