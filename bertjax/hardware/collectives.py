@@ -42,6 +42,8 @@ class Collective:
     times: how often in one run.
     op_name: the JAX operation that it comes from.
     source: `file:line`.
+    branch: of the conditionals around it, outermost first, which branch it
+      stands in; () if it runs in any case.
   """
 
   kind: str
@@ -50,6 +52,7 @@ class Collective:
   times: int
   op_name: str
   source: str
+  branch: tuple[int, ...] = ()
 
   @property
   def group_size(self) -> int:
@@ -117,6 +120,7 @@ def read_collectives(module: Module) -> list[Collective]:
           times=executed.times,
           op_name=instruction.op_name,
           source=module.source(instruction),
+          branch=executed.branch,
         )
       )
   return found
