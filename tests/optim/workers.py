@@ -9,7 +9,7 @@ import numpy as np
 
 from bertjax import optim, train_state, train_step
 from bertjax.parallel.mesh import make_mesh
-from bertjax.parallel.sharding import put_batch
+from bertjax.parallel.sharding import constrain, put_batch
 
 ROWS, INPUTS, HIDDEN, OUTPUTS = 16, 8, 12, 4
 
@@ -35,7 +35,8 @@ class Regression(nn.Module):
     down = self.param("down", *_dense((HIDDEN, OUTPUTS), ("norm", "mlp")))
     bias = self.param("bias", *_dense((OUTPUTS,), ("norm",)))
     self.param("dead", *_dense((6,), ("norm",)))
-    found = jnp.tanh(batch["x"] @ up) @ down + bias[None]
+    inputs = constrain(batch["x"], ("batch", None))
+    found = jnp.tanh(inputs @ up) @ down + bias[None]
     squares = jnp.square(found - batch["y"]).sum(-1) * batch["weight"]
     return {"squares": squares.sum()}, {}
 
@@ -69,6 +70,8 @@ class World:
     }
     params, names = train_state.abstract_params(self._objective, self._spec)
     options = dict(learning_rate=0.02) | options
+    if "schedule" in options:  # pairs, which a cache can hash
+      options["schedule"] = dict(options["schedule"])
     self.optimizer = optim.build_optimizer(
       options,
       total_steps=total_steps,
