@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bertjax.objectives.base import Metrics, Objective, total_loss
 from bertjax.optim import Optimizer, gradient_norm
+from bertjax.parallel.error_feedback import local_params
 from bertjax.parallel.sharding import batch_sharding, batch_shards
 from bertjax.train_state import TrainState
 
@@ -131,8 +132,11 @@ def train_step(
       loss = total_loss(sums, weights, objective.coefficients)
       return loss, (metrics, extra)
 
+    params = state.params
+    if local:
+      params = local_params(params, state.opt_state)
     loss, grads, metrics, extra = accumulate(
-      loss_fn, state.params, state.extra, batch, key, microbatches
+      loss_fn, params, state.extra, batch, key, microbatches
     )
     updates, opt_state = optimizer.transform.update(
       grads, state.opt_state, state.params

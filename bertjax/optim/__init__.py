@@ -50,6 +50,7 @@ from bertjax.optim.schedules import (
 )
 from bertjax.optim.state import hand_over, state_shardings
 from bertjax.optim.trust_ratio import layer_statistics, scale_by_trust_ratio
+from bertjax.optim.zero_one_adam import zero_one_adam
 from bertjax.parallel.error_feedback import Workers
 from bertjax.parallel.sharding import parameter_shardings
 
@@ -80,6 +81,7 @@ __all__ = [
   "scale_by_trust_ratio",
   "square_root_scaling",
   "state_shardings",
+  "zero_one_adam",
 ]
 
 
@@ -109,6 +111,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   "onebit_lamb": onebit_lamb,
   "onebit_sgd": onebit_sgd,
   "sgd": optax.sgd,
+  "zero_one_adam": zero_one_adam,
 }
 
 

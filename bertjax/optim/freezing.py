@@ -27,6 +27,45 @@ class PhaseState(NamedTuple):
   history: Float[Array, "n"] | None
 
 
+class Intervals(NamedTuple):
+  """When 0/1 Adam's rarer and rarer events are due; a hand-over restarts them.
+
+  Attributes:
+    next_variance: step of the next update of the variance.
+    gap: steps between two of them.
+    updates: since the gap last doubled.
+    alone: steps since workers last synchronised.
+    rate_sum: of the learning rates of those steps.
+  """
+
+  next_variance: Int[Array, ""]
+  gap: Int[Array, ""]
+  updates: Int[Array, ""]
+  alone: Int[Array, ""]
+  rate_sum: Float[Array, ""]
+
+  @classmethod
+  def init(cls) -> "Intervals":
+    """Everything is due at the first step."""
+    zero = jnp.zeros((), jnp.int32)
+    one = jnp.ones((), jnp.int32)
+    return cls(zero, one, zero, zero, jnp.zeros((), jnp.float32))
+
+  def variance_due(self, steps: Int[Array, ""]) -> Bool[Array, ""]:
+    """Whether the step with this index updates the variance."""
+    return steps >= self.next_variance
+
+  def variance_done(self, updates: int) -> "Intervals":
+    """After an update; the gap doubles after every so many."""
+    full = self.updates + 1 >= updates
+    # The gap in force counts before it doubles.
+    return self._replace(
+      next_variance=self.next_variance + self.gap,
+      gap=jnp.where(full, jnp.minimum(self.gap * 2, 2**29), self.gap),
+      updates=jnp.where(full, 0, self.updates + 1),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class FreezeRule:
   """Ends the first phase.

@@ -91,7 +91,8 @@ def hand_over(
 
   def is_schedule(node):
     return isinstance(
-      node, optax.ScaleByScheduleState | freezing.PhaseState
+      node,
+      optax.ScaleByScheduleState | freezing.PhaseState | freezing.Intervals,
     ) or error_feedback.is_per_worker(node)
 
   old_leaves = selection.by_name(old, is_leaf=is_schedule)

@@ -39,6 +39,28 @@ class PerWorker(NamedTuple):
   tree: Any
 
 
+class Drift(PerWorker):
+  """How far each worker's parameters are from the common ones."""
+
+
+def local_params(params: Any, state: Any) -> Any:
+  """The parameters of this worker: the common ones and any `Drift` of a state.
+
+  Inside `jax.shard_map` over the workers.
+  """
+  nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Drift))
+  drifts = [node for node in nodes if isinstance(node, Drift)]
+  if not drifts:
+    return params
+  by_name = {name: x[0] for node in drifts for name, x in _named(node.tree)}
+
+  def moved(path, leaf):
+    drift = by_name.get(path_name(path))
+    return leaf if drift is None else leaf + drift
+
+  return jax.tree_util.tree_map_with_path(moved, params)
+
+
 class ErrorFeedback(NamedTuple):
   """What has not been sent yet; None where there is no error feedback.
 
@@ -285,7 +307,7 @@ def shard(node: Any, by_name: Mapping[str, Any], replicated: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one(extra), x)
 
   if isinstance(node, PerWorker):
-    return PerWorker(tree(node.tree, 0))
+    return type(node)(tree(node.tree, 0))
   if node.worker is None:
     return node
   return ErrorFeedback(PerWorker(tree(node.worker.tree, 0)),

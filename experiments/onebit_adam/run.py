@@ -47,7 +47,12 @@ class Scale:
 
 SCALES = {
   command.FULL: Scale(
-    "", (0, 1, 2), 400, 32, "large", ("v5e:4x4", "v5e:16x16")
+    variant="",
+    seeds=(0, 1, 2),
+    steps=300,
+    batch_size=32,
+    size="large",
+    topologies=("v5e:4x4", "v5e:16x16"),
   ),
   "tiny": Scale(
     variant="tiny",
