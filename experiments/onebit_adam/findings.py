@@ -12,7 +12,8 @@ from experiments.outcome import Claim, Outcome
 
 PAPER = "1-bit Adam (Tang et al. 2021, arXiv:2102.02888)"
 
-ADAM, ONEBIT = "Adam", "1-bit Adam"
+ADAM, ONEBIT, ZERO_ONE = "Adam", "1-bit Adam", "0/1 Adam"
+PER_TENSOR = "1-bit Adam, a scale per tensor"
 NO_FEEDBACK = "1-bit Adam, no error feedback"
 TOO_EARLY = "1-bit Adam, frozen too early"
 GRADIENT = "Adam on 1-bit gradients"
@@ -51,6 +52,8 @@ def outcome(
     paper=PAPER,
     claims=[
       _same(runs, ONEBIT, ADAM, "GLUE and SQuAD within noise"),
+      _same(runs, PER_TENSOR, ADAM, "(not in the paper)"),
+      _same(runs, ZERO_ONE, ONEBIT, "same accuracy (Lu et al. 2022)"),
       _worse(runs, NO_FEEDBACK, "error feedback is needed"),
       _worse(runs, GRADIENT, "compressing Adam's gradient instead is worse"),
       _worse(runs, TOO_EARLY, "freezing the variance too early is worse"),
@@ -114,7 +117,9 @@ def _pods(pods: Sequence[Mapping[str, Any]]) -> Claim:
 
 def _figure(runs: Sequence[arms.Run], sent: Mapping[str, float]) -> Figure:
   figure, panels = plots.panels(4, height=3.6)
-  curves = (ADAM, ONEBIT, NO_FEEDBACK, TOO_EARLY, GRADIENT)
+  curves = (
+    ADAM, ONEBIT, PER_TENSOR, ZERO_ONE, NO_FEEDBACK, TOO_EARLY, GRADIENT
+  )  # fmt: skip
   for arm in curves:
     plots.curve(panels[0], arms.select(runs, arm=arm), "loss", arm)
   panels[0].set_title("training loss")

@@ -97,9 +97,17 @@ def optimizers(scale: Scale) -> dict[str, dict[str, Any]]:
   return {
     findings.ADAM: adam | dict(name="adamw"),
     findings.ONEBIT: onebit,
+    findings.PER_TENSOR: onebit | dict(granularity="tensor"),
     findings.NO_FEEDBACK: onebit | dict(error_feedback=False),
     findings.TOO_EARLY: onebit | dict(freeze_step=max(1, scale.steps // 100)),
     findings.GRADIENT: adam | dict(name="compressed_gradient_adam"),
+    findings.ZERO_ONE: adam
+    | dict(
+      name="zero_one_adam",
+      freeze_step=settled,
+      local_step_scaler=max(1, scale.steps // 4),
+      local_step_clipper=4,
+    ),
     findings.LAMB: lamb | dict(name="lamb"),
     findings.ONEBIT_LAMB: lamb | dict(name="onebit_lamb", freeze_step=settled),
   }

@@ -15,6 +15,7 @@ from bertjax import hardware
 from bertjax.checkpoint import load_params
 from bertjax.models import bert
 from bertjax.objectives import masked_lm
+from bertjax.optim import freezing
 from bertjax.parallel import wire
 from bertjax.parallel.compressed import Compression
 from bertjax.parallel.error_feedback import Workers
@@ -31,8 +32,17 @@ def parameters(size: str) -> Any:
   return abstract_params(objective, spec)[0]
 
 
+def numbers(size: str) -> int:
+  """How many parameters that are."""
+  return sum(leaf.size for leaf in jax.tree.leaves(parameters(size)))
+
+
 def average(devices: Sequence[Any], *, size: str) -> jax.stages.Lowered:
-  """One compressed average over all devices, lowered: for `compile_for`."""
+  """One compressed average over all devices, lowered: for `compile_for`.
+
+  Of a vector as long as all parameters together, which compiles in a fraction
+  of the time that many tensors of odd lengths take.
+  """
   count = len(devices)
   mesh = jax.make_mesh(
     (count,), ("data",), axis_types=(AxisType.Auto,), devices=devices
@@ -42,7 +52,7 @@ def average(devices: Sequence[Any], *, size: str) -> jax.stages.Lowered:
   def mean(momentum, errors):
     return workers.compressed_mean(momentum, errors, COMPRESSION)
 
-  params = parameters(size)
+  params = {"all": jax.ShapeDtypeStruct((numbers(size),), jnp.float32)}
   errors = jax.eval_shape(lambda: workers.no_errors(params, COMPRESSION))
   over, whole = PartitionSpec("data"), PartitionSpec()
   function = jax.shard_map(
@@ -76,7 +86,7 @@ def measure(folder: pathlib.Path, topology: str, size: str) -> dict[str, Any]:
     start = time.monotonic()
     program = hardware.compile_for(topology, average, size=size)
     collectives = hardware.read_collectives(program.module)
-    shapes = [leaf.shape for leaf in jax.tree.leaves(parameters(size))]
+    shapes = [(numbers(size),)]
     workers = program.topology.num_devices
     row = {
       "arm": topology,
@@ -109,11 +119,31 @@ def run_bytes(
     workers: that average.
   """
   shapes = [leaf.shape for leaf in jax.tree.leaves(load_params(workdir)[0])]
-  full = {
-    "adamw": steps,
-    "lamb": steps,
-    "compressed_gradient_adam": 0,
-  }.get(optimizer["name"], optimizer.get("freeze_step"))
-  compressed = wire.compressed_bytes(shapes, workers, COMPRESSION)
+  compression = Compression(granularity=optimizer.get("granularity", "buffer"))
+  compressed = wire.compressed_bytes(shapes, workers, compression)
+  full, silent = _steps(optimizer, steps)
   ring = wire.ring_bytes(shapes, workers)
-  return full * ring + (steps - full) * compressed
+  return full * ring + (steps - full - silent) * compressed
+
+
+def _steps(optimizer: Mapping[str, Any], steps: int) -> tuple[int, int]:
+  """How many steps send in full precision, and how many nothing."""
+  name = optimizer["name"]
+  if name in ("adamw", "lamb"):
+    return steps, 0
+  if name == "compressed_gradient_adam":
+    return 0, 0
+  freeze = optimizer["freeze_step"]
+  if name != "zero_one_adam":
+    return freeze, 0
+  intervals, full = freezing.Intervals.init(), 0
+  for step in range(freeze):
+    if intervals.variance_due(step):
+      full, intervals = full + 1, intervals.variance_done(16)
+  silent = alone = 0
+  for step in range(freeze, steps):
+    doublings = (step - freeze) // optimizer["local_step_scaler"]
+    gap = min(2**doublings, optimizer["local_step_clipper"])
+    alone = 0 if alone + 1 >= gap else alone + 1
+    silent += alone > 0
+  return full, silent
