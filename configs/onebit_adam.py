@@ -16,6 +16,7 @@ authors' scripts; the length of the second stage and its rate are not published.
 import ml_collections
 
 from bertjax.config import new_config
+from bertjax.registry import lookup
 
 # Steps of sequences of 128, and how many of them in full precision.
 STEPS = {"base": (118_000, 16_000), "large": (152_000, 23_000)}
@@ -23,7 +24,8 @@ STEPS = {"base": (118_000, 16_000), "large": (152_000, 23_000)}
 
 def get_config(variant: str = "large") -> ml_collections.ConfigDict:
   tiny = variant == "tiny"
-  steps, freeze_step = (4, 2) if tiny else STEPS[variant]
+  known = STEPS | {"tiny": (4, 2)}
+  steps, freeze_step = lookup(known, variant, "configs/onebit_adam.py")
   c = new_config()
   c.seed = 0
   c.dtype = "float32" if tiny else "bfloat16"
