@@ -1,7 +1,9 @@
 """Bytes that an average over workers sends, in closed form.
 
 Per device and in one direction, as `hardware.Collective.sent_bytes` counts them
-in a compiled program.
+in a compiled program. Compilers may choose another exchange: libtpu makes an
+all-reduce of an all-gather over 256 chips of 30 kB or less from each (60 million
+numbers), which sends twice as much; that of BERT-large stays a gather.
 """
 
 import math

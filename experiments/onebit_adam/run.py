@@ -48,7 +48,7 @@ class Scale:
 SCALES = {
   command.FULL: Scale(
     variant="",
-    seeds=(0, 1, 2),
+    seeds=(0,),
     steps=300,
     batch_size=32,
     size="large",

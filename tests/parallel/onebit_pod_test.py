@@ -34,7 +34,9 @@ class PodTest(absltest.TestCase):
 
   @pytest.mark.slow
   def test_256_devices(self):
-    self._check("v5e:16x16", 256, 2_000_001)
+    # BERT-large. Gathers of less than some tens of kB per device are summed
+    # instead over so many devices, which sends twice as much.
+    self._check("v5e:16x16", 256, 335_000_001)
 
 
 if __name__ == "__main__":
