@@ -1,9 +1,9 @@
 """Bytes that an average over workers sends, in closed form.
 
 Per device and in one direction, as `hardware.Collective.sent_bytes` counts them
-in a compiled program. Compilers may choose another exchange: libtpu makes an
-all-reduce of an all-gather over 256 chips of 30 kB or less from each (60 million
-numbers), which sends twice as much; that of BERT-large stays a gather.
+in a compiled program. Compilers may choose another exchange: over 256 chips,
+libtpu makes an all-reduce of an all-gather of 30 kB or less from each (60
+million numbers), which sends twice as much; that of BERT-large stays a gather.
 """
 
 import math

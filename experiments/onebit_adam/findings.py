@@ -59,7 +59,7 @@ def outcome(
       _worse(runs, TOO_EARLY, "freezing the variance too early is worse"),
       _same(runs, ONEBIT_LAMB, LAMB, "1-bit LAMB: same convergence"),
       _volume(sent),
-      _pods(pods),
+      *([_pods(pods)] if pods else []),
     ],
     rows=[*rows, *pods],
     summary=summary,

@@ -60,7 +60,7 @@ SCALES = {
     steps=10,
     batch_size=16,
     size="tiny",
-    topologies=("v5e:2x2",),
+    topologies=(),
   ),
 }
 
