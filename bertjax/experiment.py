@@ -263,6 +263,7 @@ def build(
     params=params,
     logical_axes=axes,
     tokens_per_step=data.dataset().tokens_per_batch(data.batch_size),
+    mesh=mesh,
   )
   key, step_key = (
     jax.random.key(settings.seed_of(what), impl=settings.prng)

@@ -22,6 +22,7 @@ from bertjax.experiment import Experiment
 from bertjax.interop import names
 from bertjax.loading import describe
 from bertjax.optim import hand_over
+from bertjax.parallel import elastic
 from bertjax.train_state import TrainState
 from bertjax.transfer import load_params_for
 
@@ -89,7 +90,10 @@ def initial_state(experiment: Experiment) -> TrainState:
     return state
   source = registry.call(InitFrom, spec, "init_from")
   if source.carry == "optimizer":
-    old = Checkpointer(source.path).restore(experiment.abstract_state).state
+    checkpoint = Checkpointer(source.path).restore(
+      experiment.abstract_state, adapt=elastic.adapt
+    )
+    old = checkpoint.state
     opt_state = hand_over(
       old.opt_state, state.opt_state, reset_schedule=source.reset_schedule
     )

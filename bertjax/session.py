@@ -16,6 +16,7 @@ from bertjax.checkpoint import Checkpointer
 from bertjax.experiment import Experiment
 from bertjax.handover import initial_state
 from bertjax.metrics import logger, meters, progress, writers
+from bertjax.parallel import elastic
 from bertjax.parallel.sharding import put_batch
 
 INTERRUPTED = "signal"
@@ -183,7 +184,9 @@ class Session:
       self.state = initial_state(experiment)
       self.start = int(self.state.step)
       return {}
-    restored = self._checkpointer.restore(experiment.abstract_state)
+    restored = self._checkpointer.restore(
+      experiment.abstract_state, adapt=elastic.adapt
+    )
     self.start, self.state = restored.step, restored.state
     print(f"Resuming at step {self.start}.", file=sys.stderr)
     for line in records.config_changes(experiment, self._workdir):

@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bertjax.objectives.base import Metrics, Objective, total_loss
 from bertjax.optim import Optimizer, gradient_norm
+from bertjax.parallel.error_feedback import local_params
 from bertjax.parallel.sharding import batch_sharding, batch_shards
 from bertjax.train_state import TrainState
 
@@ -131,8 +132,11 @@ def train_step(
       loss = total_loss(sums, weights, objective.coefficients)
       return loss, (metrics, extra)
 
+    params = state.params
+    if local:
+      params = local_params(params, state.opt_state)
     loss, grads, metrics, extra = accumulate(
-      loss_fn, state.params, state.extra, batch, key, microbatches
+      loss_fn, params, state.extra, batch, key, microbatches
     )
     updates, opt_state = optimizer.transform.update(
       grads, state.opt_state, state.params
@@ -162,6 +166,13 @@ def train_step(
   return step
 
 
+def _over_data(sharding: NamedSharding) -> PartitionSpec:
+  """The part of a sharding that concerns the axis "data"."""
+  return PartitionSpec(
+    *("data" if entry == "data" else None for entry in sharding.spec)
+  )
+
+
 def compile_step(
   objective: Objective,
   optimizer: Optimizer,
@@ -181,18 +192,19 @@ def compile_step(
     microbatches: parts that the batch is split into.
 
   Raises:
-    ValueError: the batch does not divide (`check_batch`), or an optimizer that
-      wants local gradients meets parameters sharded over "data".
+    ValueError: the batch does not divide (`check_batch`).
   """
   batch_size = next(iter(batch_spec.values())).shape[0]
   check_batch(batch_size, microbatches, mesh)
   step = train_step(objective, optimizer, microbatches)
   if optimizer.local_gradients:
+    # Of each worker's own; the axes within a worker stay automatic.
+    specs = jax.tree.map(_over_data, shardings)
     step = jax.shard_map(
       step,
       mesh=mesh,
-      in_specs=(PartitionSpec(), PartitionSpec("data")),
-      out_specs=PartitionSpec(),
+      in_specs=(specs, PartitionSpec("data")),
+      out_specs=(specs, PartitionSpec()),
       axis_names={"data"},
       # The update is the same on every shard, which types can't show.
       check_vma=False,

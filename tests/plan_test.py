@@ -41,9 +41,13 @@ class ConfigsTest(parameterized.TestCase):
       _, facts = lower_step(devices, settings=stage, vocab_size=30_522)
       self.assertEqual(facts.mesh["data"], len(devices))
       self.assertEqual(facts.tokens, facts.batch_size * facts.seq_len)
-      # Replicated; two moments per parameter, and a few scalars.
+      # Replicated; two moments per parameter, and a few scalars; what a worker
+      # of a compressed average still owes, and its share of the servers' debt.
       self.assertEqual(facts.parameter_bytes, 4 * facts.parameters)
-      self.assertBetween(facts.optimizer_bytes / facts.parameter_bytes, 2, 2.01)
+      kept = facts.optimizer_bytes / facts.parameter_bytes
+      if stage.optim["name"].startswith("onebit"):
+        kept -= 1 + 1 / len(devices)
+      self.assertBetween(kept, 2, 2.01)
 
   @parameterized.parameters("mnli", "squad", "swag", "conll2003", "stsb")
   def test_fine_tuning_lowers_without_folder_and_examples(self, task):

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -19,6 +19,12 @@ from jax.experimental import multihost_utils
 
 from bertjax import rules
 from bertjax.checkpoint import disk
+
+# (saved shapes by path name, wanted abstract state) -> the abstract state to
+# read, and a function that makes the wanted state of it.
+Adapt = Callable[
+  [Mapping[str, tuple[int, ...]], Any], tuple[Any, Callable[[Any], Any]]
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,7 +313,13 @@ class Checkpointer:
     """The step whose saved `best_metric` is best; the later one of equals."""
     return _best_step(self.folder, self._best_metric, self._best_sign)
 
-  def restore(self, abstract_state: Any, step: int | None = None) -> Restored:
+  def restore(
+    self,
+    abstract_state: Any,
+    step: int | None = None,
+    *,
+    adapt: Adapt | None = None,
+  ) -> Restored:
     """Reads the newest intact checkpoint, onto any number of devices.
 
     Args:
@@ -315,6 +327,8 @@ class Checkpointer:
         structure that was saved. A leaf without sharding goes to the default
         device.
       step: read this checkpoint and no other.
+      adapt: for arrays whose shapes depend on the number of devices, such as
+        `parallel.elastic.adapt`.
 
     Raises:
       FileNotFoundError: there is no checkpoint (of this step).
@@ -335,11 +349,17 @@ class Checkpointer:
     disk.report(self.folder, chosen, skipped)
     path = self.folder / str(chosen)
     meta = disk.read_json(path / disk.META)
+    finish = None
+    if adapt is not None:
+      shapes = {name: tuple(shape) for name, shape, _ in meta["arrays"]}
+      abstract_state, finish = adapt(shapes, abstract_state)
     _refuse_foreign(meta["arrays"], _describe(abstract_state), path)
     state = self._orbax.restore(
       path / disk.STATE,
       args=ocp.args.StandardRestore(jax.tree.map(_placed, abstract_state)),
     )
+    if finish is not None:
+      state = finish(state)
     return Restored(
       chosen, state, meta["iterator_state"], meta["config"], tuple(skipped)
     )

@@ -27,6 +27,14 @@ _LISTS = re.compile(r"\breplica_groups=\{(\{[0-9,{}]*\})\}")
 _IOTA = re.compile(
   r"\breplica_groups=\[([0-9,]+)\]<=\[([0-9,]+)\](?:T\(([0-9,]+)\))?"
 )
+# Devices laid out as a mesh with named axes, and the axes along which it runs;
+# 'a':(2)4 is the part of axis a that has 4 places and 2 before it.
+_MESH = re.compile(
+  r"\breplica_groups=mesh\[([^\]]*)\]"
+  r"(?:, device_ids=\(\[([0-9,]+)\](?:T\(([0-9,]+)\))?\))? ?\{([^}]*)\}"
+)
+_MESH_AXIS = re.compile(r"'([^']+)'=(\d+)")
+_MESH_PART = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 _PAIRS = re.compile(r"\bsource_target_pairs=\{([0-9,{}]*)\}")
 
 
@@ -42,6 +50,8 @@ class Collective:
     times: how often in one run.
     op_name: the JAX operation that it comes from.
     source: `file:line`.
+    branch: of the conditionals around it, outermost first, which branch it
+      stands in; () if it runs in any case.
   """
 
   kind: str
@@ -50,6 +60,7 @@ class Collective:
   times: int
   op_name: str
   source: str
+  branch: tuple[int, ...] = ()
 
   @property
   def group_size(self) -> int:
@@ -117,6 +128,7 @@ def read_collectives(module: Module) -> list[Collective]:
           times=executed.times,
           op_name=instruction.op_name,
           source=module.source(instruction),
+          branch=executed.branch,
         )
       )
   return found
@@ -172,10 +184,39 @@ def _groups(
     rows = re.findall(r"\{([0-9,]+)\}", match[1])
     return tuple(tuple(map(int, row.split(","))) for row in rows)
   if match := _IOTA.search(text):
-    shape, dims, order = (
-      [int(n) for n in (part or "").split(",") if n] for part in match.groups()
-    )
-    ids = np.arange(np.prod(dims)).reshape(dims)
-    ids = ids.transpose(order) if order else ids
-    return tuple(map(tuple, ids.reshape(shape).tolist()))
+    ids = _iota(match[2], match[3])
+    return tuple(map(tuple, ids.reshape(_numbers(match[1])).tolist()))
+  if match := _MESH.search(text):
+    return _mesh_groups(*match.groups())
   return (tuple(range(devices)),)
+
+
+def _numbers(text: str | None) -> list[int]:
+  return [int(n) for n in (text or "").split(",") if n]
+
+
+def _iota(dims: str, order: str | None) -> np.ndarray:
+  ids = np.arange(np.prod(_numbers(dims))).reshape(_numbers(dims))
+  return ids.transpose(_numbers(order)) if order else ids
+
+
+def _mesh_groups(
+  axes: str, dims: str | None, order: str | None, along: str
+) -> tuple[tuple[int, ...], ...]:
+  """Groups of devices that differ only in their places on the axes `along`."""
+  sizes = {name: int(size) for name, size in _MESH_AXIS.findall(axes)}
+  parts = {
+    name: (int(before or 1), int(size or sizes[name]))
+    for name, before, size in _MESH_PART.findall(along)
+  }
+  shape, moved = [], []
+  for name, size in sizes.items():
+    before, own = parts.get(name, (1, 1))
+    if name in parts:
+      moved.append(len(shape) + 1)
+    shape += [before, own, size // before // own]
+  count = str(int(np.prod(list(sizes.values()))))
+  ids = _iota(dims or count, order).reshape(shape)
+  ids = np.moveaxis(ids, moved, range(-len(moved), 0))
+  length = int(np.prod([shape[i] for i in moved]))
+  return tuple(map(tuple, ids.reshape(-1, length).tolist()))

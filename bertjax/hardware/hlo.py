@@ -121,11 +121,11 @@ class Instruction:
 
   @property
   def branches(self) -> list[str]:
-    """Computations of a conditional."""
+    """Computations of a conditional, that of false before that of true."""
     match = _BRANCHES.search(self.attributes)
     if match:
       return [name.strip().lstrip("%") for name in match[1].split(",")]
-    return _BRANCH.findall(self.attributes)
+    return _BRANCH.findall(self.attributes)[::-1]
 
 
 class Computation:
@@ -159,11 +159,14 @@ class Executed:
     instruction: what runs.
     computation: where it stands.
     times: how often in one run of the module.
+    branch: of the conditionals around it, outermost first, which branch it
+      stands in.
   """
 
   instruction: Instruction
   computation: Computation
   times: int
+  branch: tuple[int, ...] = ()
 
 
 class Module:
@@ -190,21 +193,24 @@ class Module:
 
     Of a conditional, all branches are visited.
     """
-    yield from self._walk(self.entry, 1)
+    yield from self._walk(self.entry, 1, ())
 
-  def _walk(self, name: str, times: int) -> Iterator[Executed]:
+  def _walk(
+    self, name: str, times: int, branch: tuple[int, ...]
+  ) -> Iterator[Executed]:
     computation = self.computations[name]
     for instruction in computation.instructions:
       if instruction.opcode == "while":
         trips = self.trip_count(instruction)
-        yield from self._walk(instruction.called("body"), times * trips)
+        body = instruction.called("body")
+        yield from self._walk(body, times * trips, branch)
       elif instruction.opcode == "conditional":
-        for branch in instruction.branches:
-          yield from self._walk(branch, times)
+        for index, inner in enumerate(instruction.branches):
+          yield from self._walk(inner, times, (*branch, index))
       elif instruction.opcode == "call":
-        yield from self._walk(instruction.called("to_apply"), times)
+        yield from self._walk(instruction.called("to_apply"), times, branch)
       else:
-        yield Executed(instruction, computation, times)
+        yield Executed(instruction, computation, times, branch)
 
   def trip_count(self, loop: Instruction) -> int:
     """Iterations of a `while`; 1 if its bound is not a constant."""

@@ -7,10 +7,13 @@ tests then covers it. Of the context below a row takes what its signature names:
   stacked_axes: (name, leaf) -> axes that replicate layers.
   norm_axes: (name, leaf) -> mesh axes of per-layer norms, inside shard_map.
   global_norm_axes: the same for norms of the whole gradient.
+  workers: who averages, for an optimizer that does so itself.
+  total_steps: of the phase.
+  trainable: (name, leaf) -> None, or which of the leaf's layers train.
 
 An optimizer that needs *local* gradients (compressed all-reduce) returns a
-`LocalGradientTransformation`; the step builder then runs it inside
-`jax.shard_map` on gradients that nobody has averaged.
+`LocalGradientTransformation` (`local.local_chain`); the step builder then runs
+it inside `jax.shard_map` on gradients that nobody has averaged.
 """
 
 import dataclasses
@@ -22,14 +25,23 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from bertjax import registry
 from bertjax.optim import clip, rates, selection, trust_ratio
 from bertjax.optim.adamw import adam, adamw, scale_by_adam
 from bertjax.optim.clip import clip_by_global_norm, clip_tree, global_norm
+from bertjax.optim.freezing import freeze_now
 from bertjax.optim.lamb import lamb
 from bertjax.optim.lars import lars
+from bertjax.optim.local import LocalGradientTransformation
+from bertjax.optim.onebit_adam import (
+  compressed_gradient_adam,
+  onebit_adam,
+  onebit_sgd,
+)
+from bertjax.optim.onebit_lamb import onebit_lamb
 from bertjax.optim.schedules import (
   SCHEDULES,
   Schedule,
@@ -38,6 +50,9 @@ from bertjax.optim.schedules import (
 )
 from bertjax.optim.state import hand_over, state_shardings
 from bertjax.optim.trust_ratio import layer_statistics, scale_by_trust_ratio
+from bertjax.optim.zero_one_adam import zero_one_adam
+from bertjax.parallel.error_feedback import Workers
+from bertjax.parallel.sharding import parameter_shardings
 
 __all__ = [
   "OPTIMIZERS",
@@ -51,24 +66,23 @@ __all__ = [
   "build_schedule",
   "clip_by_global_norm",
   "clip_tree",
+  "compressed_gradient_adam",
+  "freeze_now",
   "global_norm",
   "gradient_norm",
   "hand_over",
   "lamb",
   "lars",
   "layer_statistics",
+  "onebit_adam",
+  "onebit_lamb",
+  "onebit_sgd",
   "scale_by_adam",
   "scale_by_trust_ratio",
   "square_root_scaling",
   "state_shardings",
+  "zero_one_adam",
 ]
-
-
-class LocalGradientTransformation(optax.GradientTransformationExtraArgs):
-  """A transformation whose `update` takes this worker's own gradients.
-
-  It must run inside `jax.shard_map` and does its own reduction.
-  """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +104,14 @@ class Optimizer:
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   "adam": adam,
   "adamw": adamw,
+  "compressed_gradient_adam": compressed_gradient_adam,
   "lamb": lamb,
   "lars": lars,
+  "onebit_adam": onebit_adam,
+  "onebit_lamb": onebit_lamb,
+  "onebit_sgd": onebit_sgd,
   "sgd": optax.sgd,
+  "zero_one_adam": zero_one_adam,
 }
 
 
@@ -104,6 +123,7 @@ def build_optimizer(
   logical_axes: Any = None,
   param_specs: Any = None,
   tokens_per_step: int | float | None = None,
+  mesh: Mesh | None = None,
 ) -> Optimizer:
   """The optimizer that a config's `optim` describes.
 
@@ -124,6 +144,8 @@ def build_optimizer(
       `jax.shard_map`; None under jit, where norms are global by themselves.
     tokens_per_step: tokens of a global batch, padding included, for schedules
       that count in tokens.
+    mesh: of the run. An optimizer that averages by itself does so over its axis
+      "data"; without a mesh it has nobody to average with.
 
   Raises:
     ValueError: names the field of an unknown option or a bad value; or a
@@ -145,12 +167,21 @@ def build_optimizer(
     if logical_axes is None
     else selection.stacked_from_logical(logical_axes)
   )
-  context: dict[str, Any] = {"stacked_axes": stacked}
+  context: dict[str, Any] = {
+    "stacked_axes": stacked,
+    "total_steps": total_steps,
+  }
+  if "workers" in takes:
+    context["workers"] = _workers(params, logical_axes, stacked, mesh)
   if param_specs is not None:
     context |= {
       "norm_axes": trust_ratio.norm_axes_from_specs(param_specs, stacked),
       "global_norm_axes": trust_ratio.norm_axes_from_specs(param_specs),
     }
+  if "trainable" in takes:
+    context["trainable"] = _trainable(
+      params, spec.get("freeze_lowest"), stacked
+    )
   if "learning_rate" not in spec:
     raise ValueError("optim.learning_rate is required: the peak rate.")
   schedule = build_schedule(
@@ -177,6 +208,7 @@ def build_optimizer(
       params,
       stacked,
       context.get("global_norm_axes"),
+      context.get("workers"),
       **options,
     ),
     schedule=schedule,
@@ -203,8 +235,47 @@ def gradient_norm(opt_state: Any) -> Float[Array, ""]:
   )
 
 
+def _workers(
+  params: Any, logical_axes: Any, stacked: selection.AxesFn, mesh: Mesh | None
+) -> Workers:
+  """Who averages, and how parameters are sharded within each of them."""
+  if mesh is None or logical_axes is None:
+    return Workers(mesh, stacked_axes=stacked)
+  shardings = parameter_shardings(params, logical_axes, mesh)
+  specs = {
+    name: sharding.spec
+    for name, sharding in selection.by_name(shardings).items()
+  }
+  return Workers(mesh, specs, stacked)
+
+
+def _trainable(
+  params: Any, freeze_lowest: int | None, stacked: selection.AxesFn
+) -> Callable[[str, Any], Any]:
+  """(name, leaf) -> None, or booleans: which layers `freeze_lowest` leaves."""
+  kept = (
+    {}
+    if freeze_lowest is None
+    else rates.frozen_factors(params, freeze_lowest, stacked)
+  )
+
+  def trainable(name: str, leaf: Any) -> Any:
+    if np.all(kept.get(name, 1.0)):
+      return None
+    return np.broadcast_to(kept[name] > 0, leaf.shape)
+
+  return trainable
+
+
 def _check_options(spec: Mapping[str, Any], allowed: set[str]) -> None:
-  context = {"stacked_axes", "norm_axes", "global_norm_axes"}
+  context = {
+    "stacked_axes",
+    "norm_axes",
+    "global_norm_axes",
+    "workers",
+    "total_steps",
+    "trainable",
+  }
   allowed = allowed - context
   for key in spec:
     if key in context:
@@ -223,9 +294,10 @@ def _surround(
   params: Any,
   stacked: selection.AxesFn,
   global_norm_axes: trust_ratio.MeshAxesFn | None,
+  workers: Workers | None,
   *,
   clip_norm: float | None = None,
-  clip_scope: str = "global",
+  clip_scope: str | None = None,
   lr_multipliers: Sequence[tuple[str, float]] = (),
   layerwise_decay: float | None = None,
   freeze: selection.Rule = (),
@@ -238,10 +310,11 @@ def _surround(
     params: parameters, possibly abstract.
     stacked: (name, leaf) -> stacked axes.
     global_norm_axes: mesh axes of the gradient's norm, inside shard_map.
-    clip_norm: clips the global gradient norm; None only records it. With an
-      optimizer that takes local gradients this clips each worker's own.
-    clip_scope: "global" clips the gradient of the batch; "per_shard" that of
-      each data shard before they are averaged, as BERT was trained on TPU.
+    workers: of an optimizer that takes local gradients.
+    clip_norm: clips the global gradient norm; None only records it.
+    clip_scope: "global" clips the gradient of the batch, by default;
+      "per_shard" that of each data shard before they are averaged, as BERT was
+      trained on TPU. The only one for an optimizer that takes local gradients.
     lr_multipliers: `[(regex, factor)]`, first match wins, 1 for the rest.
     layerwise_decay: factor per layer counted from the top.
     freeze: parameters that stay as they are and have no state.
@@ -274,7 +347,7 @@ def _surround(
 
   wrapped = optax.chain(
     rates.scale_by_factors(partly),
-    _clipping(transform, clip_norm, clip_scope, global_norm_axes),
+    _clipping(transform, clip_norm, clip_scope, global_norm_axes, workers),
     transform,
     rates.scale_by_factors(factors),
     rates.scale_by_factors(partly),
@@ -287,19 +360,24 @@ def _surround(
 def _clipping(
   transform: optax.GradientTransformation,
   clip_norm: float | None,
-  clip_scope: str,
+  clip_scope: str | None,
   global_norm_axes: trust_ratio.MeshAxesFn | None,
+  workers: Workers | None,
 ) -> optax.GradientTransformationExtraArgs:
   """What stands before the optimizer; see `_surround`."""
   scopes = dict.fromkeys(("global", "per_shard"))
-  registry.lookup(scopes, clip_scope, "optim.clip_scope")
-  if clip_scope == "global":
-    return clip.clip_by_global_norm(clip_norm, global_norm_axes)
-  if clip_norm is None:
+  if clip_scope is not None:
+    registry.lookup(scopes, clip_scope, "optim.clip_scope")
+  if clip_scope == "per_shard" and clip_norm is None:
     raise ValueError("optim.clip_scope='per_shard' needs optim.clip_norm.")
   if isinstance(transform, LocalGradientTransformation):
-    raise ValueError(
-      "optim.clip_scope='per_shard' averages the gradients, which this"
-      " optimizer does itself; leave it out: clip_norm is per shard anyway."
-    )
-  return clip.clip_per_shard(clip_norm)
+    if clip_scope == "global":
+      raise ValueError(
+        "optim.clip_scope='global' has no meaning for this optimizer: nobody"
+        " has the averaged gradient whose norm it would take. Leave it out:"
+        " clip_norm then clips each worker's own gradient."
+      )
+    return clip.clip_own(clip_norm, workers.count, workers.axis)
+  if clip_scope == "per_shard":
+    return clip.clip_per_shard(clip_norm)
+  return clip.clip_by_global_norm(clip_norm, global_norm_axes)

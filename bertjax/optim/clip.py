@@ -3,7 +3,8 @@
 Where the clip stands is a choice of algorithm. BERT's own code clips the
 gradient of each replica before the all-reduce; everybody else clips the
 averaged gradient. `clip_per_shard` is the first form, `clip_by_global_norm` the
-second. `clip_tree` is the same thing without a state.
+second; `clip_own` leaves the averaging to the optimizer. `clip_tree` is the
+same thing without a state.
 """
 
 from collections.abc import Callable
@@ -128,6 +129,34 @@ def clip_per_shard(
     own = _scaled(grads, jnp.float32(count))
     clipped, state = clipper.update(own, None)
     return jax.lax.pmean((clipped, state.norm), axis)
+
+  return _remembering(rescale)
+
+
+def clip_own(
+  max_norm: float | None, count: int, axis: str | None
+) -> optax.GradientTransformationExtraArgs:
+  """Clips each worker's gradient and averages nothing.
+
+  Like `clip_per_shard`, but the gradients go on to an optimizer that reduces
+  them itself: they still add up to that of the batch. The norm that it keeps is
+  the mean one.
+
+  Args:
+    max_norm: largest norm of `count` times a worker's part; None only measures.
+    count: workers.
+    axis: mesh axis of the workers; None outside of `jax.shard_map`.
+
+  Raises:
+    ValueError: `max_norm` is not positive.
+  """
+  clipper = clip_by_global_norm(max_norm)
+
+  def rescale(grads):
+    own = _scaled(grads, jnp.float32(count))
+    clipped, state = clipper.update(own, None)
+    norm = state.norm if axis is None else jax.lax.pmean(state.norm, axis)
+    return _scaled(clipped, jnp.float32(1 / count)), norm
 
   return _remembering(rescale)
 

@@ -274,6 +274,46 @@ def inverse_sqrt(
   )
 
 
+def staircase(
+  learning_rate: float,
+  total_steps: int,
+  *,
+  every: int | float = 520,
+  factor: float = 0.99,
+  warmup: int | float = 0,
+  warmup_start: int = 0,
+) -> Schedule:
+  """peak factor^floor((t - w) / every), w the end of warm-up, until the end.
+
+  Args:
+    learning_rate: the peak.
+    total_steps: of the phase.
+    every: length of a stair, steps (int) or fraction of all (float).
+    factor: of one stair over the one before, in (0, 1].
+    warmup: see `polynomial`.
+    warmup_start: see `polynomial`.
+
+  Raises:
+    ValueError: an argument out of range.
+
+  Reference: Tang et al. 2021, arXiv:2102.02888, section 7.1.
+  """
+  length = every
+  if isinstance(every, float):
+    length = durations.steps_of(every, total_steps, "optim.schedule.every")
+  if not length >= 1:
+    raise ValueError(f"optim.schedule.every={every} must be at least one step.")
+  if not 0 < factor <= 1:
+    raise ValueError(f"optim.schedule.factor={factor} must be in (0, 1].")
+  ramp = _ramp(warmup, warmup_start, total_steps)
+
+  def stairs(t):
+    t = jnp.clip(t - ramp.end, 0.0, max(total_steps - ramp.end, 0))
+    return factor ** jnp.floor(t / length)
+
+  return Schedule(learning_rate, _warmed(stairs, ramp))
+
+
 def trapezoid(
   learning_rate: float,
   total_steps: int,
@@ -396,6 +436,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
   "linear_reference": linear_reference,
   "polynomial": polynomial,
   "polynomial_reference": polynomial_reference,
+  "staircase": staircase,
   "trapezoid": trapezoid,
   "two_phase": two_phase,
 }

@@ -11,7 +11,8 @@ import jax
 import optax
 
 from bertjax import rules
-from bertjax.optim import selection
+from bertjax.optim import freezing, selection
+from bertjax.parallel import error_feedback
 
 
 def state_shardings(
@@ -20,7 +21,8 @@ def state_shardings(
   """A sharding for every leaf of an optimizer state.
 
   A leaf whose path ends with a parameter's path and whose shape is that
-  parameter's gets its sharding; all else gets `replicated`. (Under
+  parameter's gets its sharding; what each worker has of its own is sharded over
+  the workers as well; all else gets `replicated`. (Under
   `jit(transform.init)` the compiler would find most of it by itself; say it,
   and a restored checkpoint lands where the step wants it.)
 
@@ -44,6 +46,8 @@ def state_shardings(
   }
 
   def pick(path, leaf):
+    if error_feedback.is_per_worker(leaf):
+      return error_feedback.shard(leaf, by_name, replicated)
     parts = rules.path_name(path).split("/")
     # The longest suffix first: a parameter's path can end with another's.
     for i in range(len(parts)):
@@ -52,7 +56,9 @@ def state_shardings(
         return by_name[name]
     return replicated
 
-  return jax.tree_util.tree_map_with_path(pick, opt_state)
+  return jax.tree_util.tree_map_with_path(
+    pick, opt_state, is_leaf=error_feedback.is_per_worker
+  )
 
 
 def hand_over(
@@ -66,12 +72,14 @@ def hand_over(
 
   Phase 2 of BERT and LAMB warms the learning rate up again but keeps the
   moments and their debiasing counter: the defaults. Overwriting the one counter
-  with the other changes the debiasing, so they are separate here.
+  with the other changes the debiasing, so they are separate here. With the
+  schedule also restart the phases of an optimizer that freezes its variance,
+  and what its workers have of their own, which other data made.
 
   Args:
     old: state at the end of the previous phase.
     fresh: `transform.init(params)` of the new phase's optimizer.
-    reset_schedule: the step that the schedule sees restarts at 0.
+    reset_schedule: the step that the schedule sees restarts at 0, see above.
     reset_moments: moments and debiasing counter restart.
 
   Returns:
@@ -82,7 +90,10 @@ def hand_over(
   """
 
   def is_schedule(node):
-    return isinstance(node, optax.ScaleByScheduleState)
+    return isinstance(
+      node,
+      optax.ScaleByScheduleState | freezing.PhaseState | freezing.Intervals,
+    ) or error_feedback.is_per_worker(node)
 
   old_leaves = selection.by_name(old, is_leaf=is_schedule)
   fresh_leaves = selection.by_name(fresh, is_leaf=is_schedule)

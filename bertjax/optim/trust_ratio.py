@@ -130,6 +130,35 @@ def sum_squares(
   return jax.tree_util.tree_unflatten(treedef, totals)
 
 
+def per_slice(
+  tree: Any,
+  reduce: Callable[..., Array],
+  stacked_axes: selection.AxesFn | Any | None = None,
+) -> Any:
+  """`reduce(leaf, axis=...)` over every slice: a tree like `tree`."""
+  stacked = selection.as_axes_fn(stacked_axes)
+
+  def one(path, leaf):
+    kept = _slices(rules.path_name(path), leaf, stacked, None).kept
+    gone = tuple(a for a in range(leaf.ndim) if a not in kept)
+    return reduce(leaf, axis=gone)
+
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def expand_slices(
+  numbers: Any, tree: Any, stacked_axes: selection.AxesFn | Any | None = None
+) -> Any:
+  """One number per slice, shaped to broadcast against the leaves of `tree`."""
+  stacked = selection.as_axes_fn(stacked_axes)
+
+  def one(path, leaf, number):
+    slices = _slices(rules.path_name(path), leaf, stacked, None)
+    return slices.expand(number, leaf)
+
+  return jax.tree_util.tree_map_with_path(one, tree, numbers)
+
+
 def norm_axes_from_specs(
   specs: Any, stacked_axes: selection.AxesFn | Any | None = None
 ) -> MeshAxesFn:

@@ -225,5 +225,56 @@ class ArrayTest(parameterized.TestCase):
     self.assertEqual([a.bytes for a in found], [8, 4])
 
 
+class GroupsTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("mesh['a'=2,'b'=3], device_ids=([6]) {'b'}", ((0, 1, 2), (3, 4, 5))),
+    ("mesh['a'=2,'b'=3] {'a'}", ((0, 3), (1, 4), (2, 5))),
+    (
+      "mesh['a'=2,'b'=1,'c'=3], device_ids=([3,2]T(1,0)) {'a'}",
+      ((0, 1), (2, 3), (4, 5)),
+    ),
+    ("mesh['a'=4] {'a':(1)2}", ((0, 2), (1, 3))),
+    ("mesh['a'=4] {'a':(2)2}", ((0, 1), (2, 3))),
+  )
+  def test_groups_of_named_axes(self, groups, expected):
+    text = f"""\
+HloModule m, num_partitions=6
+
+ENTRY %main (p: f32[4]) -> f32[8] {{
+  %p = f32[4]{{0}} parameter(0)
+  ROOT %g = f32[8]{{0}} all-gather(%p), replica_groups={groups}
+}}
+"""
+    (found,) = read_collectives(Module(text))
+    self.assertEqual(found.groups, expected)
+
+  @parameterized.parameters(
+    "branch_computations={%no, %yes}",
+    "true_computation=%yes, false_computation=%no",
+  )
+  def test_a_collective_knows_its_branch(self, branches):
+    text = f"""\
+HloModule m, num_partitions=2
+
+%no (a: f32[4]) -> f32[4] {{
+  ROOT %a = f32[4]{{0}} parameter(0)
+}}
+
+%yes (b: f32[4]) -> f32[4] {{
+  %b = f32[4]{{0}} parameter(0)
+  ROOT %r = f32[4]{{0}} all-reduce(%b), replica_groups={{{{0,1}}}}
+}}
+
+ENTRY %main (p: f32[4], c: pred[]) -> f32[4] {{
+  %p = f32[4]{{0}} parameter(0)
+  %c = pred[] parameter(1)
+  %before = f32[4]{{0}} all-reduce(%p), replica_groups={{{{0,1}}}}
+  ROOT %q = f32[4]{{0}} conditional(%c, %before, %before), {branches}
+}}
+"""
+    found = read_collectives(Module(text))
+    self.assertEqual([c.branch for c in found], [(), (1,)])
+
+
 if __name__ == "__main__":
   absltest.main()

@@ -239,7 +239,7 @@ class BatteryTest(parameterized.TestCase):
     adams = [
       node
       for node in jax.tree.leaves(handed, is_leaf=lambda x: hasattr(x, "mu"))
-      if hasattr(node, "mu")
+      if hasattr(node, "mu") and "count" in node._fields
     ]
     for node in adams:
       self.assertEqual(node.count, 3)

@@ -48,6 +48,11 @@ class SchedulesTest(parameterized.TestCase):
     ("constant", dict(name="constant"), {20: 1.0, 100: 1.0}),
     ("inverse_sqrt", dict(name="inverse_sqrt"), {20: 1.0, 80: 0.5}),
     (
+      "staircase",
+      dict(name="staircase", every=30, factor=0.5),
+      {20: 1.0, 49: 1.0, 50: 0.5, 80: 0.25},
+    ),
+    (
       "trapezoid",
       dict(name="trapezoid", decay=40, end_factor=0.2),
       {20: 1.0, 60: 1.0, 70: 0.6, 100: 0.2},
@@ -195,6 +200,8 @@ class SchedulesTest(parameterized.TestCase):
     (dict(name="linear", warmup=-0.1), "warmup=-0.1"),
     (dict(name="linear", warmup=True), "warmup=True"),
     (dict(name="linear", warmup=5, warmup_start=-6), "warmup_start=-6"),
+    (dict(name="staircase", every=0), "every=0 must be at least one"),
+    (dict(name="staircase", factor=1.1), "factor=1.1 must be in"),
     (dict(name="linear", end_factor=2.0), "end_factor=2.0"),
     (dict(name="polynomial", power=0), "power=0"),
     (dict(name="linaer"), "optim.schedule.name='linaer' .* 'linear'"),

@@ -1,0 +1,91 @@
+"""What optimizers that do their own reduction have in common."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bertjax.optim import selection
+from bertjax.parallel.compressed import Compression
+from bertjax.parallel.error_feedback import Workers
+
+
+class LocalGradientTransformation(optax.GradientTransformationExtraArgs):
+  """A transformation whose `update` takes this worker's own gradients.
+
+  Those of all workers add up to the gradient of the batch. It must run inside
+  `jax.shard_map` and does its own reduction; its updates are the same on every
+  worker.
+  """
+
+
+def build_compression(
+  scale: str, granularity: str | int, error_feedback: bool
+) -> Compression:
+  """The compression that a row's options describe.
+
+  Raises:
+    ValueError: names the option.
+  """
+  try:
+    return Compression(scale, granularity, error_feedback)
+  except ValueError as err:
+    raise ValueError(f"optim.{err}") from err
+
+
+def local_chain(
+  workers: Workers, *transforms: optax.GradientTransformation
+) -> LocalGradientTransformation:
+  """A chain that skips a step when any worker's gradient is not finite.
+
+  A skipped step changes nothing, errors and counters included, on any worker.
+  """
+  chain = optax.chain(*transforms)
+
+  def update(updates, state, params=None, **extra_args):
+    finite = jnp.array(True)
+    for leaf in jax.tree.leaves(updates):
+      finite &= jnp.all(jnp.isfinite(leaf))
+
+    def skip():
+      return jax.tree.map(jnp.zeros_like, updates), state
+
+    def act():
+      return chain.update(updates, state, params, **extra_args)
+
+    return jax.lax.cond(workers.all(finite), act, skip)
+
+  return LocalGradientTransformation(chain.init, update)
+
+
+def with_uncompressed(
+  compressed: optax.GradientTransformation,
+  plain: optax.GradientTransformation,
+  rule: selection.Rule,
+  workers: Workers,
+) -> optax.GradientTransformationExtraArgs:
+  """`compressed`, except on the tensors that `rule` selects.
+
+  Those get `plain` on the sum of the workers' gradients.
+  """
+  if not callable(rule) and not rule:
+    return optax.with_extra_args_support(compressed)
+
+  def mask(value):
+    def masked(tree):
+      chosen = selection.select(rule, tree, "optim.uncompressed")
+      return jax.tree.map(lambda selected: selected == value, chosen)
+
+    return masked
+
+  summed = optax.stateless(lambda updates, params: workers.sum(updates))
+  return optax.chain(
+    optax.masked(compressed, mask(False)),
+    optax.masked(optax.chain(summed, plain), mask(True)),
+  )
+
+
+def float32(tree: Any) -> Any:
+  """The tree in float32."""
+  return jax.tree.map(lambda x: x.astype(jnp.float32), tree)

@@ -1,0 +1,387 @@
+"""An all-reduce that sends one bit per number, with errors fed back.
+
+n workers average vectors that they send as signs and a few scales. Worker k is
+also the server of chunk k:
+
+    c_i = x_i + e_i;  e_i <- c_i - s_i sign(c_i)            each worker
+    u_k = mean_i s_i sign(c_i)_k + d_k                      server of chunk k
+    d_k <- u_k - t_k sign(u_k)
+    out = concat_k t_k sign(u_k)                            everybody
+
+with sign(0) = +1 and scales s, t over what `Compression.granularity` says. What
+is not sent stays in the errors e and d, so that
+
+    out + d + mean_i e_i  (new)  =  mean_i (x_i + e_i) + d  (old).
+
+Vectors come as lists of arrays, a tensor each. A tensor of m numbers is cut
+into n pieces of ceil(m / n); chunk k is the k-th piece of all of them, packed
+32 signs to a word. Padding has no sign that counts, no scale and no error.
+
+Reference: Tang et al. 2021, arXiv:2102.02888, algorithm 1 and figure 3.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, UInt32
+
+BITS = 32  # signs in a word
+GRANULARITIES = ("buffer", "chunk", "tensor", "layer")
+SCALES = ("l1", "rms")
+
+
+@dataclasses.dataclass(frozen=True)
+class Compression:
+  """How numbers become signs and scales.
+
+  Attributes:
+    scale: "l1", the mean magnitude, which makes the error least; or "rms", as
+      DeepSpeed has it.
+    granularity: what shares a scale. "buffer": all numbers of a worker, and
+      all of a server's chunk; "chunk": those of a chunk, on both sides;
+      "tensor"; "layer": a layer of a scanned stack; or an int: blocks of at
+      most so many numbers.
+    error_feedback: keep what was not sent; False is for ablations.
+  """
+
+  scale: str = "l1"
+  granularity: str | int = "buffer"
+  error_feedback: bool = True
+
+  def __post_init__(self):
+    if self.scale not in SCALES:
+      raise ValueError(
+        f"scale={self.scale!r} is unknown; choose from {', '.join(SCALES)}."
+      )
+    blocks = isinstance(self.granularity, int) and self.granularity is not True
+    if blocks and self.granularity < 1:
+      raise ValueError(
+        f"granularity={self.granularity}: blocks have at least one number."
+      )
+    if not blocks and self.granularity not in GRANULARITIES:
+      raise ValueError(
+        f"granularity={self.granularity!r} is unknown; choose from"
+        f" {', '.join(GRANULARITIES)}, or an int for blocks."
+      )
+
+  @property
+  def by_block(self) -> bool:
+    """Whether granularity is a size of blocks."""
+    return isinstance(self.granularity, int)
+
+
+class Grid(NamedTuple):
+  """How a tensor divides: `[chunks, rows, blocks, block]` with its padding.
+
+  Attributes:
+    rows: layers with scales of their own, else 1.
+    length: numbers in a row.
+    blocks: of a row's piece in one chunk.
+    block: numbers in a block, padding included.
+  """
+
+  rows: int
+  length: int
+  blocks: int
+  block: int
+
+  @property
+  def piece(self) -> int:
+    """Numbers of a row in one chunk, padding included."""
+    return self.blocks * self.block
+
+  def split(self, x: Array, chunks: int) -> Array:
+    """`[...]` -> `[chunks, rows, blocks, block]`, padded with zeros."""
+    x = x.reshape(self.rows, self.length)
+    missing = chunks * self.piece - self.length
+    x = jnp.pad(x, ((0, 0), (0, missing)))
+    x = x.reshape(self.rows, chunks, self.blocks, self.block)
+    return jnp.swapaxes(x, 0, 1)
+
+  def join(self, x: Array, shape: Sequence[int]) -> Array:
+    """The inverse of `split`."""
+    x = jnp.swapaxes(x, 0, 1).reshape(self.rows, x.shape[0] * self.piece)
+    return x[:, : self.length].reshape(shape)
+
+
+def grid_of(
+  shape: Sequence[int], chunks: int, compression: Compression, stacked: int = 0
+) -> Grid:
+  """How a tensor of this shape divides into chunks.
+
+  Args:
+    shape: of the tensor, on one device.
+    chunks: number of workers.
+    compression: its granularity counts.
+    stacked: leading axes that only replicate layers.
+  """
+  size = math.prod(shape)
+  rows = 1
+  if compression.granularity == "layer" and size:
+    rows = math.prod(shape[:stacked])
+  length = size // rows
+  piece = -(-length // chunks)
+  blocks = 1
+  if compression.by_block:
+    blocks = max(1, -(-piece // compression.granularity))
+  return Grid(rows, length, blocks, -(-piece // blocks))
+
+
+def pack_signs(positive: Bool[Array, "n p"]) -> UInt32[Array, "n w"]:
+  """32 signs to a word, the i-th of which is bit i of words `i w` apart.
+
+  Interleaved so that no step works across neighbouring lanes.
+  """
+  rows, count = positive.shape
+  words = -(-count // BITS)
+  bits = jnp.pad(positive, ((0, 0), (0, words * BITS - count)))
+  bits = bits.astype(jnp.uint32).reshape(rows, BITS, words)
+  return jnp.sum(bits << _shifts(), axis=1, dtype=jnp.uint32)
+
+
+def unpack_signs(words: UInt32[Array, "n w"], count: int) -> Bool[Array, "n p"]:
+  """The first `count` signs that `pack_signs` packed: is it positive?"""
+  bits = (words[:, None, :] >> _shifts()) & jnp.uint32(1)
+  return bits.reshape(words.shape[0], -1)[:, :count].astype(bool)
+
+
+def _shifts() -> UInt32[Array, "1 b 1"]:
+  return jnp.arange(BITS, dtype=jnp.uint32)[None, :, None]
+
+
+class _Layout(NamedTuple):
+  """Everything about a set of tensors that is known before they are."""
+
+  compression: Compression
+  grids: tuple[Grid, ...]
+  # By tensor: mesh axes over which its sums are completed.
+  sum_axes: tuple[tuple[str, ...], ...]
+
+  @property
+  def count(self) -> int:
+    """Signs in a chunk."""
+    return sum(grid.rows * grid.piece for grid in self.grids)
+
+  @property
+  def words(self) -> int:
+    """Words of signs in a chunk."""
+    return -(-self.count // BITS)
+
+
+def _pooled(
+  layout: _Layout, parts: Sequence[Float[Array, "n r b"]]
+) -> list[Float[Array, "..."]]:
+  """Sums over what shares a scale: an entry per tensor, or a single one."""
+  how = layout.compression.granularity
+  if layout.compression.by_block:
+    return list(parts)
+  over = {"buffer": (0, 1, 2), "chunk": (1, 2), "tensor": (0, 1, 2),
+          "layer": (0, 2)}[how]  # fmt: skip
+  sums = [jnp.sum(part, axis=over, keepdims=True) for part in parts]
+  for axes in dict.fromkeys(layout.sum_axes):
+    members = [i for i, mine in enumerate(layout.sum_axes) if mine == axes]
+    if axes:
+      summed = jax.lax.psum([sums[i] for i in members], axes)
+      for i, total in zip(members, summed):
+        sums[i] = total
+  return [sum(sums)] if how in ("buffer", "chunk") else sums
+
+
+def _scales(
+  layout: _Layout,
+  values: Sequence[Float[Array, "n r b e"]],
+  valid: Sequence[Bool[Array, "n r b e"]],
+) -> list[Float[Array, "..."]]:
+  """Scales, broadcastable against the tensors' `[n, rows, blocks]`."""
+  rms = layout.compression.scale == "rms"
+  size = jnp.square if rms else jnp.abs
+  sums = _pooled(layout, [jnp.sum(size(x), axis=3) for x in values])
+  counts = _pooled(
+    layout, [jnp.sum(v, axis=3, dtype=jnp.float32) for v in valid]
+  )
+  means = [s / jnp.maximum(c, 1.0) for s, c in zip(sums, counts)]
+  return [jnp.sqrt(m) for m in means] if rms else means
+
+
+def _message(
+  layout: _Layout,
+  values: Sequence[Float[Array, "n r b e"]],
+  scales: Sequence[Float[Array, "..."]],
+) -> UInt32[Array, "n w"]:
+  """Signs, then the bits of the scales: one row for each chunk."""
+  chunks = values[0].shape[0]
+  signs = [(x >= 0).reshape(chunks, -1) for x in values]
+  flat = [
+    jnp.broadcast_to(s, (chunks, *s.shape[1:])).reshape(chunks, -1)
+    for s in scales
+  ]
+  bits = jax.lax.bitcast_convert_type(jnp.concatenate(flat, axis=1), jnp.uint32)
+  packed = pack_signs(jnp.concatenate(signs, axis=1))
+  return jnp.concatenate([packed, bits], axis=1)
+
+
+def _decoded(
+  layout: _Layout, message: UInt32[Array, "n w"], scales: Sequence[Array]
+) -> list[Float[Array, "n r b e"]]:
+  """The numbers that a message stands for.
+
+  Args:
+    layout: of the tensors.
+    message: a row per sender.
+    scales: whatever has the senders' shapes of scales.
+  """
+  senders = message.shape[0]
+  positive = unpack_signs(message[:, : layout.words], layout.count)
+  sent = jax.lax.bitcast_convert_type(message[:, layout.words :], jnp.float32)
+  found, start = [], 0
+  for scale in scales:
+    size = math.prod(scale.shape[1:])
+    part = sent[:, start : start + size]
+    found.append(part.reshape(senders, *scale.shape[1:], 1))
+    start += size
+  if len(found) == 1:
+    found *= len(layout.grids)
+  values, start = [], 0
+  for grid, scale in zip(layout.grids, found):
+    size = grid.rows * grid.piece
+    part = positive[:, start : start + size]
+    part = part.reshape(senders, grid.rows, grid.blocks, grid.block)
+    values.append(_signed(part, scale))
+    start += size
+  return values
+
+
+def _signed(positive: Array, scale: Array) -> Array:
+  scale = jnp.broadcast_to(scale, positive.shape)
+  return jnp.where(positive, scale, -scale)
+
+
+def _residuals(values, scales, valid):
+  """What is lost of the values when they are sent."""
+  if len(scales) == 1:
+    scales = list(scales) * len(values)
+  return [
+    jnp.where(v, x - _signed(x >= 0, s[..., None]), 0.0)
+    for x, s, v in zip(values, scales, valid)
+  ]
+
+
+def _valid(layout: _Layout, chunks: int, masks: Sequence[Array | None]):
+  """By tensor, which entries of its grid are numbers that are sent."""
+
+  def one(grid, mask):
+    if mask is not None:
+      return grid.split(mask, chunks)
+    shape = (chunks, grid.rows, grid.blocks, grid.block)
+    index = jax.lax.broadcasted_iota(jnp.int32, shape, 0) * grid.piece
+    index += jax.lax.broadcasted_iota(jnp.int32, shape, 2) * grid.block
+    return index + jax.lax.broadcasted_iota(jnp.int32, shape, 3) < grid.length
+
+  return [one(grid, mask) for grid, mask in zip(layout.grids, masks)]
+
+
+def compressed_all_reduce(
+  tensors: Sequence[Float[Array, "..."]],
+  worker_errors: Sequence[Float[Array, "..."]] | None,
+  server_errors: Sequence[Float[Array, "rows piece"]] | None,
+  *,
+  axis: str | None,
+  compression: Compression = Compression(),
+  stacked: Sequence[int] | None = None,
+  masks: Sequence[Bool[Array, "..."] | None] | None = None,
+  sum_axes: Sequence[tuple[str, ...]] | None = None,
+) -> tuple[list[Array], list[Array] | None, list[Array] | None]:
+  """The workers' average in one bit per number and direction, and new errors.
+
+  It sends two integer arrays, one by all-to-all and one by all-gather, each
+  with its scales as the last words. Every worker returns the same bits.
+
+  Args:
+    tensors: this worker's, float32.
+    worker_errors: what this worker has not sent yet, shaped like `tensors`;
+      None, together with `server_errors`, without error feedback.
+    server_errors: what this worker has not sent yet of its own chunk:
+      `[rows, piece]` of each tensor's `grid_of`.
+    axis: mesh axis of the workers, inside `jax.shard_map`; None for a single
+      worker outside of it.
+    compression: scales.
+    stacked: by tensor, how many leading axes only replicate layers.
+    masks: by tensor, which entries are sent; the rest is 0 in the average and
+      has no error. One bit cannot say zero, so mask what is always zero. All
+      workers must have the same masks.
+    sum_axes: by tensor, other manual mesh axes that shard it; magnitudes are
+      summed over them, so that scales do not depend on that sharding (those of
+      blocks are of one shard anyway).
+
+  Returns:
+    The average, worker errors and server errors.
+
+  Raises:
+    ValueError: only one kind of error is given, or none with error feedback.
+  """
+  given = {worker_errors is not None, server_errors is not None}
+  if given != {compression.error_feedback}:
+    raise ValueError(
+      f"error_feedback={compression.error_feedback}: give both worker_errors"
+      " and server_errors with it, neither without."
+    )
+  workers = 1 if axis is None else jax.lax.axis_size(axis)
+  none = [None] * len(tensors)
+  layout = _Layout(
+    compression,
+    tuple(
+      grid_of(x.shape, workers, compression, depth)
+      for x, depth in zip(tensors, stacked or [0] * len(tensors))
+    ),
+    tuple(map(tuple, sum_axes or [()] * len(tensors))),
+  )
+  if layout.count == 0:
+    return list(tensors), worker_errors, server_errors
+  valid = _valid(layout, workers, masks or none)
+
+  own = tensors
+  if worker_errors is not None:
+    own = [x + e for x, e in zip(tensors, worker_errors)]
+  own = [
+    jnp.where(v, grid.split(x, workers), 0.0)
+    for grid, x, v in zip(layout.grids, own, valid)
+  ]
+  scales = _scales(layout, own, valid)
+  message = _message(layout, own, scales)
+  if axis is not None:
+    message = jax.lax.all_to_all(message, axis, 0, 0, tiled=True)
+  received = _decoded(layout, message, scales)
+
+  here = 0 if axis is None else jax.lax.axis_index(axis)
+  mine = [jax.lax.dynamic_slice_in_dim(v, here, 1) for v in valid]
+  chunk = [jnp.sum(x, axis=0, keepdims=True) / workers for x in received]
+  if server_errors is not None:
+    chunk = [x + d.reshape(x.shape) for x, d in zip(chunk, server_errors)]
+  chunk = [jnp.where(v, x, 0.0) for x, v in zip(chunk, mine)]
+  averaged = _scales(layout, chunk, mine)
+  message = _message(layout, chunk, averaged)
+  if axis is not None:
+    message = jax.lax.all_gather(message, axis, tiled=True)
+  average = [
+    grid.join(jnp.where(v, x, 0.0), tensor.shape)
+    for grid, x, v, tensor in zip(
+      layout.grids, _decoded(layout, message, averaged), valid, tensors
+    )
+  ]
+  if worker_errors is None:
+    return average, None, None
+  worker_errors = [
+    grid.join(e, tensor.shape)
+    for grid, e, tensor in zip(
+      layout.grids, _residuals(own, scales, valid), tensors
+    )
+  ]
+  server_errors = [
+    e.reshape(old.shape)
+    for e, old in zip(_residuals(chunk, averaged, mine), server_errors)
+  ]
+  return average, worker_errors, server_errors

@@ -1,0 +1,420 @@
+"""Optimizers that average in one bit, through the train step on 8 devices."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl.testing import absltest, parameterized
+from jax.sharding import PartitionSpec as P
+
+from bertjax import hardware, optim
+from bertjax.checkpoint import Checkpointer
+from bertjax.hardware import hlo
+from bertjax.optim import selection
+from bertjax.optim.adamw import AdamState
+from bertjax.optim.freezing import build_rule
+from bertjax.optim.onebit_adam import OneBitAdamState
+from bertjax.optim.onebit_lamb import OneBitLambState
+from bertjax.parallel import elastic, wire
+from bertjax.parallel.compressed import Compression
+from bertjax.parallel.error_feedback import ErrorFeedback, PerWorker
+from bertjax.parallel.mesh import make_mesh
+from tests.optim import workers
+from tests.optim.workers import world
+from tests.parallel import onebit_oracle
+
+_ADAM = dict(b1=0.9, b2=0.99, eps=1e-8)
+_ONEBIT = dict(name="onebit_adam", freeze_step=3, weight_decay=0.0, **_ADAM)
+
+
+def _assert_close(actual, expected, **tolerance):
+  tolerance = dict(rtol=1e-5, atol=1e-6) | tolerance  # float32, other order
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, **tolerance),
+    jax.device_get(actual),
+    jax.device_get(expected),
+  )
+
+
+def _nodes(state, kind):
+  leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
+  return [leaf for leaf in leaves if isinstance(leaf, kind)]
+
+
+def _debt(state):
+  """Mean of the workers' errors plus the servers', by parameter."""
+  (errors,) = _nodes(state.opt_state, ErrorFeedback)
+  return jax.tree.map(
+    lambda e, d: e.mean(0) + elastic.joined_servers(d, e.shape[1:]),
+    jax.device_get(errors.worker.tree),
+    jax.device_get(errors.server),
+  )
+
+
+class OneBitAdamTest(parameterized.TestCase):
+  def test_equals_the_loop_over_workers(self):
+    n, d, steps = 4, 64, 8
+    rng = np.random.default_rng(0)
+    grads = rng.normal(size=(steps, n, d)) * rng.uniform(0.1, 2, d)
+    params = {"w": jnp.zeros(d)}
+    mesh = make_mesh(devices=jax.devices()[:n])
+    transform = optim.build_optimizer(
+      _ONEBIT | dict(learning_rate=0.1, bias_correction=False),
+      total_steps=steps,
+      params=params,
+      mesh=mesh,
+    ).transform
+    state = transform.init(params)
+    specs = optim.state_shardings(state, params, {"w": P()}, P())
+
+    def update(g, state, params):
+      # The workers' parts add up to the gradient.
+      return transform.update({"w": g[0] / n}, state, params)
+
+    update = jax.jit(
+      jax.shard_map(
+        update,
+        mesh=mesh,
+        in_specs=(P("data"), specs, P()),
+        out_specs=(P(), specs),
+        check_vma=False,
+      )
+    )
+    path = []
+    for g in grads:
+      updates, state = update(jnp.asarray(g, jnp.float32), state, params)
+      params = optax.apply_updates(params, updates)
+      path.append(params["w"])
+    expected = onebit_oracle.adam(grads, freeze_step=3, rate=0.1, **_ADAM)
+    np.testing.assert_allclose(np.stack(path), expected, rtol=2e-4, atol=2e-5)
+
+  def test_first_phase_is_adam_on_the_mean_gradient(self):
+    onebit, adam = (
+      world(**options, clip_norm=None)
+      for options in (_ONEBIT | dict(freeze_step=9), dict(name="adam", **_ADAM))
+    )
+    states = [w.run(w.init(), 0, 5)[0] for w in (onebit, adam)]
+    _assert_close(states[0].params, states[1].params)
+
+  def test_one_worker_has_only_its_own_scale_to_lose(self):
+    """With a block of one number compression loses nothing."""
+    exact, plain = (
+      world(axes=(("data", 1),), **_ONEBIT, **options)
+      for options in (dict(granularity=1), dict(compress=False))
+    )
+    states = [w.run(w.init(), 0, 7)[0] for w in (exact, plain)]
+    _assert_close(states[0].params, states[1].params)
+
+  @parameterized.parameters("buffer", "tensor", "layer")
+  def test_workers_of_several_devices_are_workers_of_one(self, granularity):
+    """Shards are of the last axis, so chunks and scales are the same."""
+    options = _ONEBIT | dict(granularity=granularity)
+    flat = world(axes=(("data", 2),), **options)
+    whole, losses = flat.run(flat.init(), 0, 7)
+    for axes in ((("data", 2), ("fsdp", 2)), (("data", 2), ("model", 4)),
+                 (("data", 2), ("fsdp", 2), ("model", 2))):  # fmt: skip
+      split = world(axes=axes, **options)
+      state, same = split.run(split.init(), 0, 7)
+      _assert_close(state.params, whole.params, rtol=1e-4)
+      np.testing.assert_allclose(same, losses, rtol=1e-5)
+      _assert_close(_debt(state), _debt(whole), atol=1e-5)
+
+  def test_state_is_sharded_within_a_worker_and_over_workers(self):
+    state = world(axes=(("data", 2), ("fsdp", 2)), **_ONEBIT).init()
+    (adam,) = _nodes(state.opt_state, OneBitAdamState)
+    for leaf in (state.params["up"], adam.mu["up"], adam.nu["up"]):
+      self.assertEqual(leaf.sharding.spec, P(None, "fsdp"))
+    worker, server = adam.errors.worker.tree["up"], adam.errors.server["up"]
+    shape = (workers.INPUTS, workers.HIDDEN // 2)
+    self.assertEqual(worker.addressable_shards[0].data.shape, (1, *shape))
+    # A quarter of the numbers each: half of a worker's shard.
+    self.assertEqual(
+      server.addressable_shards[0].data.shape, (1, 1, 1, 1, np.prod(shape) // 2)
+    )
+
+  def test_accumulation_equals_the_big_batch(self):
+    states = [
+      w.run(w.init(), 0, 6)[0]
+      for w in (world(**_ONEBIT), world(microbatches=2, **_ONEBIT))
+    ]
+    _assert_close(states[0].params, states[1].params, rtol=1e-4, atol=1e-5)
+
+  def test_replicas_are_equal_to_the_bit_and_errors_are_not(self):
+    state, _ = world(**_ONEBIT).run(world(**_ONEBIT).init(), 0, 6)
+    for leaf in jax.tree.leaves(state.params):
+      for shard in leaf.addressable_shards[1:]:
+        np.testing.assert_array_equal(
+          shard.data, leaf.addressable_shards[0].data
+        )
+    (errors,) = _nodes(state.opt_state, ErrorFeedback)
+    worker = errors.worker.tree["up"]
+    self.assertGreater(np.abs(worker[0] - worker[1]).max(), 0)
+
+  def test_what_never_had_a_gradient_never_moves(self):
+    w = world(**_ONEBIT)
+    before = w.init().params["dead"]
+    state, _ = w.run(w.init(), 0, 8)
+    np.testing.assert_array_equal(state.params["dead"], before)
+    (errors,) = _nodes(state.opt_state, ErrorFeedback)
+    self.assertFalse(np.any(errors.worker.tree["dead"]))
+
+  def test_a_gradient_that_is_not_finite_changes_nothing_anywhere(self):
+    w = world(**_ONEBIT)
+    state, _ = w.run(w.init(), 0, 5)
+    before = jax.device_get((state.params, _debt(state)))
+
+    def poison(step, rows):
+      rows["y"][3] = np.nan  # one row, so one worker
+      return rows
+
+    state, _ = w.run(state, 5, 6, poison)
+    after = jax.device_get((state.params, _debt(state)))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+    state, losses = w.run(state, 6, 8)
+    self.assertTrue(np.isfinite(losses).all())
+
+  def test_uncompressed_tensors_get_adam_throughout(self):
+    w = world(**_ONEBIT, uncompressed=("bias",), granularity="tensor")
+    state, _ = w.run(w.init(), 0, 6)
+    (errors,) = _nodes(state.opt_state, ErrorFeedback)
+    self.assertNotIn("bias", selection.by_name(errors.server))
+    (adam,) = _nodes(state.opt_state, AdamState)
+    self.assertEqual(adam.count, 6)
+
+  def test_it_learns_as_adam_does_if_errors_come_back(self):
+    def final(**options):
+      w = world(
+        learning_rate=0.01,
+        total_steps=300,
+        schedule=(("name", "linear"), ("warmup", 0.1)),
+        **_ADAM,
+        **options,
+      )
+      _, losses = w.run(w.init(), 0, 300)
+      return np.mean(losses[-20:])
+
+    adam = final(name="adam")
+    options = dict(name="onebit_adam", weight_decay=0.0, granularity="tensor")
+    onebit = final(freeze_step=60, **options)
+    self.assertLess(onebit, 1.4 * adam)
+    without = final(freeze_step=60, error_feedback=False, **options)
+    too_early = final(freeze_step=2, **options)
+    self.assertLess(1.1 * onebit, without)
+    self.assertLess(1.2 * onebit, too_early)
+
+  @parameterized.parameters(
+    (dict(clip_norm=1.0, clip_scope="global"), "clip_scope='global' has no"),
+    (dict(scale="l2"), "optim.scale='l2' is unknown"),
+    (dict(granularity="row"), "optim.granularity='row' is unknown"),
+    (dict(freeze_step=0), "optim.freeze_step=0 would freeze"),
+    (dict(freeze_step=41), "optim.freeze_step=41 must be between 0 and the 40"),
+    (dict(freeze_step="soon"), "optim.freeze_step='soon' must be a number"),
+    (dict(freeze_step="auto", freeze_threshold=1.0), "freeze_threshold=1.0"),
+    (dict(uncompressed=["nowhere"]), "optim.uncompressed: pattern 'nowhere'"),
+  )
+  def test_bad_options_are_refused(self, options, message):
+    with self.assertRaisesRegex(ValueError, message):
+      workers.World(**(_ONEBIT | options)).init()
+
+
+class FreezeTest(parameterized.TestCase):
+  def test_auto_waits_for_the_variance_and_the_learning_rate(self):
+    # |v_t|_1 = 1 - 0.9^t; what it was 4 steps ago is 0.9 of it from step 15 on.
+    norm = 1 - 0.9 ** np.arange(1, 60)
+    ratio = norm[:-4] / norm[4:]
+    settled = int(np.argmax(ratio >= 0.9)) + 4  # index of the step
+
+    def frozen_after(learning_rate):
+      rule = build_rule(
+        "auto", threshold=0.9, interval=4, b2=0.9, total_steps=60,
+        learning_rate=learning_rate,
+      )  # fmt: skip
+      state = rule.init()
+      for step, value in enumerate(norm):
+        state = rule.advance(state, {"w": jnp.full((1,), value)})
+        if state.frozen:
+          return step
+      return None
+
+    self.assertEqual(frozen_after(0.1), settled)
+    rising = lambda step: jnp.minimum(step, 30)  # noqa: E731
+    self.assertEqual(frozen_after(rising), 30)
+
+  def test_by_callback(self):
+    w = world(**(_ONEBIT | dict(freeze_step="manual")))
+    state, _ = w.run(w.init(), 0, 4)
+    self.assertFalse(np.any(_debt(state)["up"]))
+    state = state.replace(opt_state=optim.freeze_now(state.opt_state))
+    state, _ = w.run(state, 4, 6)
+    self.assertTrue(np.any(_debt(state)["up"]))
+
+
+class BytesTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("onebit_adam", (("data", 8),)),
+    ("onebit_adam", (("data", 4), ("model", 2))),
+    ("onebit_lamb", (("data", 4), ("fsdp", 2))),
+  )
+  def test_each_phase_sends_its_own(self, name, axes):
+    w = world(axes=axes, name=name, freeze_step=3)
+    with jax.set_mesh(w.mesh):
+      text = w.lower().compile().as_text()
+    found = [
+      c
+      for c in hardware.read_collectives(hlo.Module(text))
+      if "data" in c.axes(w.mesh.shape)
+    ]
+    shapes = [
+      leaf.sharding.shard_shape(leaf.shape)
+      for leaf in jax.tree.leaves(w.abstract.params)
+    ]
+    phases = {
+      frozen: [c for c in found if c.branch[:2] == (1, frozen)]
+      for frozen in (0, 1)
+    }
+    # The mean gradient in float32 in the first, two messages in the second.
+    count = w.mesh.shape["data"]
+    self.assertEqual({c.kind for c in phases[0]}, {"all-reduce"})
+    # The partitioner may halve what several devices of a worker have whole.
+    ring = wire.ring_bytes(shapes, count, 32)
+    sent = sum(c.sent_bytes for c in phases[0])
+    self.assertBetween(sent, ring / 2, ring)
+    self.assertCountEqual(
+      [c.kind for c in phases[1]], ["all-to-all", "all-gather"]
+    )
+    self.assertEqual(
+      sum(c.sent_bytes for c in phases[1]),
+      wire.compressed_bytes(shapes, count),
+    )
+    # Whatever runs in both phases are scalars: losses and flags.
+    for c in found:
+      if len(c.branch) < 2:
+        self.assertLess(c.operand_bytes, 64, c)
+
+
+class ElasticTest(parameterized.TestCase):
+  @parameterized.parameters("onebit_adam", "onebit_lamb")
+  def test_resuming_on_other_workers_keeps_what_is_owed(self, name):
+    folder = pathlib.Path(self.create_tempdir())
+    options = dict(name=name, freeze_step=3)
+    four, two = (
+      world(axes=axes, **options)
+      for axes in ((("data", 4),), (("data", 2), ("fsdp", 2)))
+    )
+    state, _ = four.run(four.init(), 0, 6)
+    debt = _debt(state)
+    for step, w in ((6, two), (7, four)):
+      with Checkpointer(folder) as checkpointer:
+        checkpointer.save(step, state, iterator_state={}, config={})
+        checkpointer.wait()
+        state = checkpointer.restore(w.abstract, adapt=elastic.adapt).state
+      _assert_close(_debt(state), debt, atol=1e-7)
+      for leaf, wanted in zip(jax.tree.leaves(state),
+                              jax.tree.leaves(w.abstract)):  # fmt: skip
+        self.assertEqual(leaf.sharding, wanted.sharding)
+    _, expected = four.run(four.init(), 0, 10)
+    _, losses = four.run(state, 6, 10)
+    # The errors of single workers differ, so do the next signs, not the curve.
+    np.testing.assert_allclose(losses, expected[6:], rtol=0.1)
+
+  def test_the_same_workers_resume_bit_for_bit(self):
+    w = world(**_ONEBIT)
+    state, _ = w.run(w.init(), 0, 5)
+    folder = pathlib.Path(self.create_tempdir())
+    with Checkpointer(folder) as checkpointer:
+      checkpointer.save(5, state, iterator_state={}, config={})
+      checkpointer.wait()
+      restored = checkpointer.restore(w.abstract, adapt=elastic.adapt).state
+    again, _ = w.run(restored, 5, 7)
+    straight, _ = w.run(w.init(), 0, 7)
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      jax.device_get((again.params, again.opt_state)),
+      jax.device_get((straight.params, straight.opt_state)),
+    )
+
+  def test_another_optimizer_is_refused(self):
+    w, other = world(**_ONEBIT), world(name="onebit_sgd")
+    folder = pathlib.Path(self.create_tempdir())
+    with Checkpointer(folder) as checkpointer:
+      checkpointer.save(0, w.init(), iterator_state={}, config={})
+      checkpointer.wait()
+      with self.assertRaisesRegex(ValueError, "belongs to another model"):
+        checkpointer.restore(other.abstract, adapt=elastic.adapt)
+
+
+class OneBitLambTest(parameterized.TestCase):
+  def test_without_ratios_and_scales_it_is_onebit_adam(self):
+    shared = dict(freeze_step=3, weight_decay=0.1, **_ADAM)
+    lamb = world(
+      name="onebit_lamb", scale_momentum=False, no_adaptation=(".*",), **shared
+    )
+    adam = world(name="onebit_adam", **shared)
+    states = [w.run(w.init(), 0, 7)[0] for w in (lamb, adam)]
+    _assert_close(states[0].params, states[1].params)
+
+  def test_first_phase_is_lamb(self):
+    shared = dict(trust_clip=(0.01, 10.0), clip_norm=None, **_ADAM)
+    onebit = world(name="onebit_lamb", freeze_step=9, **shared)
+    lamb = world(name="lamb", **shared)
+    states = [w.run(w.init(), 0, 5)[0] for w in (onebit, lamb)]
+    _assert_close(states[0].params, states[1].params)
+
+  def test_one_magnitude_for_all_layers(self):
+    w = world(name="onebit_lamb", freeze_step=5)
+    state, _ = w.run(w.init(), 0, 5)
+    (lamb,) = _nodes(state.opt_state, OneBitLambState)
+    rms = [
+      float(jnp.sqrt(jnp.mean(jnp.square(lamb.mu[k] * lamb.momentum_scale[k]))))
+      for k in ("up", "down", "bias")
+    ]
+    np.testing.assert_allclose(rms, rms[0], rtol=1e-5)
+
+  def test_factors_stay_in_their_bounds(self):
+    w = world(name="onebit_lamb", freeze_step=3, b2=0.9)
+    state, old = w.init(), 1.0
+    for step in range(9):
+      state, _ = w.run(state, step, step + 1)
+      (lamb,) = _nodes(state.opt_state, OneBitLambState)
+      factor = float(lamb.factor["up"])
+      self.assertBetween(factor, 0.5, 4.0)
+      self.assertBetween(factor / old, 0.9 - 1e-6, 1.1 + 1e-6)
+      old = factor
+    self.assertNotEqual(old, 1.0)
+    self.assertIsInstance(lamb.errors.worker, PerWorker)
+
+  @parameterized.parameters(
+    (dict(trust_clip=(0.0, 1.0)), "optim.trust_clip=.0.0, 1.0. must be"),
+    (dict(factor_change=1.0), "optim.factor_change=1.0 must be in"),
+  )
+  def test_bad_options_are_refused(self, options, message):
+    with self.assertRaisesRegex(ValueError, message):
+      workers.World(name="onebit_lamb", **options)
+
+
+class BaselineTest(absltest.TestCase):
+  def test_sgd_steps_by_the_compressed_mean(self):
+    w = world(name="onebit_sgd", granularity="tensor")
+    before = w.init()
+    state, _ = w.run(w.init(), 0, 1)
+    for name in ("up", "down"):
+      moved = np.abs(state.params[name] - before.params[name])
+      # One magnitude per tensor and server.
+      self.assertLessEqual(len(np.unique(np.round(moved, 6))), 4)
+
+  def test_momentum_out_of_range_is_refused(self):
+    with self.assertRaisesRegex(ValueError, "optim.momentum=1.0 must be in"):
+      workers.World(name="onebit_sgd", momentum=1.0)
+
+  def test_compression_without_feedback_has_no_state(self):
+    compression = Compression(error_feedback=False)
+    w = world(name="onebit_sgd", error_feedback=False)
+    (errors,) = _nodes(w.init().opt_state, ErrorFeedback)
+    self.assertEqual(errors, ErrorFeedback(None, None))
+    self.assertFalse(compression.error_feedback)
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,139 @@
+"""A small regression over workers, through the one train step."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bertjax import optim, train_state, train_step
+from bertjax.parallel.mesh import make_mesh
+from bertjax.parallel.sharding import constrain, put_batch
+
+ROWS, INPUTS, HIDDEN, OUTPUTS = 16, 8, 12, 4
+
+
+def _dense(shape, names):
+  init = nn.initializers.normal(0.5)
+  return nn.with_logical_partitioning(init, names), shape
+
+
+class Regression(nn.Module):
+  """Two layers; `dead` gets no gradient."""
+
+  coefficients = {"squares": 1.0}
+  fresh = ()
+
+  def weights(self, batch):
+    return {"squares": jnp.sum(batch["weight"])}
+
+  @nn.compact
+  def __call__(self, batch, *, train):
+    del train
+    up = self.param("up", *_dense((INPUTS, HIDDEN), ("norm", "embed")))
+    down = self.param("down", *_dense((HIDDEN, OUTPUTS), ("norm", "mlp")))
+    bias = self.param("bias", *_dense((OUTPUTS,), ("norm",)))
+    self.param("dead", *_dense((6,), ("norm",)))
+    inputs = constrain(batch["x"], ("batch", None))
+    found = jnp.tanh(inputs @ up) @ down + bias[None]
+    squares = jnp.square(found - batch["y"]).sum(-1) * batch["weight"]
+    return {"squares": squares.sum()}, {}
+
+
+def batch(step: int = 0) -> dict[str, np.ndarray]:
+  """Rows of unequal weight, so that workers weigh differently."""
+  rng = np.random.default_rng(step)
+  x = rng.normal(size=(ROWS, INPUTS))
+  y = x[:, :OUTPUTS] - np.sin(x[:, OUTPUTS:])
+  weight = rng.integers(1, 4, ROWS)
+  return {
+    k: v.astype(np.float32) for k, v in dict(x=x, y=y, weight=weight).items()
+  }
+
+
+class World:
+  """An optimizer on a mesh.
+
+  Attributes:
+    step: the compiled training step.
+    abstract: shapes and shardings of the state.
+  """
+
+  def __init__(self, microbatches=1, total_steps=40, axes=None, **options):
+    axes = dict(data=4) if axes is None else axes
+    count = int(np.prod(list(axes.values())))
+    self.mesh = make_mesh(**axes, devices=jax.devices()[:count])
+    self._objective = Regression()
+    self._spec = {
+      k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch().items()
+    }
+    params, names = train_state.abstract_params(self._objective, self._spec)
+    options = dict(learning_rate=0.02) | options
+    if "schedule" in options:  # pairs, which a cache can hash
+      options["schedule"] = dict(options["schedule"])
+    self.optimizer = optim.build_optimizer(
+      options,
+      total_steps=total_steps,
+      params=params,
+      logical_axes=names,
+      mesh=self.mesh,
+    )
+    abstract, shardings = train_state.state_shardings(
+      self._objective,
+      self.optimizer.transform,
+      self._spec,
+      self.mesh,
+      jax.random.key(0),
+    )
+    self.abstract = jax.tree.map(
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
+      ),
+      abstract,
+      shardings,
+    )
+    self._shardings = shardings
+    self.step = train_step.compile_step(
+      self._objective,
+      self.optimizer,
+      self.mesh,
+      shardings,
+      self._spec,
+      microbatches,
+    )
+
+  def init(self):
+    """A fresh state."""
+    make = functools.partial(
+      train_state.init_state,
+      self._objective,
+      self.optimizer.transform,
+      self._spec,
+    )
+    with jax.set_mesh(self.mesh):
+      return jax.jit(make, out_shardings=self._shardings)(jax.random.key(0))
+
+  def run(self, state, start, stop, change=lambda step, batch: batch):
+    """Steps [start, stop): the state and the losses."""
+    losses = []
+    for index in range(start, stop):
+      rows = change(index, batch(index))
+      state, metrics = self.step(state, put_batch(rows, self.mesh))
+      losses.append(float(metrics["loss"][0]))
+    return state, losses
+
+  def lower(self):
+    """The step, lowered."""
+    return self.step.jitted.lower(
+      self.abstract,
+      {
+        k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in self._spec.items()
+      },
+    )
+
+
+@functools.cache
+def world(microbatches=1, total_steps=40, axes=(("data", 4),), **options):
+  """A `World`, compiled once per set of options."""
+  return World(microbatches, total_steps, dict(axes), **options)

@@ -1,0 +1,124 @@
+"""0/1 Adam: what is sent when, and that it is 1-bit Adam in the limit."""
+
+import jax
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from bertjax import hardware
+from bertjax.hardware import hlo
+from bertjax.optim import freezing
+from bertjax.optim.zero_one_adam import ZeroOneAdamState
+from bertjax.parallel import wire
+from tests.optim import workers
+from tests.optim.workers import world
+
+_SHARED = dict(weight_decay=0.0, b1=0.9, b2=0.99, eps=1e-6, freeze_step=3)
+_RARE = dict(local_step_scaler=2, local_step_clipper=4, **_SHARED)
+
+
+def _state(state) -> ZeroOneAdamState:
+  is_node = lambda x: isinstance(x, ZeroOneAdamState)  # noqa: E731
+  (node,) = filter(is_node, jax.tree.leaves(state, is_leaf=is_node))
+  return node
+
+
+class ZeroOneAdamTest(parameterized.TestCase):
+  def test_without_intervals_it_is_onebit_adam(self):
+    """The errors of the one are those of the other times the rate."""
+    zero_one = world(name="zero_one_adam", variance_updates=99, **_SHARED)
+    onebit = world(name="onebit_adam", bias_correction=False, **_SHARED)
+    states = [w.run(w.init(), 0, 8)[0] for w in (zero_one, onebit)]
+    for name in ("up", "down", "bias", "dead"):
+      np.testing.assert_allclose(
+        states[0].params[name], states[1].params[name], rtol=1e-4, atol=2e-6
+      )
+
+  def test_updates_of_the_variance_become_rarer(self):
+    intervals, due = freezing.Intervals.init(), []
+    for step in range(40):
+      if intervals.variance_due(step):
+        due.append(step)
+        intervals = intervals.variance_done(updates=3)
+    # Three at each distance.
+    self.assertEqual(due, [0, 1, 2, 3, 5, 7, 9, 13, 17, 21, 29, 37])
+
+  def test_the_variance_changes_on_its_steps_and_not_after_the_freeze(self):
+    w = world(
+      name="zero_one_adam", variance_updates=1, **_SHARED | dict(freeze_step=6)
+    )
+    state, changed = w.init(), []
+    old = np.array(_state(state.opt_state).nu["up"])
+    for step in range(9):
+      state, _ = w.run(state, step, step + 1)
+      new = np.array(_state(state.opt_state).nu["up"])
+      changed.append(bool(np.any(new != old)))
+      old = new
+    # Gaps 1, 2, 4: steps 0, 1, 3 and (7, were it not frozen).
+    self.assertEqual([i for i, c in enumerate(changed) if c], [0, 1, 3])
+
+  def test_workers_step_alone_and_meet_again(self):
+    w = world(name="zero_one_adam", **_RARE)
+    state, moved, drifts = w.init(), [], []
+    old = np.array(state.params["up"])
+    for step in range(15):
+      state, _ = w.run(state, step, step + 1)
+      new = np.array(state.params["up"])
+      moved.append(bool(np.any(new != old)))
+      drifts.append(np.array(_state(state.opt_state).drift.tree["up"]))
+      old = new
+    # Every step until 4; every second for two steps; then every fourth.
+    self.assertEqual(
+      [i for i, m in enumerate(moved) if m], [0, 1, 2, 3, 4, 6, 10, 14]
+    )
+    for step, drift in enumerate(drifts):
+      if moved[step]:
+        self.assertFalse(np.any(drift))
+      else:
+        self.assertGreater(np.abs(drift[0] - drift[1]).max(), 0)
+
+  def test_each_kind_of_step_sends_its_own(self):
+    w = world(name="zero_one_adam", **_RARE)
+    with jax.set_mesh(w.mesh):
+      text = w.lower().compile().as_text()
+    found = hardware.read_collectives(hlo.Module(text))
+    shapes = [x.shape for x in jax.tree.leaves(w.abstract.params)]
+    compressed = wire.compressed_bytes(shapes, 4)
+    sent = [
+      sum(c.sent_bytes for c in found if c.branch == (1, kind))
+      for kind in range(4)
+    ]
+    full = wire.ring_bytes(shapes, 4, 32)
+    self.assertEqual(sent, [full, compressed, 0, compressed])
+
+  def test_it_learns(self):
+    def final(**options):
+      w = world(
+        learning_rate=0.01,
+        total_steps=200,
+        schedule=(("name", "linear"), ("warmup", 0.1)),
+        **options,
+      )
+      _, losses = w.run(w.init(), 0, 200)
+      return np.mean(losses[-20:]), np.mean(losses[:5])
+
+    last, first = final(
+      name="zero_one_adam",
+      local_step_scaler=50,
+      granularity="tensor",
+      **_SHARED | dict(freeze_step=60),
+    )
+    self.assertLess(last, 0.3 * first)
+
+  @parameterized.parameters(
+    (dict(variance_updates=0), "optim.variance_updates=0 must be a positive"),
+    (dict(local_step_clipper=1.5), "optim.local_step_clipper=1.5 must be"),
+    (dict(freeze_step=0), "optim.freeze_step=0 would freeze"),
+    (dict(b1=1.0), "optim.b1=1.0 must be in"),
+  )
+  def test_bad_options_are_refused(self, options, message):
+    with self.assertRaisesRegex(ValueError, message):
+      workers.World(name="zero_one_adam", **options)
+
+
+if __name__ == "__main__":
+  absltest.main()

@@ -1,0 +1,314 @@
+"""The average in one bit: its law, its bits, its bytes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+from jax.sharding import PartitionSpec as P
+
+from bertjax import hardware
+from bertjax.hardware import hlo
+from bertjax.parallel import compressed, elastic, wire
+from bertjax.parallel.compressed import Compression
+from bertjax.parallel.mesh import make_mesh
+from tests.parallel import onebit_oracle
+
+# No product of lengths is divisible by 2, 4 or 8; one scanned stack; a scalar.
+_SHAPES, _STACKED = ((5, 7), (3, 2, 6), ()), (0, 1, 0)
+
+
+def _dyadic(rng, shape, bits=6):
+  """Numbers whose sums float32 does not round."""
+  return rng.integers(-(2**bits), 2**bits, shape).astype(np.float32) / 2**bits
+
+
+@functools.cache
+def _reduce(workers, compression, stacked=None):
+  """(x, e, d), each a list of arrays with a leading axis of workers -> same."""
+  mesh = make_mesh(devices=jax.devices()[:workers])
+
+  def run(x, e, d):
+    if not compression.error_feedback:
+      e = d = None
+    first = lambda t: None if t is None else [a[0] for a in t]  # noqa: E731
+    found = compressed.compressed_all_reduce(
+      first(x),
+      first(e),
+      first(d),
+      axis="data",
+      compression=compression,
+      stacked=stacked,
+    )
+    return [[] if t is None else [a[None] for a in t] for t in found]
+
+  return jax.jit(
+    jax.shard_map(
+      run, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False
+    )
+  )
+
+
+def _inputs(workers, compression, shapes=_SHAPES, stacked=_STACKED, make=None):
+  rng = np.random.default_rng(workers)
+  make = make or (lambda shape: rng.normal(size=shape).astype(np.float32))
+  grids = [
+    compressed.grid_of(s, workers, compression, k)
+    for s, k in zip(shapes, stacked)
+  ]
+  x, e = ([make((workers, *s)) for s in shapes] for _ in range(2))
+  d = []
+  for shape, grid in zip(shapes, grids):
+    whole = jnp.asarray(make(shape))
+    wanted = (workers, *(1,) * len(shape), grid.rows, grid.piece)
+    cut = elastic.cut_servers(whole, wanted)
+    d.append(np.asarray(cut).reshape(workers, grid.rows, grid.piece))
+  return x, e, d
+
+
+def _joined(d, shape):
+  wanted = (d.shape[0], *(1,) * len(shape), *d.shape[1:])
+  return np.asarray(elastic.joined_servers(jnp.asarray(d).reshape(wanted),
+                                           shape))  # fmt: skip
+
+
+class SignsTest(parameterized.TestCase):
+  @parameterized.parameters(1, 31, 32, 33, 200)
+  def test_packing_is_a_bit_per_sign_and_reversible(self, count):
+    positive = np.random.default_rng(count).random((3, count)) > 0.5
+    words = compressed.pack_signs(jnp.asarray(positive))
+    self.assertEqual(
+      (words.dtype, words.shape), (np.uint32, (3, -(-count // 32)))
+    )
+    np.testing.assert_array_equal(
+      compressed.unpack_signs(words, count), positive
+    )
+    # No sign is written twice: as many bits are set as there are.
+    self.assertEqual(np.bitwise_count(np.asarray(words)).sum(), positive.sum())
+
+  def test_known_vector(self):
+    x = [jnp.array([3.0, -1.0, 0.0, -4.0])]
+    zeros = [jnp.zeros(4)], [jnp.zeros((1, 4))]
+    mean, worker, server = compressed.compressed_all_reduce(
+      x, *zeros, axis=None
+    )
+    # 8 / 4 = 2 for every sign, that of 0 being positive.
+    np.testing.assert_array_equal(mean[0], [2, -2, 2, -2])
+    np.testing.assert_array_equal(worker[0], [1, 1, -2, -2])
+    np.testing.assert_array_equal(server[0], np.zeros((1, 4)))
+
+  def test_rms_of_a_known_vector(self):
+    x = [jnp.array([1.0, -1.0, 1.0, -5.0])]
+    mean, _, _ = compressed.compressed_all_reduce(
+      x, None, None, axis=None, compression=Compression("rms", "tensor", False)
+    )
+    np.testing.assert_allclose(mean[0], np.sqrt(7) * np.array([1, -1, 1, -1]))
+
+  @parameterized.parameters(
+    (dict(scale="l2"), "scale='l2' is unknown; choose from l1, rms"),
+    (dict(granularity="row"), "granularity='row' is unknown.*buffer"),
+    (dict(granularity=0), "granularity=0: blocks have at least one"),
+  )
+  def test_bad_options_are_refused(self, options, message):
+    with self.assertRaisesRegex(ValueError, message):
+      Compression(**options)
+
+  def test_errors_without_feedback_are_refused(self):
+    with self.assertRaisesRegex(ValueError, "error_feedback=False: give both"):
+      compressed.compressed_all_reduce(
+        [jnp.ones(3)],
+        [jnp.ones(3)],
+        [jnp.ones((1, 3))],
+        axis=None,
+        compression=Compression(error_feedback=False),
+      )
+
+
+class AllReduceTest(parameterized.TestCase):
+  @parameterized.product(
+    workers=(1, 2, 8),
+    granularity=("buffer", "chunk", "tensor", "layer", 5),
+    scale=("l1", "rms"),
+  )
+  def test_what_is_not_sent_stays(self, workers, granularity, scale):
+    compression = Compression(scale, granularity)
+    x, e, d = _inputs(workers, compression)
+    mean, worker, server = _reduce(workers, compression, _STACKED)(x, e, d)
+    for i, shape in enumerate(_SHAPES):
+      # Bit for bit the same on every worker.
+      np.testing.assert_array_equal(mean[i], np.broadcast_to(
+        mean[i][:1], mean[i].shape))  # fmt: skip
+      before = (x[i] + e[i]).mean(0) + _joined(d[i], shape)
+      after = (
+        mean[i][0] + worker[i].mean(0) + _joined(np.array(server[i]), shape)
+      )
+      np.testing.assert_allclose(after, before, atol=2e-6)  # float32
+
+  def test_transmitted_and_left_are_the_sum_of_inputs_exactly(self):
+    """Powers of two as scales: float32 rounds nothing on the way."""
+    workers = 4
+    compression = Compression(granularity="tensor")
+    rng = np.random.default_rng(0)
+    # |x| is the same everywhere, so that scales are powers of two.
+    make = lambda shape: rng.choice([-0.5, 0.5], shape).astype(np.float32)  # noqa: E731
+    shapes, stacked = ((8, 4),), (0,)
+    x, e, d = _inputs(workers, compression, shapes, stacked, make)
+    e, d = [0 * e[0]], [0 * d[0]]
+    total, sent = 0, 0
+    for step in range(6):
+      mean, e, d = _reduce(workers, compression)(x, e, d)
+      total += x[0].mean(0)
+      sent += mean[0][0]
+      left = np.asarray(e[0]).mean(0) + _joined(np.array(d[0]), (8, 4))
+      if step == 0:
+        np.testing.assert_array_equal(sent + left, total)
+    # A tenth of a unit in the last place of the largest sum, per step.
+    np.testing.assert_allclose(sent + left, total, atol=1e-6)
+
+  @parameterized.parameters(2, 4, 8)
+  def test_equals_the_loop_over_workers_bit_for_bit(self, workers):
+    """Scales here are exact sums over powers of two of numbers."""
+    rng = np.random.default_rng(1)
+    length = 16 * workers
+    x = _dyadic(rng, (workers, length))
+    e = _dyadic(rng, (workers, length))
+    d = _dyadic(rng, (workers, length // workers))
+    mean, worker, server = _reduce(workers, Compression())(
+      [x], [e], [d[:, None]]
+    )
+    expected = onebit_oracle.all_reduce(x, e, d)
+    np.testing.assert_array_equal(mean[0][0], expected[0].astype(np.float32))
+    np.testing.assert_array_equal(worker[0], expected[1].astype(np.float32))
+    np.testing.assert_array_equal(
+      server[0][:, 0], expected[2].astype(np.float32)
+    )
+
+  def test_order_of_workers_does_not_matter(self):
+    rng = np.random.default_rng(2)
+    x, zero = _dyadic(rng, (4, 64)), np.zeros((4, 64), np.float32)
+    d = [np.zeros((4, 1, 16), np.float32)]
+    one, _, _ = _reduce(4, Compression())([x], [zero], d)
+    other, _, _ = _reduce(4, Compression())([x[[2, 0, 3, 1]]], [zero], d)
+    np.testing.assert_array_equal(one[0], other[0])
+
+  def test_identical_workers_send_what_one_sends(self):
+    rng = np.random.default_rng(3)
+    row = _dyadic(rng, (1, 64))
+    zero = np.zeros_like(row)
+    alone, error, _ = _reduce(1, Compression())([row], [zero], [zero[:, None]])
+    x = np.repeat(row, 4, 0)
+    mean, errors, _ = _reduce(4, Compression())(
+      [x], [0 * x], [np.zeros((4, 1, 16), np.float32)]
+    )
+    np.testing.assert_array_equal(mean[0][0], alone[0][0])
+    np.testing.assert_array_equal(errors[0], np.repeat(error[0], 4, 0))
+
+  def test_zeros_stay_zeros(self):
+    x = np.zeros((2, 9), np.float32)
+    mean, e, d = _reduce(2, Compression())([x], [x], [np.zeros((2, 1, 5), "f")])
+    for found in (mean, e, d):
+      self.assertFalse(np.any(found[0]))
+
+  def test_masked_numbers_are_zero_and_touch_no_scale(self):
+    x = jnp.array([4.0, 100.0, -2.0, 7.0])
+    mask = jnp.array([True, False, True, False])
+    old = [jnp.array([0.0, 3.0, 0.0, 0.0])], [jnp.ones((1, 4))]
+    mean, worker, server = compressed.compressed_all_reduce(
+      [x], *old, axis=None, masks=[mask]
+    )
+    # Scale 3; the server adds 1: 4 and -2, scale 3.
+    np.testing.assert_array_equal(mean[0], [3, 0, -3, 0])
+    np.testing.assert_array_equal(worker[0], [1, 0, 1, 0])
+    np.testing.assert_array_equal(server[0], [[1, 0, 1, 0]])
+
+  @parameterized.parameters(("tensor",), ("layer",))
+  def test_scales_are_of_their_own_tensor(self, granularity):
+    """A tensor of a thousandth of the magnitude keeps it."""
+    compression = Compression(granularity=granularity, error_feedback=False)
+    x = np.ones((2, 2, 3), np.float32) * np.array([[1.0], [1e-3]], np.float32)
+    stacked = (1,) if granularity == "layer" else (0, 0)
+    tensors = [x] if granularity == "layer" else [x[:, 0], x[:, 1]]
+    mean, _, _ = _reduce(2, compression, stacked)(tensors, [], [])
+    found = mean[0][0] if granularity == "layer" else [m[0] for m in mean]
+    np.testing.assert_allclose(found, x[0], rtol=1e-6)
+
+  def test_feedback_makes_the_average_right_in_the_long_run(self):
+    """1000 averages of one vector; without feedback they miss it for ever."""
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(4, 40)).astype(np.float32)
+    gaps = {}
+    for feedback in (True, False):
+      compression = Compression(error_feedback=feedback)
+      reduce = _reduce(4, compression)
+      e, d = [0 * x], [np.zeros((4, 1, 10), np.float32)]
+      if not feedback:
+        e = d = []
+      total = 0
+      for _ in range(300):
+        mean, e, d = reduce([x], e, d)
+        total += mean[0][0]
+      gaps[feedback] = np.abs(total / 300 - x.mean(0)).max()
+    self.assertLess(gaps[True], 0.05)
+    self.assertGreater(gaps[False], 0.3)
+
+  @parameterized.parameters("buffer", "tensor", "layer", 8)
+  def test_bytes_of_the_compiled_program_are_the_formula(self, granularity):
+    workers, compression = 8, Compression(granularity=granularity)
+    shapes = ((30, 41), (3, 70, 5), (9,))
+    inputs = _inputs(workers, compression, shapes)
+    program = _reduce(workers, compression, _STACKED).lower(*inputs).compile()
+    module = hlo.Module(program.as_text())
+    collectives = hardware.read_collectives(module)
+    self.assertEqual(
+      [c.kind for c in collectives], ["all-to-all", "all-gather"]
+    )
+    sent = sum(c.sent_bytes for c in collectives)
+    self.assertEqual(
+      sent, wire.compressed_bytes(shapes, workers, compression, _STACKED)
+    )
+
+  def test_the_formula_approaches_a_bit_each_way(self):
+    numbers, workers = 336_000_000, 64
+    sent = wire.compressed_bytes([(numbers,)], workers)
+    self.assertAlmostEqual(sent / (63 / 64 * numbers / 4), 1, delta=1e-5)
+    self.assertAlmostEqual(sent / 82.7e6, 1, delta=1e-3)  # the paper's size
+    ring = wire.ring_bytes([(numbers,)], workers)
+    self.assertAlmostEqual(ring / sent, 16, delta=1e-3)
+    self.assertAlmostEqual(ring / 1.323e9, 1, delta=1e-3)
+
+
+class ElasticTest(parameterized.TestCase):
+  @parameterized.product(
+    shards=((1, 1, 1), (1, 2, 3), (1, 4, 1)), rows=(1, 3), new=(1, 2, 5)
+  )
+  def test_servers_errors_are_the_same_however_cut(self, shards, rows, new):
+    whole = np.random.default_rng(0).normal(size=(3, 4, 6)).astype(np.float32)
+
+    def cut(workers, shards, rows):
+      local = whole.size // int(np.prod(shards)) // rows
+      piece = -(-local // workers)
+      return elastic.cut_servers(
+        jnp.asarray(whole), (workers, *shards, rows, piece)
+      )
+
+    old = cut(4, shards, rows)
+    np.testing.assert_array_equal(
+      elastic.joined_servers(old, whole.shape), whole
+    )
+    again = elastic.cut_servers(
+      elastic.joined_servers(old, whole.shape), cut(new, (1, 2, 1), 3).shape
+    )
+    np.testing.assert_array_equal(again, cut(new, (1, 2, 1), 3))
+
+  def test_workers_errors_keep_their_mean(self):
+    old = jnp.asarray(_dyadic(np.random.default_rng(1), (4, 3, 5)))
+    for workers in (2, 8):
+      new = elastic.recut_workers(old, workers)
+      self.assertEqual(new.shape, (workers, 3, 5))
+      np.testing.assert_array_equal(new.mean(0), old.mean(0))
+    np.testing.assert_array_equal(elastic.recut_workers(old, 4), old)
+
+
+if __name__ == "__main__":
+  absltest.main()

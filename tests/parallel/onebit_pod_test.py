@@ -1,0 +1,43 @@
+"""Compiled for TPU pods, a compressed average sends what the formula says."""
+
+import importlib.util
+import unittest
+
+import pytest
+from absl.testing import absltest
+
+from bertjax import hardware
+from bertjax.parallel import wire
+from tests.parallel import onebit_programs
+
+
+@unittest.skipUnless(
+  importlib.util.find_spec("libtpu"),
+  "libtpu is not installed: pip install 'bertjax[test]'",
+)
+class PodTest(absltest.TestCase):
+  def _check(self, topology, workers, length):
+    program = hardware.compile_for(
+      topology, onebit_programs.average, length=length
+    )
+    collectives = hardware.read_collectives(program.module)
+    self.assertEqual({c.group_size for c in collectives}, {workers})
+    sent = sum(c.sent_bytes for c in collectives)
+    formula = wire.compressed_bytes(
+      [(length,)], workers, onebit_programs.COMPRESSION
+    )
+    self.assertAlmostEqual(sent / formula, 1, delta=0.01)
+    self.assertLess(sent, wire.ring_bytes([(length,)], workers) / 15)
+
+  def test_16_devices(self):
+    self._check("v5e:4x4", 16, 200_001)
+
+  @pytest.mark.slow
+  def test_256_devices(self):
+    # BERT-large. Gathers of less than some tens of kB per device are summed
+    # instead over so many devices, which sends twice as much.
+    self._check("v5e:16x16", 256, 335_000_001)
+
+
+if __name__ == "__main__":
+  absltest.main()
