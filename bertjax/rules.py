@@ -1,10 +1,11 @@
 """Regex lists that select parameters: decay, freezing, rates, sharding."""
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+
+from bertjax.expressions import regex
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -15,21 +16,6 @@ def path_name(path: Sequence[Any]) -> str:
 def names(tree: Any) -> Any:
   """A tree of the same structure holding each leaf's path name."""
   return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), tree)
-
-
-def regex(pattern: str, field: str = "") -> re.Pattern[str]:
-  """The compiled expression.
-
-  Raises:
-    ValueError: it is none.
-  """
-  try:
-    return re.compile(pattern)
-  except re.error as err:
-    where = f"{field}: " if field else ""
-    raise ValueError(
-      f"{where}{pattern!r} is no regular expression: {err}."
-    ) from err
 
 
 def match(rules: Iterable[tuple[str, Any]], tree: Any, field: str) -> Any:

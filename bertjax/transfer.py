@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from bertjax import loading, rules
+from bertjax import loading
 from bertjax.adaptation import vocabulary
+from bertjax.expressions import regex
 from bertjax.interop import names, published
 
 
@@ -93,7 +94,7 @@ def _renamed(
   params: Mapping[str, Any], renames: Sequence[tuple[str, str]]
 ) -> dict[str, np.ndarray]:
   have: dict[str, np.ndarray] = {}
-  compiled = [(rules.regex(p, "init_from.renames"), r) for p, r in renames]
+  compiled = [(regex(p, "init_from.renames"), r) for p, r in renames]
   for name, leaf in params.items():
     for pattern, replacement in compiled:
       name = pattern.sub(replacement, name)

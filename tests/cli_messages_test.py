@@ -8,7 +8,7 @@ from absl import flags
 from absl.testing import absltest, parameterized
 from ml_collections import config_flags
 
-from bertjax import cli, evals, rules, train
+from bertjax import cli, evals, expressions, train
 from bertjax.predict import __main__ as command
 
 
@@ -75,7 +75,7 @@ class MessagesTest(parameterized.TestCase):
     with self.assertRaisesRegex(
       ValueError, r"init_from\.ignore: '\(' is no regular expression: missing"
     ):
-      rules.regex("(", "init_from.ignore")
+      expressions.regex("(", "init_from.ignore")
 
   def test_errors_of_the_file_system_are_one_line(self):
     path = self.root / "file"

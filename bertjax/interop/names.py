@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from bertjax import rules
+from bertjax.expressions import regex
 
 flatten = functools.partial(traverse_util.flatten_dict, sep="/")
 nest = functools.partial(traverse_util.unflatten_dict, sep="/")
@@ -320,7 +320,7 @@ def listed(names: Iterable[str]) -> str:
 
 def matching(names: Iterable[str], patterns: Iterable[str]) -> set[str]:
   """The names in which one of the regexes is found."""
-  patterns = [rules.regex(p) for p in patterns]
+  patterns = [regex(p) for p in patterns]
   return {n for n in names if any(p.search(n) for p in patterns)}
 
 

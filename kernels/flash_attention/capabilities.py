@@ -37,7 +37,7 @@ class Capabilities:
     generators: of dropout.
     dtypes: of q, k, v; None: any.
     max_width: of heads; None: any.
-    tiles: sides of a tile that a caller may ask for.
+    tiles: sides of a tile that a caller may ask for; None: it has no tiles.
     blocks: sides of a block of the mask.
     refuse_more: raises `Unsupported` for what no other field can tell.
   """
@@ -46,7 +46,7 @@ class Capabilities:
   generators: tuple[str, ...] = ("counter",)
   dtypes: tuple[DTypeLike, ...] | None = None
   max_width: int | None = None
-  tiles: Sides = Sides("at least 1", lambda size: size > 0)
+  tiles: Sides | None = Sides("at least 1", lambda size: size > 0)
   blocks: Sides = Sides("at least 1", lambda size: size > 0)
   refuse_more: Callable[[Extras, Options, tuple | None], None] | None = None
 
@@ -82,6 +82,8 @@ def refuse(
       f" {can.name}'s: {', '.join(can.generators)}."
     )
   tiles, block = options.tiles, None
+  if tiles is not None and can.tiles is None:
+    raise Unsupported(f"tiles={tiles}: {can.name} has none; leave it out.")
   if tiles is not None and not (
     len(tiles) == 2 and all(map(can.tiles.allows, tiles))
   ):

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from kernels.flash_attention import dropout
 from kernels.flash_attention.capabilities import (
   Capabilities,
-  Sides,
   refuse,
 )
 from kernels.flash_attention.options import (
@@ -25,9 +24,7 @@ from kernels.flash_attention.options import (
   visible_by_position,
 )
 
-CAPABILITIES = Capabilities(
-  "reference", tiles=Sides("none at all", lambda size: False)
-)
+CAPABILITIES = Capabilities("reference", tiles=None)
 
 
 def visible(n: Sizes, extras: Extras, options: Options) -> jax.Array | None:

@@ -9,9 +9,10 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from bertjax import registry, rules
+from bertjax import registry
 from bertjax.data.sources import base
 from bertjax.data.sources.base import Example
+from bertjax.expressions import regex
 
 Rule = Callable[[Example], bool]
 
@@ -90,7 +91,7 @@ def script(scripts: str | Sequence[str], min_share: float = 0.5) -> Rule:
 
 def matches(pattern: str, keep: bool = True) -> Rule:
   """Texts in which a regular expression is found; or, `keep=False`, is not."""
-  compiled = rules.regex(pattern, "filter 'matches'")
+  compiled = regex(pattern, "filter 'matches'")
   return lambda example: bool(compiled.search(example["text"])) == keep
 
 

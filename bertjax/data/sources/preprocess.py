@@ -12,9 +12,10 @@ import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from bertjax import registry, rules
+from bertjax import registry
 from bertjax.data.sources import base
 from bertjax.data.sources.filters import named
+from bertjax.expressions import regex
 
 _MARKUP = re.compile(
   r"<!--.*?-->|<(script|style)\b.*?</\1\s*>|</?[a-zA-Z][^<>]*>",
@@ -67,7 +68,7 @@ def replace(text: str, pattern: str, by: str = "") -> str:
     ValueError: `pattern` is no regular expression, or `by` refers to a group
       that it has not.
   """
-  compiled = rules.regex(pattern, "preprocess 'replace'")
+  compiled = regex(pattern, "preprocess 'replace'")
   try:
     return compiled.sub(by, text)
   except (re.error, IndexError) as err:
@@ -82,7 +83,7 @@ def drop_lines(text: str, pattern: str) -> str:
   Raises:
     ValueError: `pattern` is no regular expression.
   """
-  compiled = rules.regex(pattern, "preprocess 'drop_lines'")
+  compiled = regex(pattern, "preprocess 'drop_lines'")
   lines = text.splitlines()
   return "\n".join(line for line in lines if not compiled.search(line))
 

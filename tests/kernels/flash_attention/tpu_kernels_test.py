@@ -172,13 +172,13 @@ STEPS = {
 
 
 class StepsTest(parameterized.TestCase):
-  def check(self, sizes, diff=(), blocks=None, **arguments):
+  def check(self, sizes, diff=(), blocks=None, tiles=None, **arguments):
     arrays = qkv(*sizes)
     diff = {n: abs(normal(4, *shape)) / 4 for n, shape in dict(diff).items()}
     if blocks is not None:
       mask = np.random.default_rng(1).random(blocks) < 0.5
       arguments["block_mask"] = jnp.asarray(mask) if blocks[0] > 1 else mask
-    found = gradients("tpu", arrays, diff, **arguments)
+    found = gradients("tpu", arrays, diff, tiles=tiles, **arguments)
     want = gradients("reference", arrays, diff, **arguments)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
       # Sums of up to 1600 float32 terms; slopes weigh distances up to 1600.
