@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     learning_rate=2e-3,
     schedule=dict(name="linear", warmup=0.1),
     weight_decay=0.01,
-    clip_norm=1.0,
+    clip_norm=3.0,
   )
   c.stop = dict(steps=8 if tiny else 2000, wall_clock_s=285)
   c.evals = dict(
