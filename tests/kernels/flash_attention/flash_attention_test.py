@@ -68,6 +68,7 @@ class RefusalTest(parameterized.TestCase):
       "'hardware' is not one of.*: counter",
     ),
     ("blockwise_tiles", "blockwise", dict(tiles=(8,)), r"\(rows, columns\)"),
+    ("reference_tiles", "reference", dict(tiles=(8, 8)), "has none; leave"),
     (
       "gpu_hardware",
       "gpu",
