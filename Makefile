@@ -22,10 +22,6 @@ $(VENV)/test: $(VENV)/core
 	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@
 
-$(VENV)/kernels: $(VENV)/test
-	$(RUN) -m pip install --quiet --disable-pip-version-check -e '.[gpu_compiler]'
-	touch $@
-
 quickstart: $(VENV)/core
 	$(RUN) -m bertjax.train --config=configs/quickstart.py --workdir=$(WORKDIR)
 	$(RUN) -m bertjax.predict fill_mask --model=$(WORKDIR) \
@@ -52,7 +48,7 @@ bench: $(VENV)/test
 	$(RUN) -m benchmarks.reading
 	$(RUN) -m benchmarks.step
 
-bench-kernels: $(VENV)/kernels
+bench-kernels: $(VENV)/test
 	$(RUN) -m kernels.bench
 
 clean:

@@ -38,7 +38,8 @@ TFDS = [
   "tensorflow-text==2.21.1",
 ]
 NOTEBOOKS = ["ipykernel==7.4.0", "jupytext==1.19.6", "nbmake==1.5.5"]
-# XLA's CUDA compiler and NVIDIA's assembler, without the runtime libraries.
+# XLA's CUDA compiler and NVIDIA's assembler, without the runtime libraries. The
+# extra's name has a hyphen: older pips find no underscore in it.
 GPU_COMPILER = [
   "jax-cuda13-pjrt==0.10.2",
   "jax-cuda13-plugin==0.10.2",
@@ -48,6 +49,7 @@ GPU_COMPILER = [
 TEST = [
   *TFDS,
   *NOTEBOOKS,
+  *GPU_COMPILER,
   "beartype==0.23.1",
   "hypothesis==6.170.15",
   "keras==3.15.1",
@@ -74,7 +76,7 @@ setuptools.setup(
   extras_require={
     "tpu": ["jax[tpu]==0.10.2"],
     "gpu": ["jax[cuda13]==0.10.2"],
-    "gpu_compiler": GPU_COMPILER,
+    "gpu-compiler": GPU_COMPILER,
     "tfds": TFDS,
     "notebooks": NOTEBOOKS,
     "test": TEST,

@@ -167,7 +167,7 @@ def read_kernels(dump: pathlib.Path) -> list[Kernel]:
   if not ptxas:
     raise ValueError(
       "Reading a GPU program needs NVIDIA's ptxas; pip install"
-      " 'bertjax[gpu_compiler]', or set CUDA_HOME to a CUDA toolkit."
+      " 'bertjax[gpu-compiler]', or set CUDA_HOME to a CUDA toolkit."
     )
   launches = {}
   for path in dump.glob("*thunk_sequence.txt"):

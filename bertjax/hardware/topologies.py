@@ -88,7 +88,7 @@ def require_compiler(chip: Chip) -> None:
   """
   modules, extra = {
     "tpu": (("libtpu",), "tpu"),
-    "cuda": (("jax_cuda13_plugin", "jax_plugins.xla_cuda13"), "gpu_compiler"),
+    "cuda": (("jax_cuda13_plugin", "jax_plugins.xla_cuda13"), "gpu-compiler"),
   }[chip.platform]
   for module in modules:
     if not _installed(module):

@@ -47,7 +47,7 @@ class ReportTest(absltest.TestCase):
 
 @unittest.skipUnless(
   importlib.util.find_spec("jax_cuda13_plugin"),
-  "the CUDA compiler is not installed: pip install 'bertjax[gpu_compiler]'",
+  "the CUDA compiler is not installed: pip install 'bertjax[gpu-compiler]'",
 )
 class CompileTest(absltest.TestCase):
   def test_a_fused_kernel_is_assembled(self):

@@ -43,7 +43,7 @@ class ParseTest(parameterized.TestCase):
 class CompilerTest(parameterized.TestCase):
   @parameterized.parameters(
     ("v5e:2x2", "libtpu.*bertjax\\[tpu\\]"),
-    ("h100:1", "jax_cuda13_plugin.*bertjax\\[gpu_compiler\\]"),
+    ("h100:1", "jax_cuda13_plugin.*bertjax\\[gpu-compiler\\]"),
   )
   def test_a_missing_compiler_names_the_extra(self, name, message):
     with (

@@ -16,7 +16,7 @@ EVERYTHING = BERT | dict(
 
 @unittest.skipUnless(
   importlib.util.find_spec("jax_cuda13_plugin"),
-  "the CUDA compiler is not installed: pip install 'bertjax[gpu_compiler]'",
+  "the CUDA compiler is not installed: pip install 'bertjax[gpu-compiler]'",
 )
 class CompileTest(parameterized.TestCase):
   @parameterized.named_parameters(
