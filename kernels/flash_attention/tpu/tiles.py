@@ -28,6 +28,7 @@ AHEAD_SCORES = 1 << 18
 BLOCK_BYTES = 6 << 20  # blocks of a step, both buffers
 WHOLE_BYTES = 8 << 20  # a whole head, both buffers, and the sum of dq
 HEADS_BYTES = 5 << 20  # likewise of several heads, which a step can do without
+PARTS_BYTES = 12 << 20  # sums and blocks of heads that are fetched by tile
 BUFFERS = 2
 SMALL_SCORES = 1 << 18  # of a step; half as many take 0.7 of its time
 # Rows whose dq, in float32, fits beside all else: longer ones are divided.
@@ -118,12 +119,13 @@ def _head_bytes(problem: Problem, t: int, s: int, by_column: bool) -> int:
 
 
 def _whole(
-  problem: Problem, t_pad: int, s_pad: int, scores: int, by_column: bool
+  problem: Problem, t_pad: int, s_pad: int, t: int, s: int, by_column: bool
 ) -> tuple[bool, int]:
   """Whether the inner loop's operands are whole heads, and of how many.
 
   Fetched by tile they cross HBM once per outer tile. That is worth it where a
-  head's tile has so few `scores` that steps need more heads to be efficient.
+  head's tile, t by s, has so few scores that steps need more heads to be
+  efficient.
   """
   d, dv = _up(problem.d, 16), _up(problem.dv, 16)
   size = problem.dtype.itemsize
@@ -133,9 +135,12 @@ def _whole(
   else:
     kept, fetched = 0, s_pad * (d + dv) * size * BUFFERS
   wholes = HEADS_BYTES // (kept + fetched) or WHOLE_BYTES // (kept + fetched)
-  if wholes * scores >= SMALL_SCORES:
+  if wholes * t * s >= SMALL_SCORES:
     return True, wholes
-  parts = WHOLE_BYTES // kept if kept else problem.h
+  parts = problem.h
+  if by_column:  # the sums of dk and dv of a column, too
+    beside = _head_bytes(problem, t, s, by_column) + s * (d + dv) * 4
+    parts = min(WHOLE_BYTES // kept, PARTS_BYTES // (kept + beside))
   return wholes >= parts, max(parts, 1)
 
 
@@ -210,7 +215,7 @@ def choose(problem: Problem, by_column: bool) -> Tiles:
     limit = 1  # heads differ in the tiles they visit
   whole = False
   if t_pad > t if by_column else s_pad > s:  # there is an inner loop
-    whole, most = _whole(problem, t_pad, s_pad, t * s, by_column)
+    whole, most = _whole(problem, t_pad, s_pad, t, s, by_column)
     limit = min(limit, most)
   heads = _heads(problem, max(limit, 1))
   items = heads * (t // t_item) * (s // s_item)

@@ -45,15 +45,18 @@ class CoveringTest(absltest.TestCase):
 )
 class BatteryTest(parameterized.TestCase):
   # A v4 has the least VMEM; `tpu_kernels_test` compiles one for each chip.
-  def test_the_largest_shape_compiles(self):
-    row = dict(
+  @parameterized.named_parameters(
+    ("largest", dict(length=8192, window=None)),
+    ("many_heads_beside_their_sums", dict(length=4096, window=(64, 64))),
+    ("long_causal", dict(length=8192, window="causal")),
+  )
+  def test_the_tightest_shapes_compile(self, row):
+    row = row | dict(
       chip="v4",
-      length=8192,
       heads=16,
       width=128,
       bias="key",
       dropout="hardware",
-      window=None,
       segment_ids=True,
     )
     found = battery.compiled(row)
