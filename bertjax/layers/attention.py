@@ -144,10 +144,8 @@ def reference_attend(
   return einsum("bhts,bshd->bthd", probs, v, v.dtype).astype(v.dtype)
 
 
-# "flash" is the kernel of the platform that is compiled for, on a CPU the
-# blockwise form, which takes short rows in one step. That is the faster one
-# everywhere: on a CPU its training step equals the reference's at length 128
-# and wins from there on.
+# "flash" is the kernel of the platform that is compiled for; on a CPU whichever
+# of the blockwise and the dense form measured faster (`flash.DENSE_LENGTH`).
 ATTENTION: Mapping[str, Attend] = {
   "flash": FlashAttend(),
   "reference": reference_attend,

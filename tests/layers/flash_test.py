@@ -1,6 +1,7 @@
 """BERT with kernels for attention: the same losses, no layout left behind."""
 
 import functools
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 from absl.testing import absltest, parameterized
 
+from bertjax.layers import flash
 from bertjax.layers.attention import ATTENTION, Attend, SelfAttention
 from bertjax.layers.flash import FlashAttend, mesh_sharding
 from bertjax.models import bert, left_to_right_bert
@@ -19,7 +21,7 @@ V, E, H, F, L, T = 53, 24, 3, 40, 2, 40
 REFERENCE = FlashAttend("reference", "bthd")
 KERNELS = {
   "gpu": FlashAttend("gpu", "bhtd", interpret=True),
-  "flash": FlashAttend(),
+  "blockwise": FlashAttend("blockwise", "bthd", "counter"),
   "tpu": FlashAttend("tpu", "bhdt", "counter", interpret=True),
 }
 
@@ -122,10 +124,11 @@ class BertTest(parameterized.TestCase):
   def test_evaluation_equals_the_plain_reference(self):
     batch = batch_of(PADDED)
     want = solve("reference", batch, train=False)
-    assert_close(solve("flash", batch, train=False), want)
+    for attend in ("flash", "blockwise"):
+      assert_close(solve(attend, batch, train=False), want)
 
   def test_packed_rows_equal_separate_sequences(self):
-    encoder = objective("flash").encoder
+    encoder = objective("blockwise").encoder
     batch = batch_of(PACKED)
     batch["positions"] = jnp.asarray(
       np.where(
@@ -147,7 +150,7 @@ class BertTest(parameterized.TestCase):
     batch = batch_of(PACKED)
 
     def forward_kernels(remat):
-      model = objective("flash", remat=remat, scan=False)
+      model = objective("flash", remat=remat, scan=False, dtype="bfloat16")
 
       def loss(p):
         return model.apply({"params": p}, batch, train=False)[0]["mlm"]
@@ -171,7 +174,7 @@ class BertTest(parameterized.TestCase):
     assert_close(found, want)
 
 
-class LayoutTest(absltest.TestCase):
+class LayoutTest(parameterized.TestCase):
   def test_projections_write_what_the_kernel_reads(self):
     seen = []
 
@@ -194,14 +197,28 @@ class LayoutTest(absltest.TestCase):
     dims = dict(vocab_size=V, emb_dim=16, num_heads=2, num_layers=1)
     batch = batch_of(np.ones((2, T)))
     outs = {}
-    for attend in ("flash", "reference"):
+    for attend in ("blockwise", "reference"):
       encoder = left_to_right_bert(**dims, max_positions=T, attend=attend)
       variables = encoder.init(jax.random.key(0), batch)
       outs[attend] = encoder.apply(variables, batch).hidden
-    np.testing.assert_allclose(outs["flash"], outs["reference"], atol=1e-5)
+    np.testing.assert_allclose(outs["blockwise"], outs["reference"], atol=1e-5)
     later = batch | {"tokens": batch["tokens"].at[:, 9:].set(1)}
     moved = encoder.apply(variables, later).hidden
-    np.testing.assert_allclose(moved[:, :9], outs["flash"][:, :9], atol=1e-5)
+    np.testing.assert_allclose(moved[:, :9], outs["blockwise"][:, :9], atol=1e-5)
+
+  @parameterized.parameters(
+    ("float32", 256, "reference"),  # the faster one on a CPU, as measured
+    ("float32", 257, None),
+    ("bfloat16", 256, None),
+  )
+  def test_the_default_on_a_cpu_is_the_faster_one(self, dtype, length, want):
+    q, k = (jnp.ones((1, t, 1, 16), dtype) for t in (7, length))
+    self.assertEqual(FlashAttend().backend_for(q, k), want)
+    self.assertEqual(FlashAttend().backend_for(k, q), want)
+    self.assertEqual(FlashAttend("tpu").backend_for(q, k), "tpu")
+    with mock.patch.object(flash, "platform", return_value="tpu"):
+      q, k = (x.swapaxes(1, 3) for x in (q, k))
+      self.assertIsNone(FlashAttend().backend_for(q, k))
 
   def test_layouts_give_one_layer(self):
     x = jax.random.normal(jax.random.key(0), (2, 5, 12))
@@ -230,7 +247,7 @@ class MeshTest(absltest.TestCase):
     encoder = bert(
       **dims,
       max_positions=T,
-      attend="flash",
+      attend="blockwise",
       dropout_rate=0.0,
       attention_dropout_rate=0.3,
     )
