@@ -14,22 +14,26 @@ is not sent stays in the errors e and d, so that
     out + d + mean_i e_i  (new)  =  mean_i (x_i + e_i) + d  (old).
 
 Vectors come as lists of arrays, a tensor each. A tensor of m numbers is cut
-into n pieces of ceil(m / n); chunk k is the k-th piece of all of them, packed
-32 signs to a word. Padding has no sign that counts, no scale and no error.
+into n pieces of m / n, rounded up to whole lines of 128; chunk k is the k-th
+piece of all of them, packed 32 signs to a word. Padding has no sign that
+counts, no scale and no error. Numbers stay in lines from tensor to message:
+pieces of odd lengths, one after the other, would be shifted across a TPU's
+lanes, which takes its compiler minutes and the chip longer than the sending.
 
 Reference: Tang et al. 2021, arXiv:2102.02888, algorithm 1 and figure 3.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Bool, Float, Shaped, UInt32
 
 BITS = 32  # signs in a word
+LANES = 128  # numbers in a line
 GRANULARITIES = ("buffer", "chunk", "tensor", "layer")
 SCALES = ("l1", "rms")
 
@@ -75,37 +79,53 @@ class Compression:
 
 
 class Grid(NamedTuple):
-  """How a tensor divides: `[chunks, rows, blocks, block]` with its padding.
+  """How a tensor divides: `[chunks, rows, blocks, lines, lanes]`, padded.
 
   Attributes:
     rows: layers with scales of their own, else 1.
     length: numbers in a row.
     blocks: of a row's piece in one chunk.
-    block: numbers in a block, padding included.
+    lines: of a block.
+    lanes: numbers in a line.
   """
 
   rows: int
   length: int
   blocks: int
-  block: int
+  lines: int
+  lanes: int
 
   @property
   def piece(self) -> int:
     """Numbers of a row in one chunk, padding included."""
-    return self.blocks * self.block
+    return self.blocks * self.lines * self.lanes
+
+  @property
+  def shape(self) -> tuple[int, int, int, int]:
+    """Of one chunk."""
+    return self.rows, self.blocks, self.lines, self.lanes
 
   def split(self, x: Array, chunks: int) -> Array:
-    """`[...]` -> `[chunks, rows, blocks, block]`, padded with zeros."""
-    x = x.reshape(self.rows, self.length)
-    missing = chunks * self.piece - self.length
-    x = jnp.pad(x, ((0, 0), (0, missing)))
-    x = x.reshape(self.rows, chunks, self.blocks, self.block)
+    """`[...]` -> `[chunks, rows, blocks, lines, lanes]`, padded with zeros."""
+    x = _pad(x.reshape(self.rows, self.length), 1, self.lanes)
+    x = x.reshape(self.rows, -1, self.lanes)
+    x = _pad(x, 1, chunks * self.blocks * self.lines)
+    x = x.reshape(self.rows, chunks, *self.shape[1:])
     return jnp.swapaxes(x, 0, 1)
 
   def join(self, x: Array, shape: Sequence[int]) -> Array:
     """The inverse of `split`."""
-    x = jnp.swapaxes(x, 0, 1).reshape(self.rows, x.shape[0] * self.piece)
+    x = jnp.swapaxes(x, 0, 1).reshape(self.rows, -1, self.lanes)
+    x = x[:, : -(-self.length // self.lanes)].reshape(self.rows, -1)
     return x[:, : self.length].reshape(shape)
+
+
+def _pad(x: Array, axis: int, unit: int) -> Array:
+  """Zeros at the end of an axis, up to a multiple of `unit`."""
+  missing = -x.shape[axis] % unit
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, missing)
+  return jnp.pad(x, widths) if missing else x
 
 
 def grid_of(
@@ -125,32 +145,48 @@ def grid_of(
     rows = math.prod(shape[:stacked])
   length = size // rows
   piece = -(-length // chunks)
-  blocks = 1
-  if compression.by_block:
-    blocks = max(1, -(-piece // compression.granularity))
-  return Grid(rows, length, blocks, -(-piece // blocks))
+  if not compression.by_block:
+    return Grid(rows, length, 1, -(-piece // LANES), LANES)
+  blocks = max(1, -(-piece // compression.granularity))
+  return Grid(rows, length, blocks, 1, -(-piece // blocks))
 
 
-def pack_signs(positive: Bool[Array, "n p"]) -> UInt32[Array, "n w"]:
-  """32 signs to a word, the i-th of which is bit i of words `i w` apart.
+def pack_signs(
+  positive: Bool[Array, "n lines lanes"],
+) -> UInt32[Array, "n words lanes"]:
+  """32 signs to a word, of 32 lines; the i-th of them is bit i.
 
-  Interleaved so that no step works across neighbouring lanes.
+  The lines of a word stand as far apart as there are words: no step works
+  across lanes or neighbouring lines.
   """
-  rows, count = positive.shape
-  words = -(-count // BITS)
-  bits = jnp.pad(positive, ((0, 0), (0, words * BITS - count)))
-  bits = bits.astype(jnp.uint32).reshape(rows, BITS, words)
+  bits = _pad(positive, 1, BITS).astype(jnp.uint32)
+  bits = bits.reshape(bits.shape[0], BITS, -1, bits.shape[2])
   return jnp.sum(bits << _shifts(), axis=1, dtype=jnp.uint32)
 
 
-def unpack_signs(words: UInt32[Array, "n w"], count: int) -> Bool[Array, "n p"]:
-  """The first `count` signs that `pack_signs` packed: is it positive?"""
-  bits = (words[:, None, :] >> _shifts()) & jnp.uint32(1)
-  return bits.reshape(words.shape[0], -1)[:, :count].astype(bool)
+def unpack_signs(
+  words: UInt32[Array, "n words lanes"], lines: int
+) -> Bool[Array, "n lines lanes"]:
+  """The first lines of signs that `pack_signs` packed: is it positive?"""
+  bits = (words[:, None] >> _shifts()) & jnp.uint32(1)
+  bits = bits.reshape(words.shape[0], -1, words.shape[2])
+  return bits[:, :lines].astype(bool)
 
 
-def _shifts() -> UInt32[Array, "1 b 1"]:
-  return jnp.arange(BITS, dtype=jnp.uint32)[None, :, None]
+def _shifts() -> UInt32[Array, "1 b 1 1"]:
+  return jnp.arange(BITS, dtype=jnp.uint32)[None, :, None, None]
+
+
+def in_lines(x: Shaped[Array, "n ..."]) -> Shaped[Array, "n lines lanes"]:
+  """Lines of LANES, the last one padded."""
+  if x.shape[-1] != LANES:
+    x = _pad(x.reshape(x.shape[0], -1), 1, LANES)
+  return x.reshape(x.shape[0], -1, LANES)
+
+
+def sign_lines(grids: Iterable[Grid]) -> list[int]:
+  """By tensor, lines of LANES that its signs take in a chunk."""
+  return [-(-grid.rows * grid.piece // LANES) for grid in grids]
 
 
 class _Layout(NamedTuple):
@@ -162,14 +198,14 @@ class _Layout(NamedTuple):
   sum_axes: tuple[tuple[str, ...], ...]
 
   @property
-  def count(self) -> int:
-    """Signs in a chunk."""
-    return sum(grid.rows * grid.piece for grid in self.grids)
+  def lines(self) -> int:
+    """Lines of signs in a chunk."""
+    return sum(sign_lines(self.grids))
 
   @property
   def words(self) -> int:
-    """Words of signs in a chunk."""
-    return -(-self.count // BITS)
+    """Lines of words of signs in a chunk."""
+    return -(-self.lines // BITS)
 
 
 def _pooled(
@@ -193,70 +229,75 @@ def _pooled(
 
 def _scales(
   layout: _Layout,
-  values: Sequence[Float[Array, "n r b e"]],
-  valid: Sequence[Bool[Array, "n r b e"]],
+  values: Sequence[Float[Array, "n r b l e"]],
+  valid: Sequence[Bool[Array, "n r b l e"]],
 ) -> list[Float[Array, "..."]]:
   """Scales, broadcastable against the tensors' `[n, rows, blocks]`."""
   rms = layout.compression.scale == "rms"
   size = jnp.square if rms else jnp.abs
-  sums = _pooled(layout, [jnp.sum(size(x), axis=3) for x in values])
+  sums = _pooled(layout, [jnp.sum(size(x), axis=(3, 4)) for x in values])
   counts = _pooled(
-    layout, [jnp.sum(v, axis=3, dtype=jnp.float32) for v in valid]
+    layout, [jnp.sum(v, axis=(3, 4), dtype=jnp.float32) for v in valid]
   )
   means = [s / jnp.maximum(c, 1.0) for s, c in zip(sums, counts)]
   return [jnp.sqrt(m) for m in means] if rms else means
 
 
 def _message(
-  layout: _Layout,
-  values: Sequence[Float[Array, "n r b e"]],
+  values: Sequence[Float[Array, "n r b l e"]],
   scales: Sequence[Float[Array, "..."]],
-) -> UInt32[Array, "n w"]:
-  """Signs, then the bits of the scales: one row for each chunk."""
+) -> UInt32[Array, "n words lanes"]:
+  """Signs, then the bits of the scales: lines for each chunk."""
   chunks = values[0].shape[0]
-  signs = [(x >= 0).reshape(chunks, -1) for x in values]
+  packed = pack_signs(
+    jnp.concatenate([in_lines(x >= 0) for x in values], axis=1)
+  )
   flat = [
     jnp.broadcast_to(s, (chunks, *s.shape[1:])).reshape(chunks, -1)
     for s in scales
   ]
   bits = jax.lax.bitcast_convert_type(jnp.concatenate(flat, axis=1), jnp.uint32)
-  packed = pack_signs(jnp.concatenate(signs, axis=1))
+  bits = _pad(bits, 1, LANES).reshape(chunks, -1, LANES)
   return jnp.concatenate([packed, bits], axis=1)
 
 
 def _decoded(
-  layout: _Layout, message: UInt32[Array, "n w"], scales: Sequence[Array]
-) -> list[Float[Array, "n r b e"]]:
+  layout: _Layout,
+  message: UInt32[Array, "n words lanes"],
+  scales: Sequence[Array],
+) -> list[Float[Array, "n r b l e"]]:
   """The numbers that a message stands for.
 
   Args:
     layout: of the tensors.
-    message: a row per sender.
+    message: lines from each sender.
     scales: whatever has the senders' shapes of scales.
   """
   senders = message.shape[0]
-  positive = unpack_signs(message[:, : layout.words], layout.count)
+  positive = unpack_signs(message[:, : layout.words], layout.lines)
   sent = jax.lax.bitcast_convert_type(message[:, layout.words :], jnp.float32)
+  sent = sent.reshape(senders, -1)
   found, start = [], 0
   for scale in scales:
     size = math.prod(scale.shape[1:])
     part = sent[:, start : start + size]
-    found.append(part.reshape(senders, *scale.shape[1:], 1))
+    found.append(part.reshape(senders, *scale.shape[1:]))
     start += size
   if len(found) == 1:
     found *= len(layout.grids)
   values, start = [], 0
-  for grid, scale in zip(layout.grids, found):
-    size = grid.rows * grid.piece
-    part = positive[:, start : start + size]
-    part = part.reshape(senders, grid.rows, grid.blocks, grid.block)
-    values.append(_signed(part, scale))
-    start += size
+  for grid, scale, lines in zip(layout.grids, found, sign_lines(layout.grids)):
+    part = positive[:, start : start + lines]
+    if grid.lanes != LANES:
+      part = part.reshape(senders, -1)[:, : grid.rows * grid.piece]
+    values.append(_signed(part.reshape(senders, *grid.shape), scale))
+    start += lines
   return values
 
 
 def _signed(positive: Array, scale: Array) -> Array:
-  scale = jnp.broadcast_to(scale, positive.shape)
+  """The scale of each block, `[n, r, b]`, with the sign of each number."""
+  scale = jnp.broadcast_to(scale[..., None, None], positive.shape)
   return jnp.where(positive, scale, -scale)
 
 
@@ -265,7 +306,7 @@ def _residuals(values, scales, valid):
   if len(scales) == 1:
     scales = list(scales) * len(values)
   return [
-    jnp.where(v, x - _signed(x >= 0, s[..., None]), 0.0)
+    jnp.where(v, x - _signed(x >= 0, s), 0.0)
     for x, s, v in zip(values, scales, valid)
   ]
 
@@ -276,10 +317,12 @@ def _valid(layout: _Layout, chunks: int, masks: Sequence[Array | None]):
   def one(grid, mask):
     if mask is not None:
       return grid.split(mask, chunks)
-    shape = (chunks, grid.rows, grid.blocks, grid.block)
+    shape = (chunks, *grid.shape)
     index = jax.lax.broadcasted_iota(jnp.int32, shape, 0) * grid.piece
-    index += jax.lax.broadcasted_iota(jnp.int32, shape, 2) * grid.block
-    return index + jax.lax.broadcasted_iota(jnp.int32, shape, 3) < grid.length
+    steps = {2: grid.lines * grid.lanes, 3: grid.lanes, 4: 1}
+    for axis, step in steps.items():
+      index += jax.lax.broadcasted_iota(jnp.int32, shape, axis) * step
+    return index < grid.length
 
   return [one(grid, mask) for grid, mask in zip(layout.grids, masks)]
 
@@ -339,7 +382,7 @@ def compressed_all_reduce(
     ),
     tuple(map(tuple, sum_axes or [()] * len(tensors))),
   )
-  if layout.count == 0:
+  if layout.lines == 0:
     return list(tensors), worker_errors, server_errors
   valid = _valid(layout, workers, masks or none)
 
@@ -351,7 +394,7 @@ def compressed_all_reduce(
     for grid, x, v in zip(layout.grids, own, valid)
   ]
   scales = _scales(layout, own, valid)
-  message = _message(layout, own, scales)
+  message = _message(own, scales)
   if axis is not None:
     message = jax.lax.all_to_all(message, axis, 0, 0, tiled=True)
   received = _decoded(layout, message, scales)
@@ -363,7 +406,7 @@ def compressed_all_reduce(
     chunk = [x + d.reshape(x.shape) for x, d in zip(chunk, server_errors)]
   chunk = [jnp.where(v, x, 0.0) for x, v in zip(chunk, mine)]
   averaged = _scales(layout, chunk, mine)
-  message = _message(layout, chunk, averaged)
+  message = _message(chunk, averaged)
   if axis is not None:
     message = jax.lax.all_gather(message, axis, tiled=True)
   average = [

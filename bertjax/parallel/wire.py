@@ -9,7 +9,13 @@ million numbers), which sends twice as much; that of BERT-large stays a gather.
 import math
 from collections.abc import Iterable, Sequence
 
-from bertjax.parallel.compressed import BITS, Compression, grid_of
+from bertjax.parallel.compressed import (
+  BITS,
+  LANES,
+  Compression,
+  grid_of,
+  sign_lines,
+)
 
 
 def compressed_bytes(
@@ -20,8 +26,9 @@ def compressed_bytes(
 ) -> float:
   """What a worker sends in one `compressed_all_reduce`.
 
-  Twice (n - 1) messages of a bit per number of a chunk, and its scales:
-  2 (n - 1) / n (d / 8) bytes for d numbers without padding and scales.
+  Twice (n - 1) messages of a bit per number of a chunk, and its scales, each
+  in whole lines: 2 (n - 1) / n (d / 8) bytes for d numbers without padding and
+  scales.
 
   Args:
     shapes: of the tensors, on one device.
@@ -35,7 +42,7 @@ def compressed_bytes(
     grid_of(shape, workers, compression, depth)
     for shape, depth in zip(shapes, depths)
   ]
-  words = -(-sum(grid.rows * grid.piece for grid in grids) // BITS)
+  words = -(-sum(sign_lines(grids)) // BITS)
   scales = {
     "buffer": 1,
     "chunk": 1,
@@ -44,7 +51,8 @@ def compressed_bytes(
   }.get(compression.granularity)
   if scales is None:
     scales = sum(grid.rows * grid.blocks for grid in grids)
-  return 2 * (workers - 1) * 4 * (words + scales)
+  lines = words + -(-scales // LANES)
+  return 2 * (workers - 1) * 4 * LANES * lines
 
 
 def ring_bytes(
