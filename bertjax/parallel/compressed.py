@@ -34,6 +34,10 @@ from jaxtyping import Array, Bool, Float, Shaped, UInt32
 
 BITS = 32  # signs in a word
 LANES = 128  # numbers in a line
+# A TPU keeps eight lines in a register. Pieces of so many lines are rounded up
+# to whole registers: an eighth longer at most.
+REGISTER = 8
+LONG = REGISTER * REGISTER
 GRANULARITIES = ("buffer", "chunk", "tensor", "layer")
 SCALES = ("l1", "rms")
 
@@ -144,10 +148,13 @@ def grid_of(
   if compression.granularity == "layer" and size:
     rows = math.prod(shape[:stacked])
   length = size // rows
-  piece = -(-length // chunks)
+  piece = max(1, -(-length // chunks))
   if not compression.by_block:
-    return Grid(rows, length, 1, -(-piece // LANES), LANES)
-  blocks = max(1, -(-piece // compression.granularity))
+    lines = -(-piece // LANES)
+    if lines >= LONG:
+      lines = -(-lines // REGISTER) * REGISTER
+    return Grid(rows, length, 1, lines, LANES)
+  blocks = -(-piece // compression.granularity)
   return Grid(rows, length, blocks, 1, -(-piece // blocks))
 
 
@@ -165,12 +172,12 @@ def pack_signs(
 
 
 def unpack_signs(
-  words: UInt32[Array, "n words lanes"], lines: int
+  words: UInt32[Array, "n words lanes"],
 ) -> Bool[Array, "n lines lanes"]:
-  """The first lines of signs that `pack_signs` packed: is it positive?"""
+  """The signs that `pack_signs` packed, padding included: is it positive?"""
   bits = (words[:, None] >> _shifts()) & jnp.uint32(1)
   bits = bits.reshape(words.shape[0], -1, words.shape[2])
-  return bits[:, :lines].astype(bool)
+  return bits.astype(bool)
 
 
 def _shifts() -> UInt32[Array, "1 b 1 1"]:
@@ -189,6 +196,39 @@ def sign_lines(grids: Iterable[Grid]) -> list[int]:
   return [-(-grid.rows * grid.piece // LANES) for grid in grids]
 
 
+class Group(NamedTuple):
+  """Tensors whose signs are packed together.
+
+  Attributes:
+    members: which.
+    lines: of their signs in a chunk, padding included.
+  """
+
+  members: list[int]
+  lines: int
+
+  @property
+  def words(self) -> int:
+    """Lines of words."""
+    return self.lines // BITS
+
+
+def groups_of(grids: Sequence[Grid]) -> list[Group]:
+  """Tensors in whole registers, and the rest, which would misalign them."""
+  lines = sign_lines(grids)
+  whole = [i for i, n in enumerate(lines) if n % REGISTER == 0]
+  rest = [i for i, n in enumerate(lines) if n % REGISTER]
+  found = []
+  for members in (whole, rest):
+    total = sum(lines[i] for i in members)
+    # Words in whole registers, too, where that adds less than 1 / LONG.
+    unit = BITS * REGISTER
+    unit = unit if total >= unit * LONG else BITS
+    if total:
+      found.append(Group(members, -(-total // unit) * unit))
+  return found
+
+
 class _Layout(NamedTuple):
   """Everything about a set of tensors that is known before they are."""
 
@@ -198,14 +238,9 @@ class _Layout(NamedTuple):
   sum_axes: tuple[tuple[str, ...], ...]
 
   @property
-  def lines(self) -> int:
-    """Lines of signs in a chunk."""
-    return sum(sign_lines(self.grids))
-
-  @property
-  def words(self) -> int:
-    """Lines of words of signs in a chunk."""
-    return -(-self.lines // BITS)
+  def groups(self) -> list[Group]:
+    """See `groups_of`."""
+    return groups_of(self.grids)
 
 
 def _pooled(
@@ -244,21 +279,23 @@ def _scales(
 
 
 def _message(
+  layout: _Layout,
   values: Sequence[Float[Array, "n r b l e"]],
   scales: Sequence[Float[Array, "..."]],
 ) -> UInt32[Array, "n words lanes"]:
   """Signs, then the bits of the scales: lines for each chunk."""
   chunks = values[0].shape[0]
-  packed = pack_signs(
-    jnp.concatenate([in_lines(x >= 0) for x in values], axis=1)
-  )
+  packed = []
+  for members, lines in layout.groups:
+    signs = [in_lines(values[i] >= 0) for i in members]
+    packed.append(pack_signs(_pad(jnp.concatenate(signs, axis=1), 1, lines)))
   flat = [
     jnp.broadcast_to(s, (chunks, *s.shape[1:])).reshape(chunks, -1)
     for s in scales
   ]
   bits = jax.lax.bitcast_convert_type(jnp.concatenate(flat, axis=1), jnp.uint32)
   bits = _pad(bits, 1, LANES).reshape(chunks, -1, LANES)
-  return jnp.concatenate([packed, bits], axis=1)
+  return jnp.concatenate([*packed, bits], axis=1)
 
 
 def _decoded(
@@ -274,8 +311,8 @@ def _decoded(
     scales: whatever has the senders' shapes of scales.
   """
   senders = message.shape[0]
-  positive = unpack_signs(message[:, : layout.words], layout.lines)
-  sent = jax.lax.bitcast_convert_type(message[:, layout.words :], jnp.float32)
+  words = sum(group.words for group in layout.groups)
+  sent = jax.lax.bitcast_convert_type(message[:, words:], jnp.float32)
   sent = sent.reshape(senders, -1)
   found, start = [], 0
   for scale in scales:
@@ -285,14 +322,28 @@ def _decoded(
     start += size
   if len(found) == 1:
     found *= len(layout.grids)
-  values, start = [], 0
-  for grid, scale, lines in zip(layout.grids, found, sign_lines(layout.grids)):
-    part = positive[:, start : start + lines]
-    if grid.lanes != LANES:
-      part = part.reshape(senders, -1)[:, : grid.rows * grid.piece]
-    values.append(_signed(part.reshape(senders, *grid.shape), scale))
-    start += lines
-  return values
+  positive = _positive(layout, message)
+  return [_signed(positive[i], scale) for i, scale in enumerate(found)]
+
+
+def _positive(
+  layout: _Layout, message: UInt32[Array, "n words lanes"]
+) -> dict[int, Bool[Array, "n r b l e"]]:
+  """By tensor, which of its signs are positive."""
+  senders, lengths = message.shape[0], sign_lines(layout.grids)
+  found, first = {}, 0
+  for group in layout.groups:
+    words = message[:, first : first + group.words]
+    positive, start = unpack_signs(words), 0
+    first += group.words
+    for i in group.members:
+      grid = layout.grids[i]
+      part = positive[:, start : start + lengths[i]]
+      if grid.lanes != LANES:
+        part = part.reshape(senders, -1)[:, : grid.rows * grid.piece]
+      found[i] = part.reshape(senders, *grid.shape)
+      start += lengths[i]
+  return found
 
 
 def _signed(positive: Array, scale: Array) -> Array:
@@ -382,7 +433,7 @@ def compressed_all_reduce(
     ),
     tuple(map(tuple, sum_axes or [()] * len(tensors))),
   )
-  if layout.lines == 0:
+  if not layout.groups:
     return list(tensors), worker_errors, server_errors
   valid = _valid(layout, workers, masks or none)
 
@@ -394,7 +445,7 @@ def compressed_all_reduce(
     for grid, x, v in zip(layout.grids, own, valid)
   ]
   scales = _scales(layout, own, valid)
-  message = _message(own, scales)
+  message = _message(layout, own, scales)
   if axis is not None:
     message = jax.lax.all_to_all(message, axis, 0, 0, tiled=True)
   received = _decoded(layout, message, scales)
@@ -406,7 +457,7 @@ def compressed_all_reduce(
     chunk = [x + d.reshape(x.shape) for x, d in zip(chunk, server_errors)]
   chunk = [jnp.where(v, x, 0.0) for x, v in zip(chunk, mine)]
   averaged = _scales(layout, chunk, mine)
-  message = _message(chunk, averaged)
+  message = _message(layout, chunk, averaged)
   if axis is not None:
     message = jax.lax.all_gather(message, axis, tiled=True)
   average = [

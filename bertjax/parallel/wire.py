@@ -10,11 +10,10 @@ import math
 from collections.abc import Iterable, Sequence
 
 from bertjax.parallel.compressed import (
-  BITS,
   LANES,
   Compression,
   grid_of,
-  sign_lines,
+  groups_of,
 )
 
 
@@ -42,7 +41,6 @@ def compressed_bytes(
     grid_of(shape, workers, compression, depth)
     for shape, depth in zip(shapes, depths)
   ]
-  words = -(-sum(sign_lines(grids)) // BITS)
   scales = {
     "buffer": 1,
     "chunk": 1,
@@ -51,6 +49,7 @@ def compressed_bytes(
   }.get(compression.granularity)
   if scales is None:
     scales = sum(grid.rows * grid.blocks for grid in grids)
+  words = sum(group.words for group in groups_of(grids))
   lines = words + -(-scales // LANES)
   return 2 * (workers - 1) * 4 * LANES * lines
 

@@ -204,7 +204,8 @@ class LayoutTest(parameterized.TestCase):
     np.testing.assert_allclose(outs["blockwise"], outs["reference"], atol=1e-5)
     later = batch | {"tokens": batch["tokens"].at[:, 9:].set(1)}
     moved = encoder.apply(variables, later).hidden
-    np.testing.assert_allclose(moved[:, :9], outs["blockwise"][:, :9], atol=1e-5)
+    want = outs["blockwise"][:, :9]
+    np.testing.assert_allclose(moved[:, :9], want, atol=1e-5)
 
   @parameterized.parameters(
     ("float32", 256, "reference"),  # the faster one on a CPU, as measured

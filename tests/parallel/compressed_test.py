@@ -67,6 +67,11 @@ def _inputs(workers, compression, shapes=_SHAPES, stacked=_STACKED, make=None):
   return x, e, d
 
 
+def _no_server_errors(workers, length):
+  grid = compressed.grid_of((length,), workers, Compression())
+  return np.zeros((workers, 1, grid.piece), np.float32)
+
+
 def _joined(d, shape):
   wanted = (d.shape[0], *(1,) * len(shape), *d.shape[1:])
   return np.asarray(elastic.joined_servers(jnp.asarray(d).reshape(wanted),
@@ -75,28 +80,28 @@ def _joined(d, shape):
 
 class SignsTest(parameterized.TestCase):
   @parameterized.parameters(1, 31, 32, 33, 200)
-  def test_packing_is_a_bit_per_sign_and_reversible(self, count):
-    positive = np.random.default_rng(count).random((3, count)) > 0.5
+  def test_packing_is_a_bit_per_sign_and_reversible(self, lines):
+    positive = np.random.default_rng(lines).random((3, lines, 5)) > 0.5
     words = compressed.pack_signs(jnp.asarray(positive))
     self.assertEqual(
-      (words.dtype, words.shape), (np.uint32, (3, -(-count // 32)))
+      (words.dtype, words.shape), (np.uint32, (3, -(-lines // 32), 5))
     )
-    np.testing.assert_array_equal(
-      compressed.unpack_signs(words, count), positive
-    )
+    unpacked = compressed.unpack_signs(words)
+    np.testing.assert_array_equal(unpacked[:, :lines], positive)
+    self.assertFalse(unpacked[:, lines:].any())
     # No sign is written twice: as many bits are set as there are.
     self.assertEqual(np.bitwise_count(np.asarray(words)).sum(), positive.sum())
 
   def test_known_vector(self):
     x = [jnp.array([3.0, -1.0, 0.0, -4.0])]
-    zeros = [jnp.zeros(4)], [jnp.zeros((1, 4))]
+    zeros = [jnp.zeros(4)], [jnp.asarray(_no_server_errors(1, 4)[0])]
     mean, worker, server = compressed.compressed_all_reduce(
       x, *zeros, axis=None
     )
     # 8 / 4 = 2 for every sign, that of 0 being positive.
     np.testing.assert_array_equal(mean[0], [2, -2, 2, -2])
     np.testing.assert_array_equal(worker[0], [1, 1, -2, -2])
-    np.testing.assert_array_equal(server[0], np.zeros((1, 4)))
+    self.assertFalse(server[0].any())
 
   def test_rms_of_a_known_vector(self):
     x = [jnp.array([1.0, -1.0, 1.0, -5.0])]
@@ -170,10 +175,10 @@ class AllReduceTest(parameterized.TestCase):
   def test_equals_the_loop_over_workers_bit_for_bit(self, workers):
     """Scales here are exact sums over powers of two of numbers."""
     rng = np.random.default_rng(1)
-    length = 16 * workers
-    x = _dyadic(rng, (workers, length))
-    e = _dyadic(rng, (workers, length))
-    d = _dyadic(rng, (workers, length // workers))
+    length = compressed.LANES * workers  # no padding
+    x = _dyadic(rng, (workers, length), bits=4)
+    e = _dyadic(rng, (workers, length), bits=4)
+    d = _dyadic(rng, (workers, length // workers), bits=4)
     mean, worker, server = _reduce(workers, Compression())(
       [x], [e], [d[:, None]]
     )
@@ -187,7 +192,7 @@ class AllReduceTest(parameterized.TestCase):
   def test_order_of_workers_does_not_matter(self):
     rng = np.random.default_rng(2)
     x, zero = _dyadic(rng, (4, 64)), np.zeros((4, 64), np.float32)
-    d = [np.zeros((4, 1, 16), np.float32)]
+    d = [_no_server_errors(4, 64)]
     one, _, _ = _reduce(4, Compression())([x], [zero], d)
     other, _, _ = _reduce(4, Compression())([x[[2, 0, 3, 1]]], [zero], d)
     np.testing.assert_array_equal(one[0], other[0])
@@ -196,31 +201,34 @@ class AllReduceTest(parameterized.TestCase):
     rng = np.random.default_rng(3)
     row = _dyadic(rng, (1, 64))
     zero = np.zeros_like(row)
-    alone, error, _ = _reduce(1, Compression())([row], [zero], [zero[:, None]])
+    d = [_no_server_errors(1, 64)]
+    alone, error, _ = _reduce(1, Compression())([row], [zero], d)
     x = np.repeat(row, 4, 0)
     mean, errors, _ = _reduce(4, Compression())(
-      [x], [0 * x], [np.zeros((4, 1, 16), np.float32)]
+      [x], [0 * x], [_no_server_errors(4, 64)]
     )
     np.testing.assert_array_equal(mean[0][0], alone[0][0])
     np.testing.assert_array_equal(errors[0], np.repeat(error[0], 4, 0))
 
   def test_zeros_stay_zeros(self):
     x = np.zeros((2, 9), np.float32)
-    mean, e, d = _reduce(2, Compression())([x], [x], [np.zeros((2, 1, 5), "f")])
+    mean, e, d = _reduce(2, Compression())([x], [x], [_no_server_errors(2, 9)])
     for found in (mean, e, d):
       self.assertFalse(np.any(found[0]))
 
   def test_masked_numbers_are_zero_and_touch_no_scale(self):
     x = jnp.array([4.0, 100.0, -2.0, 7.0])
     mask = jnp.array([True, False, True, False])
-    old = [jnp.array([0.0, 3.0, 0.0, 0.0])], [jnp.ones((1, 4))]
+    server = jnp.ones((1, compressed.LANES))
+    old = [jnp.array([0.0, 3.0, 0.0, 0.0])], [server]
     mean, worker, server = compressed.compressed_all_reduce(
       [x], *old, axis=None, masks=[mask]
     )
     # Scale 3; the server adds 1: 4 and -2, scale 3.
     np.testing.assert_array_equal(mean[0], [3, 0, -3, 0])
     np.testing.assert_array_equal(worker[0], [1, 0, 1, 0])
-    np.testing.assert_array_equal(server[0], [[1, 0, 1, 0]])
+    np.testing.assert_array_equal(server[0][0, :4], [1, 0, 1, 0])
+    self.assertFalse(server[0][0, 4:].any())  # padding has no error
 
   @parameterized.parameters(("tensor",), ("layer",))
   def test_scales_are_of_their_own_tensor(self, granularity):
@@ -241,7 +249,7 @@ class AllReduceTest(parameterized.TestCase):
     for feedback in (True, False):
       compression = Compression(error_feedback=feedback)
       reduce = _reduce(4, compression)
-      e, d = [0 * x], [np.zeros((4, 1, 10), np.float32)]
+      e, d = [0 * x], [_no_server_errors(4, 40)]
       if not feedback:
         e = d = []
       total = 0
@@ -271,10 +279,11 @@ class AllReduceTest(parameterized.TestCase):
   def test_the_formula_approaches_a_bit_each_way(self):
     numbers, workers = 336_000_000, 64
     sent = wire.compressed_bytes([(numbers,)], workers)
-    self.assertAlmostEqual(sent / (63 / 64 * numbers / 4), 1, delta=1e-5)
-    self.assertAlmostEqual(sent / 82.7e6, 1, delta=1e-3)  # the paper's size
+    # Whole registers of words: 256 lines in 41,000 at most.
+    self.assertAlmostEqual(sent / (63 / 64 * numbers / 4), 1, delta=7e-3)
+    self.assertAlmostEqual(sent / 82.7e6, 1, delta=7e-3)  # the paper's size
     ring = wire.ring_bytes([(numbers,)], workers)
-    self.assertAlmostEqual(ring / sent, 16, delta=1e-3)
+    self.assertAlmostEqual(ring / sent, 16, delta=0.1)
     self.assertAlmostEqual(ring / 1.323e9, 1, delta=1e-3)
 
 

@@ -30,7 +30,7 @@ class PodTest(absltest.TestCase):
     self.assertLess(sent, wire.ring_bytes([(length,)], workers) / 15)
 
   def test_16_devices(self):
-    self._check("v5e:4x4", 16, 200_001)
+    self._check("v5e:4x4", 16, 2_000_001)
 
   @pytest.mark.slow
   def test_256_devices(self):
