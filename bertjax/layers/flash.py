@@ -41,9 +41,9 @@ def mesh_sharding() -> Sharding | None:
 
 
 # On two AVX-512 cores, float32 attention that keeps its weights for the
-# backward pass takes 0.7 to 0.9 of the time of `blockwise`, which computes them again,
-# at lengths 128 and 256 (384: about as long; 512: 1.2 and more). In bfloat16
-# `blockwise` is the faster one at every length.
+# backward pass takes 0.7 to 0.9 of the time of `blockwise`, which computes them
+# again, at lengths 128 and 256 (384: about as long; 512: 1.2 and more). In
+# bfloat16 `blockwise` is the faster one at every length.
 DENSE_LENGTH = 256
 
 

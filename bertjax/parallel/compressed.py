@@ -111,9 +111,10 @@ class Grid(NamedTuple):
 
   def split(self, x: Array, chunks: int) -> Array:
     """`[...]` -> `[chunks, rows, blocks, lines, lanes]`, padded with zeros."""
-    x = _pad(x.reshape(self.rows, self.length), 1, self.lanes)
-    x = x.reshape(self.rows, -1, self.lanes)
-    x = _pad(x, 1, chunks * self.blocks * self.lines)
+    lines = -(-self.length // self.lanes)
+    x = _pad(x.reshape(self.rows, self.length), lines * self.lanes)
+    x = x.reshape(self.rows, lines, self.lanes)
+    x = _pad(x, chunks * self.blocks * self.lines)
     x = x.reshape(self.rows, chunks, *self.shape[1:])
     return jnp.swapaxes(x, 0, 1)
 
@@ -124,12 +125,17 @@ class Grid(NamedTuple):
     return x[:, : self.length].reshape(shape)
 
 
-def _pad(x: Array, axis: int, unit: int) -> Array:
-  """Zeros at the end of an axis, up to a multiple of `unit`."""
-  missing = -x.shape[axis] % unit
+def _pad(x: Array, length: int) -> Array:
+  """Zeros at the end of axis 1, up to a length."""
+  if x.shape[1] == length:
+    return x
   widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, missing)
-  return jnp.pad(x, widths) if missing else x
+  widths[1] = (0, length - x.shape[1])
+  return jnp.pad(x, widths)
+
+
+def _up(n: int, unit: int) -> int:
+  return -(-n // unit) * unit
 
 
 def grid_of(
@@ -152,7 +158,7 @@ def grid_of(
   if not compression.by_block:
     lines = -(-piece // LANES)
     if lines >= LONG:
-      lines = -(-lines // REGISTER) * REGISTER
+      lines = _up(lines, REGISTER)
     return Grid(rows, length, 1, lines, LANES)
   blocks = -(-piece // compression.granularity)
   return Grid(rows, length, blocks, 1, -(-piece // blocks))
@@ -166,7 +172,8 @@ def pack_signs(
   The lines of a word stand as far apart as there are words: no step works
   across lanes or neighbouring lines.
   """
-  bits = _pad(positive, 1, BITS).astype(jnp.uint32)
+  lines = _up(positive.shape[1], BITS)
+  bits = _pad(positive, lines).astype(jnp.uint32)
   bits = bits.reshape(bits.shape[0], BITS, -1, bits.shape[2])
   return jnp.sum(bits << _shifts(), axis=1, dtype=jnp.uint32)
 
@@ -187,7 +194,8 @@ def _shifts() -> UInt32[Array, "1 b 1 1"]:
 def in_lines(x: Shaped[Array, "n ..."]) -> Shaped[Array, "n lines lanes"]:
   """Lines of LANES, the last one padded."""
   if x.shape[-1] != LANES:
-    x = _pad(x.reshape(x.shape[0], -1), 1, LANES)
+    x = x.reshape(x.shape[0], -1)
+    x = _pad(x, _up(x.shape[1], LANES))
   return x.reshape(x.shape[0], -1, LANES)
 
 
@@ -225,7 +233,7 @@ def groups_of(grids: Sequence[Grid]) -> list[Group]:
     unit = BITS * REGISTER
     unit = unit if total >= unit * LONG else BITS
     if total:
-      found.append(Group(members, -(-total // unit) * unit))
+      found.append(Group(members, _up(total, unit)))
   return found
 
 
@@ -288,13 +296,13 @@ def _message(
   packed = []
   for members, lines in layout.groups:
     signs = [in_lines(values[i] >= 0) for i in members]
-    packed.append(pack_signs(_pad(jnp.concatenate(signs, axis=1), 1, lines)))
+    packed.append(pack_signs(_pad(jnp.concatenate(signs, axis=1), lines)))
   flat = [
     jnp.broadcast_to(s, (chunks, *s.shape[1:])).reshape(chunks, -1)
     for s in scales
   ]
   bits = jax.lax.bitcast_convert_type(jnp.concatenate(flat, axis=1), jnp.uint32)
-  bits = _pad(bits, 1, LANES).reshape(chunks, -1, LANES)
+  bits = _pad(bits, _up(bits.shape[1], LANES)).reshape(chunks, -1, LANES)
   return jnp.concatenate([*packed, bits], axis=1)
 
 
