@@ -23,6 +23,13 @@ FUSED = tuple(
   and importlib.util.find_spec(f"kernels.flash_attention.{name}")
 )
 ALL = ("reference", *FUSED)
+DIFFERENTIABLE = (
+  "bias",
+  "alibi_slopes",
+  "relative_bias",
+  "relative_keys",
+  "relative_queries",
+)
 
 
 def run(backend, *args, **kwargs):
@@ -35,11 +42,7 @@ def solve(backend, name, **more):
   """(out, lse) and the gradients of a case's arrays, by name."""
   case = CASES[name]
   arguments = case.arguments | more
-  diff = {
-    key: arguments.pop(key)
-    for key in ("bias", "alibi_slopes")
-    if key in arguments
-  }
+  diff = {key: arguments.pop(key) for key in DIFFERENTIABLE if key in arguments}
   if case.traced:
     traced = jnp.asarray(arguments.pop("block_mask"))
   else:
