@@ -36,11 +36,19 @@ class Operand:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """Where a grid step is: example, group of heads, visited tile."""
+  """Where a grid step is.
+
+  Attributes:
+    b: example.
+    group: of heads.
+    visit: of a tile.
+    first: whether it is the first visit of the example and group.
+  """
 
   b: Any
   group: Any
   visit: Visit
+  first: Any
 
 
 def launch(
@@ -95,7 +103,8 @@ def launch(
     table = refs[0] if prefetch else None
     refs = types.SimpleNamespace(**dict(zip(names, refs[len(prefetch) :])))
     b, group, visit = named([pl.program_id(axis) for axis in range(3)])
-    body(Step(b, group, schedule.entry(group, visit, table)), refs)
+    entry = schedule.entry(group, visit, table)
+    body(Step(b, group, entry, visit == 0), refs)
 
   results = pl.pallas_call(
     kernel,

@@ -74,11 +74,11 @@ def _up(n: int, unit: int) -> int:
   return -(-n // unit) * unit
 
 
-def split(n: int, most: int) -> int:
+def split(n: int, most: int, least: int = 16) -> int:
   """The item, at most `most`, that pads a length least."""
   if n <= most:
     # Below a lane tile nothing is gained by padding to it.
-    return _up(n, LANES if n > LANES else 16)
+    return _up(n, LANES if n > LANES else least)
   counts = range(-(-n // most), n // (most // 2) + 1)
   size, count = min((k * _up(-(-n // k), LANES), k) for k in counts)
   return size // count
@@ -114,7 +114,17 @@ def _head_bytes(problem: Problem, t: int, s: int, by_column: bool) -> int:
     blocks = (d + dv) * (t + s) * size
   if problem.bias is not None and problem.bias[2] > 1:
     blocks += t * s * 4
+  blocks += relative_bytes(problem, by_column)
   return BUFFERS * blocks
+
+
+def relative_bytes(problem: Problem, by_column: bool) -> int:
+  """Bytes of a head's entries of all diagonals, one buffer."""
+  entry = 4 + 4 * by_column if "bias" in problem.relative else 0
+  products = sum(name != "bias" for name in problem.relative)
+  width = _up(problem.d, 16) * (problem.dtype.itemsize + 4 * by_column)
+  lanes = _up(problem.t, LANES) + _up(problem.s, LANES)
+  return lanes * (entry + products * width)
 
 
 def _whole(
@@ -148,6 +158,8 @@ def _most_scores(problem: Problem) -> int:
     scores //= 2  # blocks as wide; masks of which there are two bodies
   if problem.dtype.itemsize > 2:
     scores //= 4  # products take float32 operands apart into three
+  if any(name != "bias" for name in problem.relative):
+    scores //= 2  # a strip is wider than its scores
   return scores
 
 
@@ -182,7 +194,8 @@ def item(problem: Problem) -> tuple[int, int]:
   most, window = ITEM_MAX, problem.options.window
   if window is not None and sum(window) < NARROW:
     most //= 2
-  return split(problem.all_t, most), split(problem.s, most)
+  least = LANES if problem.relative else 16  # whole strips of diagonals
+  return split(problem.all_t, most, least), split(problem.s, most, least)
 
 
 def choose(problem: Problem, by_column: bool) -> Tiles:
