@@ -25,6 +25,7 @@ from kernels.flash_attention.options import (
   relayout,
   sizes,
 )
+from kernels.flash_attention.relative import Relative
 from kernels.flash_attention.tpu import backward as backward_kernel
 from kernels.flash_attention.tpu import (
   bias_gradient,
@@ -60,12 +61,35 @@ def _refuse_tiles(
     )
 
 
+def _refuse_entries(extras: Extras) -> None:
+  """Refuses products with entries that leave no room in VMEM."""
+  products = (extras.relative or Relative())._replace(bias=None)
+  needed = {
+    f"relative_{name}": 8 * x.shape[2] * x.shape[3]
+    for name, x in products._asdict().items()
+    if x is not None
+  }
+  if sum(needed.values()) > tiles.RELATIVE_BYTES:
+    raise Unsupported(
+      f"{', '.join(needed)}: the entries of a head and their gradients take"
+      f" {sum(needed.values())} bytes of VMEM; tpu has"
+      f" {tiles.RELATIVE_BYTES} for them."
+    )
+
+
+def _refuse_more(
+  extras: Extras, options: Options, block: tuple[int, int] | None
+) -> None:
+  _refuse_tiles(extras, options, block)
+  _refuse_entries(extras)
+
+
 CAPABILITIES = Capabilities(
   "tpu",
   generators=("counter", "hardware"),
   tiles=Sides(f"multiples of {LANES}", lambda size: size % LANES == 0),
   blocks=sparse.SIDES,
-  refuse_more=_refuse_tiles,
+  refuse_more=_refuse_more,
 )
 
 

@@ -27,11 +27,13 @@ class Operand:
     array: the input; of an output, its jax.ShapeDtypeStruct.
     block: shape of a block; None: the whole array in scalar memory.
     index: (b, group, visit) -> block indices.
+    buffers: of the block; with 1 a change of the block is waited for.
   """
 
   array: Any
   block: tuple[int, ...] | None = None
   index: Callable[..., tuple] | None = None
+  buffers: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +99,8 @@ def launch(
       entry = schedule.entry(group, visit, table[0] if table else None)
       return operand.index(b, group, entry)
 
-    return pl.BlockSpec(operand.block, index)
+    mode = None if operand.buffers == 2 else pl.Buffered(operand.buffers)
+    return pl.BlockSpec(operand.block, index, pipeline_mode=mode)
 
   def kernel(*refs):
     table = refs[0] if prefetch else None

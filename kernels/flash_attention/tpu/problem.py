@@ -86,6 +86,11 @@ class Problem:
     return self.positional or self.segments or self.finer or biased
 
   @property
+  def relative_products(self) -> int:
+    """Terms of relative positions that are products."""
+    return sum(name != "bias" for name in self.relative)
+
+  @property
   def unit(self) -> float:
     """What a score of 1, as the kernels hold it, is in the exponent of 2.
 

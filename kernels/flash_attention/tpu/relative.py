@@ -53,7 +53,7 @@ def _entries(
 
   def operand(x, name):
     block = 1, key_heads if name == "keys" else heads, *x.shape[2:]
-    return Operand(x, block, index_of(name, x.shape[0]))
+    return Operand(x, block, index_of(name, x.shape[0]), buffers=1)
 
   found = like.map(operand, Relative._fields)._asdict().items()
   return {f"relative_{name}": x for name, x in found if x is not None}
