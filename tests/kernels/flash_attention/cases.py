@@ -111,6 +111,16 @@ def _relative(sizes, bias=None, keys=None, queries=None, **more):
   return Case(sizes, terms | other, plain | more)
 
 
+# Arguments of `flash_attention` that it is differentiable in, beside q, k, v.
+DIFFERENTIABLE = (
+  "bias",
+  "alibi_slopes",
+  "relative_bias",
+  "relative_keys",
+  "relative_queries",
+)
+
+
 def _relative_causal(sizes, **heads):
   rows, columns = positions(*sizes[1:3])
   return _relative(
