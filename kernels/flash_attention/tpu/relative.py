@@ -25,7 +25,9 @@ from kernels.flash_attention.tpu.problem import LANES, Problem
 from kernels.flash_attention.tpu.skew import skew, toeplitz, unskew
 from kernels.flash_attention.tpu.tiles import Tiles
 
-SUBLANES = 8
+# Rows that are moved at once: those of a register, but when interpreted, where
+# many small gathers would take long to compile.
+ROWS, ROWS_INTERPRETED = 8, LANES
 BY_KEY = ("bias", "queries")  # the terms whose strips have keys as rows
 
 
@@ -113,8 +115,8 @@ class Terms:
   def __init__(self, problem: Problem, tiles: Tiles, step: Step, refs: Any):
     self._problem, self._tiles, self._refs = problem, tiles, refs
     self._step = step
-    # Interpreted, many small gathers would take long to compile.
-    self._rows = LANES if problem.options.interpret else SUBLANES
+    interpret = problem.options.interpret
+    self._rows = ROWS_INTERPRETED if interpret else ROWS
 
   def _window(self, item: Item, row: int, by_key: bool) -> Any:
     """Lanes of the entries that cross 128 rows, from the item's `row` on."""

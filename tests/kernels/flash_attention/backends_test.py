@@ -178,10 +178,10 @@ class InvarianceTest(parameterized.TestCase):
     def relative(entries):
       return run(backend, q, k, v, relative_bias=entries)
 
-    found, want = (
-      jax.jit(jax.value_and_grad(lambda x: jnp.sin(f(x)).sum()))(entries)
-      for f in (relative, with_bias)
-    )
+    def solved(f):
+      return jax.jit(jax.value_and_grad(lambda x: jnp.sin(f(x)).sum()))(entries)
+
+    found, want = solved(relative), solved(with_bias)
     np.testing.assert_allclose(found[0], want[0], rtol=1e-6)
     np.testing.assert_allclose(found[1], want[1], atol=1e-5)
 
