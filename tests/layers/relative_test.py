@@ -79,14 +79,22 @@ class RelativeBiasTest(parameterized.TestCase):
     np.testing.assert_array_equal(bias[0, :, diagonal], want.transpose(1, 2, 0))
 
   @parameterized.product(attend=tuple(ATTENTION))
-  def test_every_implementation_adds_it_like_a_bias(self, attend):
+  def test_every_implementation_adds_terms_like_a_bias(self, attend):
     q, k, v = (normal(seed, 2, 9, 3, 8) for seed in range(3))
-    entries = normal(3, 1, 3, 17)
+    terms = {
+      "relative_bias": normal(3, 1, 3, 17),
+      "relative_keys": normal(4, 3, 17, 8),
+      "relative_queries": normal(5, 1, 17, 8),
+    }
     diagonal = jnp.arange(9)[None] - jnp.arange(9)[:, None] + 8
+    bias, keys, queries = terms.values()
+    bias = bias[..., diagonal]
+    bias += jnp.einsum("bihd,hijd->bhij", q, keys[:, diagonal]) * 8**-0.5
+    bias += jnp.einsum("bjhd,ijd->bhij", k, queries[0, diagonal]) * 8**-0.5
     run = ATTENTION[attend]
     np.testing.assert_allclose(
-      run(q, k, v, relative_bias=entries),
-      run(q, k, v, bias=entries[..., diagonal]),
+      run(q, k, v, **terms),
+      run(q, k, v, bias=bias),
       atol=1e-6,  # the same float32 sums
     )
 
