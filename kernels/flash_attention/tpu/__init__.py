@@ -4,7 +4,8 @@ Operands in that layout are read as they are; other layouts are transposed by
 XLA, which often makes the projections write what the kernels read.
 
 `forward.py` and `backward.py` hold the kernels, `scores.py` what happens to a
-score, `schedule.py` which tiles are visited, `tiles.py` how large they are.
+score, `relative.py` terms of relative positions, `schedule.py` which tiles are
+visited, `tiles.py` how large they are.
 """
 
 import dataclasses

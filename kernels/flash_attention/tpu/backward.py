@@ -138,8 +138,7 @@ class Weights:
     _, k, v = self.keys(item)
     q = self._refs.q[place]
     s = dot(self._problem, k, q, (1, 0))
-    more = self.scores.terms.products(item, q, k)
-    s = s if more is None else s + more
+    s = s, self.scores.terms.products(item, q, k)
     return s, dot(self._problem, v, self._refs.dout[place], (1, 0))
 
   def __call__(
@@ -148,6 +147,7 @@ class Weights:
     """(P after dropout, dS), both without dropout's factor 1 / (1 - rate)."""
     rate = self._problem.options.dropout_rate
     lse, delta = self.rows(item)
+    s = self.scores.terms.add_products(*s)
     z, slope = self.scores.logits(s, item)
     unit = self._problem.unit
     p = jnp.exp2((z if unit == 1.0 else z * unit) - lse)

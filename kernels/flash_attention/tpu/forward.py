@@ -108,10 +108,10 @@ class _Kernel:
     def product(item):
       q, k = refs.q[0, *self._place(item)], keys(item)[0]
       s = dot(self.problem, k, q, (1, 0))
-      more = scores.terms.products(item, q, k)
-      return s if more is None else s + more
+      return s, scores.terms.products(item, q, k)
 
-    def softmax(item, s):
+    def softmax(item, products):
+      s = scores.terms.add_products(*products)
       place = (item.head, item.t)
       before = state.get(place)
       if before is None and not self.direct:

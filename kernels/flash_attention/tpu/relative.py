@@ -28,6 +28,7 @@ from kernels.flash_attention.tpu.tiles import Tiles
 # Rows that are moved at once: those of a register, but when interpreted, where
 # many small gathers would take long to compile.
 ROWS, ROWS_INTERPRETED = 8, LANES
+Strips = dict[str, list[jax.Array]]  # by term
 BY_KEY = ("bias", "queries")  # the terms whose strips have keys as rows
 
 
@@ -146,26 +147,22 @@ class Terms:
     parts = [strip[:, n : n + tiles.t_item] for n in starts]
     return jnp.concatenate(parts, axis=0)
 
-  def products(
-    self, item: Item, q: jax.Array, k: jax.Array
-  ) -> jax.Array | None:
-    """The unscaled products with entries, float32 [s_item, t_item].
+  def products(self, item: Item, q: jax.Array, k: jax.Array) -> Strips:
+    """Unscaled products with entries, by term: strips of 128 rows each.
 
     Args:
       item: which.
       q: its queries [d, t_item].
       k: its keys, transposed [s_item, d].
     """
-    refs, found = self._refs, []
+    refs, found = self._refs, {}
     if "keys" in self._problem.relative:
       entries = refs.relative_keys.at[0, self._key_head(item)]
-      strips = self._strips(item, q.T, entries, by_key=False)
-      found.append(jnp.concatenate([x.T for x in strips], axis=1))
+      found["keys"] = self._strips(item, q.T, entries, by_key=False)
     if "queries" in self._problem.relative:
       entries = refs.relative_queries.at[0, item.head]
-      strips = self._strips(item, k, entries, by_key=True)
-      found.append(jnp.concatenate(strips, axis=0))
-    return sum(found) if found else None
+      found["queries"] = self._strips(item, k, entries, by_key=True)
+    return found
 
   def _strips(
     self, item: Item, factor: jax.Array, entries: Any, by_key: bool
@@ -176,7 +173,17 @@ class Terms:
       window = entries[:, self._window(item, row, by_key)]
       part = factor[row : row + LANES]
       strips.append(dot(self._problem, part, window, (1, 0)))
-    return skew(strips, self._rows)
+    return strips
+
+  def add_products(self, product: jax.Array, strips: Strips) -> jax.Array:
+    """k q^T with the products where they belong, [s_item, t_item]."""
+    if "keys" in strips:
+      moved = [x.T for x in skew(strips["keys"], self._rows)]
+      product = product + jnp.concatenate(moved, axis=1)
+    if "queries" in strips:
+      moved = skew(strips["queries"], self._rows)
+      product = product + jnp.concatenate(moved, axis=0)
+    return product
 
   def clear(self) -> None:
     """Zeros the gradients' sums before their first term."""

@@ -160,7 +160,8 @@ def _most_scores(problem: Problem) -> int:
   if problem.dtype.itemsize > 2:
     scores //= 4  # products take float32 operands apart into three
   if problem.relative_products:
-    scores //= 2  # a strip is wider than its scores
+    # A strip is wider than its scores; where position hides, of two bodies.
+    scores //= 4 if problem.positional else 2
   return scores
 
 
