@@ -3,9 +3,9 @@ r"""Every attention kernel compiled for every TPU, at BERT's shapes.
   python -m kernels.battery [--output FILE.csv] [--chip v5e]
 
 Compiles forward and backward for a covering set of (chip, heads, width, length,
-segment ids, dropout, bias, window): every pair of choices stands in some row.
-Prints and writes, by row, the tiles with their reason and the VMEM they take. A
-kernel that does not fit fails the compilation.
+segment ids, dropout, bias, relative terms, window): every pair of choices
+stands in some row. Prints and writes, by row, the tiles with their reason and
+the VMEM they take. A kernel that does not fit fails the compilation.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from experiments import tables
 from kernels.bench import CHIPS
 from kernels.flash_attention import programs
 from kernels.flash_attention.options import Extras, Options
+from kernels.flash_attention.relative import Relative
 from kernels.flash_attention.tpu import tiles
 from kernels.flash_attention.tpu.problem import describe
 from kernels.flash_attention.tpu.reasons import reason
@@ -33,12 +34,15 @@ CHOICES: Mapping[str, Sequence[Any]] = {
   "heads": (2, 4, 8, 12, 16),
   "width": (32, 64, 128),
   "bias": (None, "key", "full"),
+  "relative": (None, "bias", "products"),
   "dropout": (None, "counter", "hardware"),
   "window": (None, "causal", (64, 64)),
   "segment_ids": (False, True),
 }
 # A bias of every query and key is itself quadratic.
 LONGEST_FULL_BIAS = 2048
+# What any other choice is allowed with.
+SMALL = {"length": 0, "width": 32, "bias": None, "relative": None}
 _TRIES = 50
 Row = dict[str, Any]
 
@@ -46,7 +50,12 @@ Row = dict[str, Any]
 def allowed(row: Row) -> bool:
   """Whether anybody would ask for it."""
   long = row["length"] > LONGEST_FULL_BIAS
-  return not (row["bias"] == "full" and long)
+  entries = 2 * 2 * row["length"] * row["width"]  # of keys and of queries
+  large = 8 * entries > tiles.RELATIVE_BYTES
+  return not (
+    (row["bias"] == "full" and long)
+    or (row["relative"] == "products" and large)
+  )
 
 
 def covering(choices: Mapping[str, Sequence[Any]], seed: int = 0) -> list[Row]:
@@ -58,7 +67,7 @@ def covering(choices: Mapping[str, Sequence[Any]], seed: int = 0) -> list[Row]:
     for pair in itertools.product(
       ((a, x) for x in choices[a]), ((b, y) for y in choices[b])
     )
-    if allowed({"length": 0, "bias": None} | dict(pair))
+    if allowed(SMALL | dict(pair))
   }
   rows = []
   while missing:
@@ -81,6 +90,10 @@ def options_of(row: Row) -> dict[str, Any]:
   found = {}
   if row["bias"]:
     found["bias"] = row["bias"]
+  if row["relative"] == "bias":
+    found["relative_bias"] = True
+  elif row["relative"]:
+    found |= {"relative_keys": True, "relative_queries": True}
   if row["dropout"]:
     found |= {
       "dropout_rate": 0.1,
@@ -96,6 +109,17 @@ def options_of(row: Row) -> dict[str, Any]:
   return found
 
 
+def _relative(row: Row) -> Relative | None:
+  """Shapes of the terms of relative positions."""
+  h, n, d = row["heads"], 2 * row["length"] - 1, row["width"]
+  if row["relative"] is None:
+    return None
+  if row["relative"] == "bias":
+    return Relative(bias=jax.ShapeDtypeStruct((1, h, n), jnp.float32))
+  entries = jax.ShapeDtypeStruct((1, h, d, n), jnp.bfloat16)
+  return Relative(keys=entries, queries=entries)
+
+
 def tiles_of(row: Row) -> Iterator[tuple[str, tiles.Tiles, str]]:
   """(pass, tiles, reason) of the forward and the backward kernel."""
   h, t, d = row["heads"], row["length"], row["width"]
@@ -104,7 +128,9 @@ def tiles_of(row: Row) -> Iterator[tuple[str, tiles.Tiles, str]]:
   bias = {None: None, "key": (1, h, 1, t), "full": (1, h, t, t)}[row["bias"]]
   if bias is not None:
     bias = jax.ShapeDtypeStruct(bias, jnp.float32)
-  extras = Extras(bias=bias, q_segments=ids, kv_segments=ids)
+  extras = Extras(
+    bias=bias, q_segments=ids, kv_segments=ids, relative=_relative(row)
+  )
   options = Options(
     scale=d**-0.5,
     layout="bhdt",

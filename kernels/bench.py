@@ -55,6 +55,10 @@ OURS_MORE = {
     dropout_rate=0.1, dropout_seed=0, dropout_generator="hardware"
   ),
   "counter dropout": dict(dropout_rate=0.1, dropout_seed=0),
+  "relative bias (T5)": dict(relative_bias=True),
+  "relative keys": dict(relative_keys=True),
+  "relative queries": dict(relative_queries=True),
+  "both (DeBERTa)": dict(relative_keys=True, relative_queries=True),
 }
 
 

@@ -161,6 +161,11 @@ def config_from_spec(
     raise ValueError(
       f"model.norm={spec['norm']!r}: Hugging Face's {family} is 'post' only."
     )
+  if spec["positions"] != "absolute":
+    raise ValueError(
+      f"model.positions={spec['positions']!r}: Hugging Face's {family} has"
+      " 'absolute' only."
+    )
   if not spec["num_types"]:
     raise ValueError(
       f"model.num_types=0: Hugging Face's {family} always has a table of types;"

@@ -37,6 +37,9 @@ class Attend(Protocol):
     segment_ids: jax.Array | None = None,
     bias: jax.Array | None = None,
     alibi_slopes: jax.Array | None = None,
+    relative_bias: jax.Array | None = None,
+    relative_keys: jax.Array | None = None,
+    relative_queries: jax.Array | None = None,
     window: int | None = None,
     block_mask: jax.Array | None = None,
     causal: bool = False,
@@ -96,6 +99,9 @@ def reference_attend(
   segment_ids: Int[Array, "b t"] | None = None,
   bias: Float[Array, "#b #h #t #s"] | None = None,
   alibi_slopes: Float[Array, "h"] | None = None,
+  relative_bias: Float[Array, "#b #h n"] | None = None,
+  relative_keys: Float[Array, "#h n d"] | None = None,
+  relative_queries: Float[Array, "#h n d"] | None = None,
   window: int | None = None,
   block_mask: Bool[Array, "tb sb"] | None = None,
   causal: bool = False,
@@ -112,6 +118,11 @@ def reference_attend(
     bias: added to the scaled logits, broadcast over batch, heads or positions.
     alibi_slopes: per head, times the negative distance (Press et al. 2021, in
       its symmetric form for encoders).
+    relative_bias: per relative position of the n = t + s - 1 from the key's
+      being t - 1 before the query's to s - 1 after it, added like `bias`.
+    relative_keys: per relative position; their products with the queries are
+      scaled and added.
+    relative_queries: likewise; their products with the keys are.
     window: see `visible`.
     block_mask: see `visible`.
     causal: see `visible`.
@@ -125,6 +136,17 @@ def reference_attend(
   if alibi_slopes is not None:
     distance = jnp.abs(jnp.arange(t)[:, None] - jnp.arange(s)[None, :])
     logits -= (alibi_slopes[:, None, None] * distance[None])[None]
+  place = jnp.arange(s)[None] - jnp.arange(t)[:, None] + t - 1
+  if relative_bias is not None:
+    logits += relative_bias[..., place]
+  for spec, x, entries in (
+    ("bthd,htsd->bhts", q, relative_keys),
+    ("bshd,htsd->bhts", k, relative_queries),
+  ):
+    if entries is not None:
+      entries = jnp.broadcast_to(entries, (q.shape[2], *entries.shape[1:]))
+      found = einsum(spec, x, entries[:, place], q.dtype)
+      logits += found * q.shape[-1] ** -0.5
   mask = visible(
     t,
     s,
@@ -184,7 +206,9 @@ class SelfAttention(nn.Module):
     segment_ids: Int[Array, "b t"] | None,
     *,
     train: bool,
+    **terms: Array,
   ) -> Float[Array, "b t e"]:
+    """Mixes positions; `terms` are arguments of `attend`."""
     # The projections write what the kernel reads: nothing is transposed.
     layout = layout_of(self.attend)
 
@@ -205,6 +229,7 @@ class SelfAttention(nn.Module):
       segment_ids=segment_ids,
       dropout_rate=rate,
       dropout_seed=self.make_rng("dropout") if rate else None,
+      **terms,
     )
     return Linear(
       f"{layout},hde->bte",

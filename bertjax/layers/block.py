@@ -40,7 +40,7 @@ class Block(nn.Module):
 
   Attributes:
     mixer: makes the layer that mixes positions; called as `mixer()(x,
-      segment_ids, train=...)`. It names itself ("attention" in BERT).
+      segment_ids, train=..., **shared)`. It names itself ("attention" in BERT).
     feed_forward: makes the position-wise layer, named "mlp" in BERT.
     norm: makes a norm; called with `name`.
     residual: how layer, norm and skip connection combine.
@@ -60,11 +60,14 @@ class Block(nn.Module):
     segment_ids: Int[Array, "b t"] | None,
     *,
     train: bool,
+    **shared: Array,
   ) -> Float[Array, "b t e"]:
+    """Runs the layer; `shared` is what all layers' mixers get."""
     drop = Dropout(self.dropout_rate)
 
     def mix(h):
-      return drop(self.mixer()(h, segment_ids, train=train), train=train)
+      mixed = self.mixer()(h, segment_ids, train=train, **shared)
+      return drop(mixed, train=train)
 
     def feed(h):
       return drop(self.feed_forward()(h), train=train)

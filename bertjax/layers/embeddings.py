@@ -61,6 +61,7 @@ class Embeddings(nn.Module):
     vocab_size: rows of the token table.
     emb_dim: model width e.
     max_positions: longest sequence.
+    position_table: whether positions are added, from a table.
     num_types: rows of the type table; 0 leaves it out.
     position_offset: added to every position; RoBERTa's published tables keep
       two unused rows in front.
@@ -72,6 +73,7 @@ class Embeddings(nn.Module):
   vocab_size: int
   emb_dim: int
   max_positions: int
+  position_table: bool = True
   num_types: int = 2
   position_offset: int = 0
   dropout_rate: float = 0.0
@@ -80,9 +82,10 @@ class Embeddings(nn.Module):
 
   def setup(self):
     self.token = Embed(self.vocab_size, self.emb_dim, "vocab")
-    self.position = Embed(
-      self.max_positions + self.position_offset, self.emb_dim, "positions"
-    )
+    if self.position_table:
+      self.position = Embed(
+        self.max_positions + self.position_offset, self.emb_dim, "positions"
+      )
     if self.num_types:
       self.type = Embed(self.num_types, self.emb_dim, "types")
     self.norm = LayerNorm(self.epsilon, self.dtype)
@@ -94,7 +97,7 @@ class Embeddings(nn.Module):
     """Embeds `tokens`, `positions` and `type_ids` (where absent: 0, 1, ...).
 
     Raises:
-      ValueError: the rows are longer than the position table.
+      ValueError: the rows are longer than `max_positions`.
     """
     tokens = batch["tokens"]
     if tokens.shape[1] > self.max_positions:
@@ -103,10 +106,12 @@ class Embeddings(nn.Module):
         f" model.max_positions={self.max_positions}; shorten data.seq_len or"
         " raise model.max_positions."
       )
-    positions = batch.get("positions")
-    if positions is None:
-      positions = jnp.arange(tokens.shape[1])[None]
-    x = self.token(tokens) + self.position(positions + self.position_offset)
+    x = self.token(tokens)
+    if self.position_table:
+      positions = batch.get("positions")
+      if positions is None:
+        positions = jnp.arange(tokens.shape[1])[None]
+      x += self.position(positions + self.position_offset)
     if self.num_types:
       type_ids = batch.get("type_ids")
       x += self.type(jnp.zeros_like(tokens) if type_ids is None else type_ids)

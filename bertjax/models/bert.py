@@ -7,6 +7,7 @@ tanh form as trained (published PyTorch exports use the erf form, "gelu").
 """
 
 import functools
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax.typing import Dtype
@@ -16,6 +17,7 @@ from bertjax.layers.block import RESIDUALS, Block
 from bertjax.layers.embeddings import Embeddings
 from bertjax.layers.feed_forward import ACTIVATIONS, FeedForward
 from bertjax.layers.norm import LayerNorm
+from bertjax.layers.relative import RelativeBias
 from bertjax.models.encoder import REMAT, Encoder, HeadStyle
 from bertjax.registry import lookup
 
@@ -30,6 +32,25 @@ SIZES: dict[str, dict[str, int]] = {
 }
 
 
+class Positions(NamedTuple):
+  """How an encoder learns where a token is.
+
+  Attributes:
+    table: a row by position is added to the token's.
+    relative_bias: a number by relative position is added to the scores.
+  """
+
+  table: bool
+  relative_bias: bool
+
+
+POSITIONS: dict[str, Positions] = {
+  "absolute": Positions(table=True, relative_bias=False),  # BERT
+  "relative": Positions(table=False, relative_bias=True),  # T5
+  "both": Positions(table=True, relative_bias=True),  # MPNet
+}
+
+
 def bert(
   *,
   vocab_size: int,
@@ -39,6 +60,9 @@ def bert(
   num_heads: int | None = None,
   mlp_dim: int | None = None,
   max_positions: int = 512,
+  positions: str = "absolute",
+  relative_buckets: int = 32,
+  relative_distance: int = 128,
   num_types: int = 2,
   position_offset: int = 0,
   activation: str = "gelu_tanh",
@@ -64,6 +88,9 @@ def bert(
     num_heads: heads h, which must divide e.
     mlp_dim: feed-forward width f, 4 e by default.
     max_positions: longest sequence.
+    positions: key of `POSITIONS`.
+    relative_buckets: of the bias by relative position, if there is one.
+    relative_distance: from which on they are all in the last bucket.
     num_types: sentence types; 0 leaves out the table.
     position_offset: see `Embeddings`.
     activation: key of `ACTIVATIONS`.
@@ -94,6 +121,7 @@ def bert(
     attend = lookup(ATTENTION, attend, "model.attend")
   if causal:
     attend = functools.partial(attend, causal=True)
+  kind = lookup(POSITIONS, positions, "model.positions")
   act = lookup(ACTIVATIONS, activation, "model.activation")
   make_norm = functools.partial(LayerNorm, epsilon=epsilon, dtype=dtype)
   embeddings = functools.partial(
@@ -101,6 +129,7 @@ def bert(
     vocab_size=vocab_size,
     emb_dim=dims["emb_dim"],
     max_positions=max_positions,
+    position_table=kind.table,
     num_types=num_types,
     position_offset=position_offset,
     dropout_rate=dropout_rate,
@@ -131,12 +160,20 @@ def bert(
     residual=lookup(RESIDUALS, norm, "model.norm"),
     dropout_rate=dropout_rate,
   )
+  relative_bias = functools.partial(
+    RelativeBias,
+    num_heads=dims["num_heads"],
+    num_buckets=relative_buckets,
+    max_distance=relative_distance,
+    bidirectional=not causal,
+  )
   return Encoder(
     make_embeddings=embeddings,
     make_block=block,
     num_layers=dims["num_layers"],
     style=HeadStyle(vocab_size, dims["emb_dim"], act, epsilon, dtype),
     make_final_norm=make_norm if norm == "pre" else None,
+    make_relative_bias=relative_bias if kind.relative_bias else None,
     scan=scan,
     unroll=unroll,
     remat=remat,

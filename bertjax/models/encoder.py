@@ -64,10 +64,13 @@ class Encoder(nn.Module):
 
   Attributes:
     make_embeddings: makes the input layer; it offers `token.logits`.
-    make_block: makes a block, called as `block(x, segment_ids, train=...)`.
+    make_block: makes a block, called as `block(x, segment_ids, train=...)`,
+      and with `relative_bias` if there is one.
     num_layers: depth l.
     style: what heads need to know.
     make_final_norm: makes a norm of the output (pre-norm stacks), or None.
+    make_relative_bias: makes what gives the layers their common bias by
+      relative position, called as `relative_bias(t, t)`, or None.
     scan: parameters of all layers stacked on a leading axis, so that compile
       time is constant in depth. The unscanned twin keeps `layers_0`, ...
     remat: key of `REMAT`.
@@ -80,6 +83,7 @@ class Encoder(nn.Module):
   num_layers: int
   style: HeadStyle
   make_final_norm: Callable[[], nn.Module] | None = None
+  make_relative_bias: Callable[[], nn.Module] | None = None
   scan: bool = True
   remat: str = "none"
   unroll: int = 1
@@ -93,6 +97,8 @@ class Encoder(nn.Module):
       self.layers = [self.make_block() for _ in range(self.num_layers)]
     if self.make_final_norm is not None:
       self.final_norm = self.make_final_norm()
+    if self.make_relative_bias is not None:
+      self.relative_bias = self.make_relative_bias()
 
   def __call__(
     self, batch: Mapping[str, ArrayLike], *, train: bool = False
@@ -100,10 +106,12 @@ class Encoder(nn.Module):
     """Encodes `tokens` [b, t] with `segment_ids` (absent: one full segment)."""
     x = self.embeddings(batch, train=train)
     x = constrain(x, ("batch", "length", None))
-    segment_ids = batch.get("segment_ids")
+    segment_ids, shared = batch.get("segment_ids"), {}
+    if self.make_relative_bias is not None:
+      shared["relative_bias"] = self.relative_bias(x.shape[1], x.shape[1])
 
     def body(block, x):
-      return block(x, segment_ids, train=train)
+      return block(x, segment_ids, train=train, **shared)
 
     policy = lookup(REMAT, self.remat, "model.remat")
     if policy is not None:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.flash_attention import dispatch, sharded
+from kernels.flash_attention import dispatch, relative, sharded
 from kernels.flash_attention.dispatch import BACKENDS
 from kernels.flash_attention.dropout import make_seed
 from kernels.flash_attention.options import (
@@ -79,6 +79,9 @@ def flash_attention(
   *,
   bias: jax.Array | None = None,
   alibi_slopes: jax.Array | None = None,
+  relative_bias: jax.Array | None = None,
+  relative_keys: jax.Array | None = None,
+  relative_queries: jax.Array | None = None,
   segment_ids: jax.Array | tuple[jax.Array, jax.Array] | None = None,
   kv_lengths: jax.Array | None = None,
   causal: bool = False,
@@ -99,8 +102,15 @@ def flash_attention(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
   """softmax(sm_scale * q k^T + bias) v in memory linear in the lengths.
 
-  Differentiable in q, k, v, bias and alibi_slopes, also through lse. A query
-  that sees no key returns 0, has lse -inf and zero gradients.
+  Differentiable in q, k, v, bias, alibi_slopes and the relative terms, also
+  through lse. A query that sees no key returns 0, has lse -inf and zero
+  gradients.
+
+  The relative terms have an entry for each of the n = t + s - 1 differences of
+  positions: entry m is for keys that stand m - (s - 1) places after the query,
+  where the last query is aligned with the last key. Clipped or bucketed
+  differences are a gather of a table's rows beforehand, as
+  `table[bucket(jnp.arange(n) - (s - 1))]`.
 
   Args:
     q: queries [b, t, h, d], or with these letters in the order of `layout`.
@@ -109,6 +119,11 @@ def flash_attention(
     bias: [1|b, 1|h, 1|t, s], added to the scaled scores.
     alibi_slopes: [h] or [b, h]; slope times the distance of query and key is
       subtracted from the score (Press et al. 2021; symmetric, for encoders).
+    relative_bias: [1|b, 1|h, n], added to the scaled scores: T5's bias.
+    relative_keys: [1|h', n, d], times the query and `sm_scale`, added: Shaw's
+      keys, DeBERTa's content to position.
+    relative_queries: [1|h, n, d], times the key and `sm_scale`, added:
+      DeBERTa's position to content.
     segment_ids: int [b, t], or a pair ([b, t], [b, s]). Equal positive ids see
       each other; 0 is padding.
     kv_lengths: int [b], number of keys that are not padding; instead of
@@ -151,6 +166,7 @@ def flash_attention(
   extras = Extras(
     bias=bias,
     alibi_slopes=alibi_slopes,
+    relative=relative.terms(relative_bias, relative_keys, relative_queries, n),
     q_segments=q_segments,
     kv_segments=kv_segments,
     block_mask=_block_mask(block_mask),

@@ -26,18 +26,20 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels.flash_attention.capabilities import Capabilities, refuse
 from kernels.flash_attention.options import Extras, Options, check
+from kernels.flash_attention.relative import Relative
 
 RESIDUALS = ("flash_out", "flash_lse")
 
 
 class Gradients(NamedTuple):
-  """Cotangents; the last two are None where there is no such input."""
+  """Cotangents; the last three are None where there is no such input."""
 
   q: jax.Array
   k: jax.Array
   v: jax.Array
   bias: jax.Array | None = None
   alibi_slopes: jax.Array | None = None
+  relative: Relative | None = None
 
 
 class Backend(Protocol):
@@ -97,7 +99,9 @@ def _attend_backward(backend, options, mask, residuals, cotangents):
     q, k, v, _with_mask(extras, mask), options, out, lse, dout, dlse
   )
   # None is the gradient of integers.
-  extras = Extras(bias=grads.bias, alibi_slopes=grads.alibi_slopes)
+  extras = Extras(
+    bias=grads.bias, alibi_slopes=grads.alibi_slopes, relative=grads.relative
+  )
   return grads.q, grads.k, grads.v, extras
 
 
@@ -112,7 +116,7 @@ def attend(
   extras: Extras,
   options: Options,
 ) -> tuple[jax.Array, jax.Array]:
-  """(out, lse) of a backend, differentiable in q, k, v, bias and slopes.
+  """(out, lse) of a backend, differentiable in what has `Gradients`.
 
   Raises:
     ValueError: shapes that do not fit, or `Unsupported` by the backend.

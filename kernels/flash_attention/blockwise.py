@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.flash_attention import dropout
+from kernels.flash_attention import blockwise_relative, dropout
 from kernels.flash_attention.backend import Gradients, delta
 from kernels.flash_attention.block_mask import active_list, tile_map
 from kernels.flash_attention.capabilities import Capabilities
+from kernels.flash_attention.grouped import join, product, split
 from kernels.flash_attention.options import (
   Extras,
   Options,
@@ -29,6 +30,7 @@ from kernels.flash_attention.options import (
   sizes,
   visible_by_position,
 )
+from kernels.flash_attention.relative import Relative, lay, unlay
 
 # Measured on two AVX-512 cores: 512 x 512 is the fastest tile from length 512
 # on, and a step of up to 4 MB of scores beats a larger or a very small one.
@@ -55,6 +57,12 @@ class _Plan(NamedTuple):
   heads: int  # of a step: all or one
   padded_t: int
   padded_s: int
+
+  @property
+  def diagonals(self) -> tuple:
+    """Arguments of `relative.lay`."""
+    padded = self.padded_t, self.padded_s
+    return (self.n.t, self.n.s), padded, blockwise_relative.BY_KEY
 
 
 def _even(length: int, block: int | None) -> int:
@@ -127,12 +135,19 @@ def _operands(q, k, v, extras: Extras, options: Options, plan: _Plan):
   if q_ids is not None:
     q_ids = _pad(q_ids, 1, plan.padded_t)
     kv_ids = _pad(kv_ids, 1, plan.padded_s)
+  relative = extras.relative
+  if relative is not None:
+    relative = lay(relative, *plan.diagonals)
   return _Operands(
     prepare(q, plan.padded_t),
     prepare(k, plan.padded_s),
     prepare(v, plan.padded_s),
     extras._replace(
-      bias=bias, alibi_slopes=slopes, q_segments=q_ids, kv_segments=kv_ids
+      bias=bias,
+      alibi_slopes=slopes,
+      relative=relative,
+      q_segments=q_ids,
+      kv_segments=kv_ids,
     ),
   )
 
@@ -148,23 +163,30 @@ class _Step(NamedTuple):
   def window(self, x: jax.Array, plan: _Plan, tiles: str):
     """Start and shape of a tile of x [1|b, 1|heads, ...].
 
-    `tiles` tells the other axes: i rows, j columns, "-" whole. An axis of size
-    1 is broadcast; heads of keys are shared by `h / kv_heads` queries' heads.
+    `tiles` tells the other axes: i rows, j columns, "-" whole; r the entries of
+    the tile's diagonals, by key minus query, R by query minus key. An axis of
+    size 1 is broadcast; heads of keys are shared by `h / kv_heads` queries'
+    heads.
     """
     n, starts, shape = plan.n, [], []
+    row, column = self.i * plan.rows, self.j * plan.columns
+    diagonals = plan.rows + plan.columns
+    places = {
+      "b": (self.b, plan.examples),
+      "i": (row, plan.rows),
+      "j": (column, plan.columns),
+      "r": (plan.padded_t - plan.rows + column - row, diagonals),
+      "R": (plan.padded_s - plan.columns + row - column, diagonals),
+    }
     for axis, size in enumerate(x.shape):
       letter = ("b", "h", *tiles)[axis]
       if size == 1 or letter == "-":
         start, extent = 0, size
-      elif letter == "b":
-        start, extent = self.b, plan.examples
       elif letter == "h":
         share = n.h // size
         start, extent = self.h // share, max(1, plan.heads // share)
-      elif letter == "i":
-        start, extent = self.i * plan.rows, plan.rows
       else:
-        start, extent = self.j * plan.columns, plan.columns
+        start, extent = places[letter]
       starts.append(start)
       shape.append(extent)
     return starts, shape
@@ -180,22 +202,18 @@ class _Step(NamedTuple):
     old = jax.lax.dynamic_slice(x, starts, shape)
     return jax.lax.dynamic_update_slice(x, old + y.astype(x.dtype), starts)
 
+  def read_entries(self, x: Relative, plan: _Plan) -> Relative:
+    """The entries of the tile's diagonals."""
+    axes = blockwise_relative.AXES
+    return x.map(lambda y, tiles: self.read(y, plan, tiles), axes)
+
+  def add_entries(self, x: Relative, y: Relative, plan: _Plan) -> Relative:
+    """x with y added to the entries of the tile's diagonals."""
+    axes = blockwise_relative.AXES
+    return x.map(lambda y, z, tiles: self.add(y, z, plan, tiles), y, axes)
+
   def write(self, x: jax.Array, y: jax.Array, plan: _Plan, tiles: str):
     return jax.lax.dynamic_update_slice(x, y, self.window(x, plan, tiles)[0])
-
-
-def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-  """einsum in float32 of tiles whose heads are split into (k, r)."""
-  return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
-
-
-def _split(x: jax.Array, kv_heads: int) -> jax.Array:
-  """[b, h, ...] -> [b, heads of keys, queries' heads per key head, ...]."""
-  return x.reshape(x.shape[0], kv_heads, -1, *x.shape[2:])
-
-
-def _join(x: jax.Array) -> jax.Array:
-  return x.reshape(x.shape[0], -1, *x.shape[3:])
 
 
 class _Tile(NamedTuple):
@@ -204,6 +222,7 @@ class _Tile(NamedTuple):
   Attributes:
     q, k, v: the operands' tiles.
     scores: capped scores [examples, heads, rows, columns], -inf where hidden.
+    entries: of the tile's diagonals, or None.
     distance: |row - column|, or None without ALiBi.
     keep: which weights dropout keeps, or None.
   """
@@ -212,6 +231,7 @@ class _Tile(NamedTuple):
   k: jax.Array
   v: jax.Array
   scores: jax.Array
+  entries: Relative | None
   distance: jax.Array | None
   keep: jax.Array | None
 
@@ -221,8 +241,7 @@ def _tile(x: _Operands, step: _Step, options: Options, plan: _Plan) -> _Tile:
   q = step.read(x.q, plan, "i-")
   k, v = (step.read(y, plan, "j-") for y in (x.k, x.v))
   scores = (
-    _join(_product("bkrtd,bksd->bkrts", _split(q, k.shape[1]), k))
-    * options.scale
+    join(product("bkrtd,bksd->bkrts", split(q, k.shape[1]), k)) * options.scale
   )
   row = (step.i * plan.rows + jnp.arange(plan.rows))[:, None]
   column = (step.j * plan.columns + jnp.arange(plan.columns))[None]
@@ -234,6 +253,10 @@ def _tile(x: _Operands, step: _Step, options: Options, plan: _Plan) -> _Tile:
     distance = jnp.abs(row + offset - column).astype(jnp.float32)[None, None]
     slopes = step.read(extras.alibi_slopes, plan, "")
     scores -= slopes[..., None, None] * distance
+  entries = None
+  if extras.relative is not None:
+    entries = step.read_entries(extras.relative, plan)
+    scores += blockwise_relative.scores(q, k, entries, options.scale)
   scores = cap(scores, options.softcap)
   hidden = _hidden(x, step, options, plan, row, column, offset)
   if hidden is not None:
@@ -248,7 +271,7 @@ def _tile(x: _Operands, step: _Step, options: Options, plan: _Plan) -> _Tile:
     )
     columns = dropout.column_word(extras.seed, column[None, None])
     keep = dropout.keep(words, columns, options.dropout_rate)
-  return _Tile(q, k, v, scores, distance, keep)
+  return _Tile(q, k, v, scores, entries, distance, keep)
 
 
 def _hidden(x, step, options, plan, row, column, offset):
@@ -309,8 +332,8 @@ def forward(
     new_total = old_total * shrink + weights.sum(-1)
     if tile.keep is not None:
       weights = jnp.where(tile.keep, weights, 0.0)
-    weights = _split(weights.astype(v.dtype), tile.v.shape[1])
-    fresh = _join(_product("bkrts,bksd->bkrtd", weights, tile.v))
+    weights = split(weights.astype(v.dtype), tile.v.shape[1])
+    fresh = join(product("bkrts,bksd->bkrtd", weights, tile.v))
     return (
       step.write(out, old_out * shrink[..., None] + fresh, plan, "i-"),
       step.write(top, new_top, plan, "i"),
@@ -357,9 +380,9 @@ def backward(
   def body(step, grads):
     tile = _tile(x, step, options, plan)
     heads = tile.k.shape[1]
-    do = _split(step.read(dout, plan, "i-"), heads)
+    do = split(step.read(dout, plan, "i-"), heads)
     weights = jnp.exp(tile.scores - step.read(lse, plan, "i")[..., None])
-    dweights = _join(_product("bkrtd,bksd->bkrts", do, tile.v))
+    dweights = join(product("bkrtd,bksd->bkrts", do, tile.v))
     used = weights
     if tile.keep is not None:
       used = jnp.where(tile.keep, weights * share, 0.0)
@@ -374,30 +397,36 @@ def backward(
     if dslopes is not None:
       fall = -(ds * tile.distance).sum((2, 3))
       dslopes = step.add(dslopes, fall, plan, "")
-    ds = _split(ds.astype(q.dtype), heads)
-    used = _split(used.astype(v.dtype), heads)
-    dq = _join(_product("bkrts,bksd->bkrtd", ds, tile.k))
-    dk = _product("bkrts,bkrtd->bksd", ds, _split(tile.q, heads))
-    dv = _product("bkrts,bkrtd->bksd", used, do)
+    drelative, more_dq, more_dk = grads.relative, 0.0, 0.0
+    if drelative is not None:
+      more_dq, more_dk, entries = blockwise_relative.gradients(
+        tile.q, tile.k, tile.entries, ds
+      )
+      drelative = step.add_entries(drelative, entries, plan)
+    ds = split(ds.astype(q.dtype), heads)
+    used = split(used.astype(v.dtype), heads)
+    dq = join(product("bkrts,bksd->bkrtd", ds, tile.k))
+    dk = product("bkrts,bkrtd->bksd", ds, split(tile.q, heads))
+    dv = product("bkrts,bkrtd->bksd", used, do)
     return Gradients(
-      step.add(grads.q, dq, plan, "i-"),
-      step.add(grads.k, dk, plan, "j-"),
+      step.add(grads.q, dq + more_dq, plan, "i-"),
+      step.add(grads.k, dk + more_dk, plan, "j-"),
       step.add(grads.v, dv, plan, "j-"),
       dbias,
       dslopes,
+      drelative,
     )
 
-  def zeros(y):
-    return None if y is None else jnp.zeros(y.shape, jnp.float32)
-
-  init = Gradients(
-    *map(zeros, (x.q, x.k, x.v, x.extras.bias, x.extras.alibi_slopes))
+  inputs = x.extras.bias, x.extras.alibi_slopes, x.extras.relative
+  init = jax.tree.map(
+    lambda y: jnp.zeros(y.shape, jnp.float32),
+    Gradients(x.q, x.k, x.v, *inputs),
   )
   grads = _loop(body, init, extras, options, plan)
-  return _trim(grads, q, k, v, extras, options)
+  return _trim(grads, q, k, v, extras, options, plan)
 
 
-def _trim(grads: Gradients, q, k, v, extras, options) -> Gradients:
+def _trim(grads: Gradients, q, k, v, extras, options, plan) -> Gradients:
   """Gradients in the shapes, layouts and dtypes of the inputs."""
 
   def like(x, y, factor=1.0):
@@ -411,10 +440,18 @@ def _trim(grads: Gradients, q, k, v, extras, options) -> Gradients:
     bias = grads.bias[:, :, :t, :s].astype(bias.dtype)
   if slopes is not None:
     slopes = grads.alibi_slopes.reshape(slopes.shape).astype(slopes.dtype)
+  relative = extras.relative
+  if relative is not None:
+    relative = relative.map(
+      lambda y, x, scale: (x * scale).astype(y.dtype),
+      unlay(grads.relative, *plan.diagonals),
+      Relative(1.0, options.scale, options.scale),
+    )
   return Gradients(
     like(grads.q, q, options.scale),
     like(grads.k, k, options.scale),
     like(grads.v, v),
     bias,
     slopes,
+    relative,
   )

@@ -37,6 +37,7 @@ class Capabilities:
     generators: of dropout.
     dtypes: of q, k, v; None: any.
     max_width: of heads; None: any.
+    relative: whether it takes terms of relative positions.
     tiles: sides of a tile that a caller may ask for; None: it has no tiles.
     blocks: sides of a block of the mask.
     refuse_more: raises `Unsupported` for what no other field can tell.
@@ -46,6 +47,7 @@ class Capabilities:
   generators: tuple[str, ...] = ("counter",)
   dtypes: tuple[DTypeLike, ...] | None = None
   max_width: int | None = None
+  relative: bool = True
   tiles: Sides | None = Sides("at least 1", lambda size: size > 0)
   blocks: Sides = Sides("at least 1", lambda size: size > 0)
   refuse_more: Callable[[Extras, Options, tuple | None], None] | None = None
@@ -76,6 +78,10 @@ def refuse(
       raise Unsupported(
         f"{name} has dtype {x.dtype}; {can.name} takes {taken}."
       )
+  if extras.relative is not None and not can.relative:
+    given = extras.relative._asdict().items()
+    names = [f"relative_{name}" for name, x in given if x is not None]
+    raise Unsupported(f"{', '.join(names)}: {can.name} takes none.")
   if options.dropout_rate and options.dropout_generator not in can.generators:
     raise Unsupported(
       f"dropout_generator={options.dropout_generator!r} is not one of"

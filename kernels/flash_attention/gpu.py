@@ -72,6 +72,7 @@ CAPABILITIES = Capabilities(
   "gpu",
   dtypes=(jnp.float32, jnp.bfloat16, jnp.float16),
   max_width=256,
+  relative=False,
   tiles=Sides(
     f"powers of two from {MIN_TILE}",
     lambda size: size >= MIN_TILE and not size & (size - 1),

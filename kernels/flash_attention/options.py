@@ -5,6 +5,11 @@ Query i stands at position i + offset, key j at position j. The score is
 
     S_ij = scale * q_i . k_j + bias_ij - slope * |i + offset - j|
 
+and, with entries of the diagonal m = j - i + t - 1 (`relative.py`),
+
+    S_ij += relative bias_m + scale * (q_i . relative key_m
+                                       + relative query_m . k_j),
+
 then softcap * tanh(S / softcap) if there is a cap. A key that the query does
 not see has probability 0. Dropout acts on the probabilities: lse is that of the
 scores without it. A query that sees no key has output 0, lse -inf and zero
@@ -18,6 +23,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from kernels.flash_attention.relative import Relative
 
 LAYOUTS = ("bthd", "bhtd", "bhdt")
 GENERATORS = ("counter", "hardware", "auto")
@@ -33,6 +40,7 @@ class Extras(NamedTuple):
   Attributes:
     bias: float [1|b, 1|h, 1|t, s], added to the scaled scores.
     alibi_slopes: float32 [h] or [b, h].
+    relative: terms of relative positions, see `relative.Relative`.
     q_segments: int32 [b, t]; a query sees the keys of equal, positive id.
     kv_segments: int32 [b, s], given if and only if `q_segments` is.
     block_mask: bool [1|h, row blocks, column blocks]; True = visible. A numpy
@@ -45,6 +53,7 @@ class Extras(NamedTuple):
 
   bias: jax.Array | None = None
   alibi_slopes: jax.Array | None = None
+  relative: Relative | None = None
   q_segments: jax.Array | None = None
   kv_segments: jax.Array | None = None
   block_mask: jax.Array | np.ndarray | None = None

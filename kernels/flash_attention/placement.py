@@ -32,6 +32,9 @@ def of_shard(extras: Extras, options: Options, n: Sizes, me, source, count):
     changes["bias"] = jax.lax.dynamic_slice_in_dim(
       extras.bias, source * n.s, n.s, axis=3
     )
+  if extras.relative is not None:
+    place = (me * n.t, n.t), (source * n.s, n.s)
+    changes["relative"] = extras.relative.part(count * n.t, *place)
   if extras.seed is not None:
     first = jnp.stack([me * n.t, source * n.s]).astype(jnp.uint32)
     changes["seed"] = extras.seed.at[4:].add(first)

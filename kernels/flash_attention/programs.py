@@ -164,7 +164,7 @@ def lower(
   tiles: Any = None,
   options: Mapping[str, Any] = (),
 ) -> jax.stages.Lowered:
-  """The gradient of a sum by q, k, v and bias, for the first device.
+  """The gradient of a sum by all its arrays of floats, for the first device.
 
   Args:
     devices: to compile for.
@@ -172,8 +172,9 @@ def lower(
     name: key of `IMPLEMENTATIONS`.
     dtype: of q, k, v.
     tiles: for the implementation.
-    options: for the implementation. True for "segment_ids", "key" ([1, h, 1,
-      t]) or "full" ([1, h, t, t]) for "bias" stand for arrays.
+    options: for the implementation. True for "segment_ids" and the relative
+      terms, "key" ([1, h, 1, t]) or "full" ([1, h, t, t]) for "bias" stand for
+      arrays.
   """
   sharding = jax.sharding.SingleDeviceSharding(devices[0])
 
@@ -190,6 +191,13 @@ def lower(
   if bias is not None:
     rows = {"key": 1, "full": t}[bias]
     inputs["bias"] = array((1, h, rows, t), jnp.float32)
+  entries = 2 * t - 1
+  relative = {
+    "relative_bias": array((1, h, entries), jnp.float32),
+    "relative_keys": array((h, entries, d), jnp.dtype(dtype)),
+    "relative_queries": array((h, entries, d), jnp.dtype(dtype)),
+  }
+  inputs |= {name: x for name, x in relative.items() if options.pop(name, 0)}
   ids = array((b, t), jnp.int32) if ids else None
 
   def loss(inputs, ids):

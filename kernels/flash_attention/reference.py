@@ -23,6 +23,7 @@ from kernels.flash_attention.options import (
   same_segment,
   visible_by_position,
 )
+from kernels.flash_attention.relative import Relative
 
 CAPABILITIES = Capabilities("reference", tiles=None)
 
@@ -67,7 +68,34 @@ def scores(
     rows, columns = jnp.arange(n.t)[:, None] + offset, jnp.arange(n.s)[None]
     slopes = extras.alibi_slopes.astype(dtype).reshape(-1, n.h, 1, 1)
     found -= slopes * jnp.abs(rows - columns)[None, None]
+  if extras.relative is not None:
+    found += relative_scores(q, k, extras.relative, options, n)
   return cap(found, options.softcap)
+
+
+def relative_scores(
+  q: jax.Array, k: jax.Array, relative: Relative, options: Options, n: Sizes
+) -> jax.Array:
+  """Terms of relative positions, which broadcast to [b, h, t, s].
+
+  q and k are in layout "bhtd", k with the heads of q.
+  """
+  dtype = jnp.promote_types(q.dtype, jnp.float32)
+  diagonal = jnp.arange(n.s)[None] - jnp.arange(n.t)[:, None] + n.t - 1
+
+  found = jnp.zeros((1, 1, 1, 1), dtype)
+  if relative.bias is not None:
+    found += relative.bias.astype(dtype)[..., diagonal]
+  for x, entry, spec in (
+    (q, relative.keys, "bhid,hdij->bhij"),
+    (k, relative.queries, "bhjd,hdij->bhij"),
+  ):
+    if entry is not None:
+      entry = jnp.repeat(entry[0], n.h // entry.shape[1], axis=0)
+      entry = entry[..., diagonal]
+      product = jnp.einsum(spec, x, entry, preferred_element_type=dtype)
+      found += product * options.scale
+  return found
 
 
 def attend(

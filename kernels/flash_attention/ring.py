@@ -34,6 +34,7 @@ from kernels.flash_attention.placement import (
   Placement,
   of_shard,
 )
+from kernels.flash_attention.relative import Relative
 
 
 def merge(
@@ -75,6 +76,17 @@ def _check_mask(n: Sizes, extras: Extras, options: Options, count: int) -> None:
     )
 
 
+def _check_relative(n: Sizes, relative: Relative, count: int) -> None:
+  """Refuses entries of fewer diagonals than all devices' scores have."""
+  need = (n.t + n.s) * count - 1
+  for name, x in relative._asdict().items():
+    if x is not None and x.shape[-1] != need:
+      raise ValueError(
+        f"relative_{name} has {x.shape[-1]} entries; on every device it must"
+        f" have all {need}."
+      )
+
+
 def _refuse(backend, axis, q, k, v, extras, options):
   if extras.offset is not None:
     raise Unsupported("offset is set by the ring itself.")
@@ -88,6 +100,8 @@ def _refuse(backend, axis, q, k, v, extras, options):
       f"bias has shape {extras.bias.shape}; on every device its last axis must"
       f" span all {n.s * count} keys."
     )
+  if extras.relative is not None:
+    _check_relative(n, extras.relative, count)
   # Zeros of the right kinds: what one step of the ring will see.
   shard = of_shard(extras, options, n, *map(jnp.int32, (0, 0)), count)
   check(q, k, v, shard, options)
@@ -145,17 +159,19 @@ def _ring_backward(
 
   moving = Moving(k, v, extras.kv_segments, zeros(k), zeros(v))
   dq, dbias, dslopes = map(zeros, (q, extras.bias, extras.alibi_slopes))
+  drelative = jax.tree.map(zeros, extras.relative)
   for turn, computes in enumerate(turns):
     if computes:
       part = placement.backward(call, turn, moving, results)
       dq += part.q
+      source = (me - turn) % count
       if dbias is not None:
         dbias = jax.lax.dynamic_update_slice_in_dim(
-          dbias,
-          part.bias.astype(jnp.float32),
-          (me - turn) % count * n.s,
-          axis=3,
+          dbias, part.bias.astype(jnp.float32), source * n.s, axis=3
         )
+      if drelative is not None:
+        place = (me * n.t, n.t), (source * n.s, n.s)
+        drelative = drelative.with_part(part.relative, count * n.t, *place)
       if dslopes is not None:
         dslopes += part.alibi_slopes
       moving = moving._replace(dk=moving.dk + part.k, dv=moving.dv + part.v)
@@ -167,6 +183,7 @@ def _ring_backward(
   grads = Extras(
     bias=like(dbias, extras.bias),
     alibi_slopes=like(dslopes, extras.alibi_slopes),
+    relative=jax.tree.map(like, drelative, extras.relative),
   )
   return like(dq, q), like(moving.dk, k), like(moving.dv, v), grads
 
@@ -193,8 +210,8 @@ def ring_attention(
     k: this device's keys.
     v: this device's values.
     extras: this device's; bias spans the keys of all devices, the block mask
-      all of both, and `seed` names the first row and column of the whole
-      sequence.
+      and the terms of relative positions all of both, and `seed` names the
+      first row and column of the whole sequence.
     options: static choices.
     placement: which positions the devices hold.
 
@@ -222,9 +239,13 @@ def gathered_attention(
   count, me = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
   n = sizes(q, k, v, options.layout)
   mask = extras.block_mask
-  alone = extras._replace(block_mask=None)
+  alone = extras._replace(block_mask=None, relative=None)
   shard = of_shard(alone, options, n, me, jnp.int32(0), count)
   shard = shard._replace(bias=extras.bias)
+  if extras.relative is not None:
+    place = (me * n.t, n.t), (0, count * n.s)
+    relative = extras.relative.part(count * n.t, *place)
+    shard = shard._replace(relative=relative)
   if mask is not None:
     rows = mask.shape[1] // count
     mask = jax.lax.dynamic_slice_in_dim(

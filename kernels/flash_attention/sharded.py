@@ -17,6 +17,7 @@ from kernels.flash_attention import backend as backends
 from kernels.flash_attention import placement, ring, zigzag
 from kernels.flash_attention.backend import Backend
 from kernels.flash_attention.options import Extras, Options, Sizes, check
+from kernels.flash_attention.relative import Relative
 
 PLACEMENTS = {"contiguous": placement.Contiguous, "zigzag": zigzag.Zigzag}
 
@@ -65,7 +66,7 @@ def _specs(extras: Extras, layout: str, sharding: Sharding):
   def of(x, names):
     return None if x is None else spec(names, x.shape)
 
-  slopes = extras.alibi_slopes
+  slopes, relative = extras.alibi_slopes, extras.relative
   mask = extras.block_mask
   return (
     spec(layout),
@@ -73,6 +74,7 @@ def _specs(extras: Extras, layout: str, sharding: Sharding):
     Extras(
       bias=of(extras.bias, "bht-"),
       alibi_slopes=of(slopes, "bh"[-getattr(slopes, "ndim", 0) :]),
+      relative=relative and relative.map(of, Relative("bh-", "bh--", "bh--")),
       q_segments=None if extras.q_segments is None else spec("bt"),
       kv_segments=None if extras.kv_segments is None else spec("bt"),
       block_mask=None if isinstance(mask, np.ndarray) else of(mask, "h--"),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from kernels.flash_attention import flash_attention
 
 BLOCK = 128
+RELATIVE = {"relative_bias", "relative_keys", "relative_queries"}
 
 
 def segment_ids(cumulative: jax.Array, total: int) -> jax.Array:
@@ -88,6 +89,12 @@ def _in_slots(q, k, v, q_ids, kv_ids, slots: _Slots, options):
       bias = _spread(bias, slots.q, slots.size, axis=2)
     bias = _spread(bias, slots.kv, slots.size, axis=3)
     options = options | {"bias": bias}
+  around = slots.size - len(kv_ids), slots.size - len(q_ids)
+  for name in RELATIVE & set(options):
+    x = options[name]
+    widths = [(0, 0)] * 3
+    widths[2 if name == "relative_bias" else 1] = around
+    options = options | {name: x if x is None else jnp.pad(x, widths)}
   found = _by_segment(
     _spread(q, slots.q, slots.size),
     _spread(k, slots.kv, slots.size),
@@ -136,7 +143,9 @@ def flash_attention_varlen(
     cumulative_kv: likewise in k and v; the same by default.
     **options: of `flash_attention`, but for layout, ids, lengths and masks of
       blocks. Positions are those within a sequence, whose last query and last
-      key are aligned. bias is [1, 1|h, 1|total, total of keys]; dropout is
+      key are aligned. bias is [1, 1|h, 1|total, total of keys]; relative terms
+      have n = total + total of keys - 1 entries, of which entry m is for keys
+      m - (total of keys - 1) places after the query; dropout is
       keyed by the place in the array, or where queries and keys are cut
       differently and positions count, by that in an array of aligned sequences.
 
@@ -154,8 +163,9 @@ def flash_attention_varlen(
   if alike:
     cumulative_kv = cumulative_q
   kv_ids = segment_ids(cumulative_kv, len(k))
-  positional = ("causal", "window", "alibi_slopes")
-  if alike or all(options.get(name) in (None, False) for name in positional):
+  positional = ("causal", "window", "alibi_slopes", *RELATIVE)
+  given = [options[name] for name in positional if name in options]
+  if alike or all(x is None or x is False for x in given):
     return _by_segment(q, k, v, q_ids, kv_ids, options)
   slots = _slots(cumulative_q, cumulative_kv, q_ids, kv_ids)
   return _in_slots(q, k, v, q_ids, kv_ids, slots, options)

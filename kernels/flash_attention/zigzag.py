@@ -17,6 +17,7 @@ import numpy as np
 from kernels.flash_attention.backend import Gradients
 from kernels.flash_attention.options import Extras, Options, Unsupported
 from kernels.flash_attention.placement import Call, Moving
+from kernels.flash_attention.relative import Relative
 
 
 def zigzag_order(length: int, count: int) -> np.ndarray:
@@ -55,6 +56,8 @@ def check(t: int, s: int, count: int, extras: Extras, options: Options) -> None:
     "alibi_slopes": extras.alibi_slopes,
     "block_mask": extras.block_mask,
   }
+  terms = (extras.relative or Relative())._asdict()
+  given |= {f"relative_{name}": x for name, x in terms.items()}
   for name in (name for name, value in given.items() if value is not None):
     raise Unsupported(
       f"{name} counts positions; placement='zigzag' only knows their order."

@@ -189,6 +189,7 @@ class HuggingFaceTest(FolderTestCase):
   @parameterized.named_parameters(
     ("pre_norm", "bert", {"norm": "pre"}, "model.norm='pre'"),
     ("types", "bert", {"num_types": 0}, "model.num_types=0"),
+    ("positions", "bert", {"positions": "both"}, "model.positions='both'"),
     ("offset", "roberta", {"position_offset": 1}, "position_offset=1"),
   )
   def test_what_hugging_face_does_not_have_is_refused(

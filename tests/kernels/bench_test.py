@@ -57,9 +57,7 @@ class BenchTest(absltest.TestCase):
     with (self.folder / "out" / "kernels.csv").open() as file:
       rows = list(csv.DictReader(file))
     options = {r["options"] for r in rows if r["implementation"] == "ours"}
-    self.assertEqual(
-      options, {"none", "segment ids", "hardware dropout", "counter dropout"}
-    )
+    self.assertEqual(options, {"none", "segment ids", *bench.OURS_MORE})
     self.assertTrue((self.folder / "out" / "kernels.png").exists())
     asked = self.tpu_cost.call_count, self.gpu_kernels.call_count
     bench.run(self.folder / "work", self.folder / "out", "quick")

@@ -46,8 +46,8 @@ def batch_of(segment_ids):
 
 
 @functools.cache
-def params():
-  model, batch = objective("reference"), batch_of(np.ones((2, T)))
+def params(**options):
+  model, batch = objective("reference", **options), batch_of(np.ones((2, T)))
   variables = jax.jit(lambda k: model.init(k, batch, train=False))(
     jax.random.key(0)
   )
@@ -69,9 +69,10 @@ def solve(attend, batch, *, train, **options):
 
 
 @functools.cache
-def train(attend, steps=4):
+def train(attend, steps=4, **options):
   """The first gradients, and the losses of a few steps of Adam."""
-  model = objective(attend, dropout_rate=0.1, attention_dropout_rate=0.3)
+  rates = dict(dropout_rate=0.1, attention_dropout_rate=0.3)
+  model = objective(attend, **rates, **options)
   batch, optimizer = batch_of(PACKED), optax.adam(3e-3)
 
   @jax.jit
@@ -84,7 +85,7 @@ def train(attend, steps=4):
     updates, state = optimizer.update(grads, state, p)
     return optax.apply_updates(p, updates), state, value, grads
 
-  p, losses, first = params(), [], None
+  p, losses, first = params(**options), [], None
   state = optimizer.init(p)
   for _ in range(steps):
     # One key for all steps: what falls is the loss, not the luck.
@@ -120,6 +121,18 @@ class BertTest(parameterized.TestCase):
     # Adam's steps divide rounding errors by the gradients' own size.
     np.testing.assert_allclose(found, losses, rtol=1e-3)
     self.assertLess(losses[-1], losses[0])
+
+  @parameterized.parameters(("flash", "both"), ("tpu", "relative"))
+  def test_relative_positions_train_alike(self, kernel, positions):
+    more = dict(positions=positions, relative_buckets=8, relative_distance=20)
+    found_grads, found = train(KERNELS[kernel], **more)
+    grads, losses = train(REFERENCE, **more)
+    assert_close(found_grads, grads)
+    np.testing.assert_allclose(found, losses, rtol=1e-3)
+    # Every bucket is felt, but that of later keys at distance 0.
+    table = grads["encoder"]["relative_bias"]["embedding"]
+    felt = (jnp.abs(table) > 1e-6).all(1)
+    np.testing.assert_array_equal(felt, np.arange(8) != 4)
 
   def test_evaluation_equals_the_plain_reference(self):
     batch = batch_of(PADDED)

@@ -160,6 +160,51 @@ class EncoderTest(parameterized.TestCase):
       other_grads,
     )
 
+  @parameterized.named_parameters(
+    ("remat", {"remat": "full"}),
+    ("unscanned", {"scan": False}),
+  )
+  def test_all_layers_share_one_relative_bias(self, options):
+    own = dict(dropout_rate=0.0, positions="relative")
+    objective = build(**own)
+    params = loud(init(objective))
+    self.assertNotIn("position", params["encoder"]["embeddings"])
+    other_params = params
+    if not options.get("scan", True):
+      other_params = unstack_layers(params, L)
+    value, grads = GRAD(objective, params, example())
+    other_value, found = GRAD(build(**own, **options), other_params, example())
+    np.testing.assert_allclose(value, other_value, rtol=1e-6)
+    np.testing.assert_allclose(
+      found["encoder"]["relative_bias"]["embedding"],
+      grads["encoder"]["relative_bias"]["embedding"],
+      atol=1e-6,  # float32 sums in another order
+    )
+    table = params["encoder"]["relative_bias"]["embedding"]
+    moved = {**params, "encoder": dict(params["encoder"])}
+    moved["encoder"]["relative_bias"] = {"embedding": 3 * table}
+    self.assertGreater(abs(loss(objective, moved, example()) - value), 1e-3)
+
+  @parameterized.parameters("absolute", "relative")
+  def test_only_relative_positions_do_not_see_where_a_row_begins(
+    self, positions
+  ):
+    objective = build(dropout_rate=0.0, positions=positions)
+    params = loud(init(objective))
+    batch, length = example(1), T - 4
+    names = ("tokens", "segment_ids", "type_ids")
+    early = {n: jnp.pad(batch[n][:, :length], ((0, 0), (0, 4))) for n in names}
+    late = {n: jnp.pad(batch[n][:, :length], ((0, 0), (4, 0))) for n in names}
+    hidden = [
+      objective.apply({"params": params}, rows, method="encode")
+      for rows in (early, late)
+    ]
+    moved = jnp.abs(hidden[0][:, :length] - hidden[1][:, 4:]).max()
+    if positions == "relative":
+      self.assertLess(moved, 2e-5)  # the same float32 sums
+      return
+    self.assertGreater(moved, 1e-2)
+
   def test_remat_recomputes_the_same_dropout(self):
     grads = []
     for remat in ("none", "full"):
@@ -217,6 +262,7 @@ class EncoderTest(parameterized.TestCase):
     ("size", dict(size="huge"), "model.size='huge' is unknown"),
     ("remat", dict(remat="some"), "model.remat='some' is unknown"),
     ("norm", dict(norm="mid"), "model.norm='mid' is unknown"),
+    ("positions", dict(positions="t5"), "model.positions='t5' is unknown"),
     ("activation", dict(activation="gelo"), "Did you mean 'gelu'"),
     ("dropout", dict(dropout_rate=1.0), "dropout_rate=1.0 must lie in"),
   )

@@ -4,12 +4,14 @@ Operands in that layout are read as they are; other layouts are transposed by
 XLA, which often makes the projections write what the kernels read.
 
 `forward.py` and `backward.py` hold the kernels, `scores.py` what happens to a
-score, `schedule.py` which tiles are visited, `tiles.py` how large they are.
+score, `relative.py` terms of relative positions, `schedule.py` which tiles are
+visited, `tiles.py` how large they are.
 """
 
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ from kernels.flash_attention.options import (
   relayout,
   sizes,
 )
+from kernels.flash_attention.relative import Relative
 from kernels.flash_attention.tpu import backward as backward_kernel
 from kernels.flash_attention.tpu import (
   bias_gradient,
@@ -59,12 +62,35 @@ def _refuse_tiles(
     )
 
 
+def _refuse_entries(extras: Extras) -> None:
+  """Refuses products with entries that leave no room in VMEM."""
+  products = (extras.relative or Relative())._replace(bias=None)
+  needed = {
+    f"relative_{name}": 8 * x.shape[2] * x.shape[3]
+    for name, x in products._asdict().items()
+    if x is not None
+  }
+  if sum(needed.values()) > tiles.RELATIVE_BYTES:
+    raise Unsupported(
+      f"{', '.join(needed)}: the entries of a head and their gradients take"
+      f" {sum(needed.values())} bytes of VMEM; tpu has"
+      f" {tiles.RELATIVE_BYTES} for them."
+    )
+
+
+def _refuse_more(
+  extras: Extras, options: Options, block: tuple[int, int] | None
+) -> None:
+  _refuse_tiles(extras, options, block)
+  _refuse_entries(extras)
+
+
 CAPABILITIES = Capabilities(
   "tpu",
   generators=("counter", "hardware"),
   tiles=Sides(f"multiples of {LANES}", lambda size: size % LANES == 0),
   blocks=sparse.SIDES,
-  refuse_more=_refuse_tiles,
+  refuse_more=_refuse_more,
 )
 
 
@@ -124,8 +150,10 @@ def backward(
     *(back(x, like) for x, like in zip(found[:3], (q, k, v))),
     *(
       None if like is None else x.astype(like.dtype)
-      for x, like in zip(found[3:], (extras.bias, extras.alibi_slopes))
+      for x, like in zip(found[3:5], (extras.bias, extras.alibi_slopes))
     ),
+    extras.relative
+    and extras.relative.map(lambda y, x: x.astype(y.dtype), found.relative),
   )
 
 
@@ -135,54 +163,70 @@ def _gradients(
   """Gradients in layout "bhdt", of parts of the queries if need be."""
   parts = list(_parts(residuals, extras, problem))
   if len(parts) == 1:
-    return _part_gradients(*parts[0], exact=False)
-  found = [_part_gradients(*part, exact=True) for part in parts]
+    return _part_gradients(*parts[0].call, exact=False)
+  found = [_part_gradients(*part.call, exact=True) for part in parts]
 
   def total(name):
     return sum(getattr(x, name) for x in found)
 
-  bias = extras.bias
+  bias, relative = extras.bias, extras.relative
   if bias is not None and problem.bias[2] == 1:
     bias = total("bias")
   elif bias is not None:
     bias = jnp.concatenate([x.bias for x in found], axis=2)
+  if relative is not None:
+    relative = relative.map(lambda x: jnp.zeros(x.shape, jnp.float32))
+    for part, x in zip(parts, found):
+      scores = problem.t, part.rows, (0, problem.s)
+      relative = relative.with_part(x.relative, *scores)
   return Gradients(
     jnp.concatenate([x.q for x in found], axis=3),
     total("k"),
     total("v"),
     bias,
     None if extras.alibi_slopes is None else total("alibi_slopes"),
+    relative,
   )
+
+
+class _Part(NamedTuple):
+  """Some of the queries: the first, their number, and what their call takes."""
+
+  rows: tuple[int, int]
+  call: tuple[backward_kernel.Residuals, Extras, Problem]
 
 
 def _parts(
   residuals: backward_kernel.Residuals, extras: Extras, problem: Problem
-) -> Iterator[tuple[backward_kernel.Residuals, Extras, Problem]]:
+) -> Iterator[_Part]:
   """Parts of the queries whose dq, in float32, fits in VMEM."""
   unit = tiles.item(problem)[0]
   if problem.block is not None:
     unit = math.lcm(unit, *problem.block)
   size = max(tiles.DQ_BYTES // (4 * problem.d) // unit, 1) * unit
   if problem.t <= size:
-    yield residuals, extras, problem
+    yield _Part((0, problem.t), (residuals, extras, problem))
     return
   for start in range(0, problem.t, size):
     rows = slice(start, min(start + size, problem.t))
+    count = rows.stop - start
     part = dataclasses.replace(
       problem,
-      t=rows.stop - start,
+      t=count,
       offset=None if problem.offset is None else problem.offset + start,
     )
-    yield residuals.part(rows), _part_extras(extras, rows, problem.block), part
+    own = _part_extras(extras, rows, problem)
+    yield _Part((start, count), (residuals.part(rows), own, part))
 
 
-def _part_extras(
-  extras: Extras, rows: slice, block: tuple[int, int] | None
-) -> Extras:
+def _part_extras(extras: Extras, rows: slice, problem: Problem) -> Extras:
   """What belongs to a part of the queries."""
-  changes = {}
+  block, changes = problem.block, {}
   if extras.bias is not None and extras.bias.shape[2] > 1:
     changes["bias"] = extras.bias[:, :, rows]
+  if extras.relative is not None:
+    place = (rows.start, rows.stop - rows.start), (0, problem.s)
+    changes["relative"] = extras.relative.part(problem.t, *place)
   if extras.q_segments is not None:
     changes["q_segments"] = extras.q_segments[:, rows]
   if extras.block_mask is not None:
@@ -218,4 +262,6 @@ def _part_gradients(
     bias = bias_gradient.bias_gradient(
       residuals, extras, problem, chosen, visits
     )
-  return Gradients(found["dq"], found["dk"], found["dv"], bias, slopes)
+  return Gradients(
+    found["dq"], found["dk"], found["dv"], bias, slopes, found["relative"]
+  )

@@ -22,8 +22,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels.flash_attention.options import Extras
-from kernels.flash_attention.tpu import operands
-from kernels.flash_attention.tpu.launch import Operand, Step, launch
+from kernels.flash_attention.tpu import operands, relative
+from kernels.flash_attention.tpu.items import Item, items, multiple
+from kernels.flash_attention.tpu.launch import (
+  GROUP,
+  B,
+  Operand,
+  Step,
+  launch,
+)
 from kernels.flash_attention.tpu.pipeline import (
   Sums,
   dot,
@@ -31,6 +38,7 @@ from kernels.flash_attention.tpu.pipeline import (
   when_visited,
 )
 from kernels.flash_attention.tpu.problem import LANES, LOG2E, Problem
+from kernels.flash_attention.tpu.relative import Terms
 from kernels.flash_attention.tpu.schedule import (
   COL_FIRST,
   COL_LAST,
@@ -39,12 +47,7 @@ from kernels.flash_attention.tpu.schedule import (
   ROW_LAST,
   Schedule,
 )
-from kernels.flash_attention.tpu.scores import (
-  Item,
-  Scores,
-  items,
-  multiple,
-)
+from kernels.flash_attention.tpu.scores import Scores
 from kernels.flash_attention.tpu.tiles import Tiles
 
 EVERYTHING = (slice(None),) * 3
@@ -83,7 +86,8 @@ class Residuals(NamedTuple):
     }
     inputs["k"] = operands.keys(self.k, problem, tiles, whole=False)
     inputs["v"] = operands.keys(self.v, problem, tiles, whole=False)
-    return inputs | operands.shared(extras, problem, tiles)
+    inputs |= operands.shared(extras, problem, tiles)
+    return inputs | relative.inputs(extras, problem, tiles)
 
 
 class Weights:
@@ -132,7 +136,9 @@ class Weights:
     """K Q^T and V dO^T."""
     place = self.queries(item)
     _, k, v = self.keys(item)
-    s = dot(self._problem, k, self._refs.q[place], (1, 0))
+    q = self._refs.q[place]
+    s = dot(self._problem, k, q, (1, 0))
+    s = s, self.scores.terms.products(item, q, k)
     return s, dot(self._problem, v, self._refs.dout[place], (1, 0))
 
   def __call__(
@@ -141,6 +147,7 @@ class Weights:
     """(P after dropout, dS), both without dropout's factor 1 / (1 - rate)."""
     rate = self._problem.options.dropout_rate
     lse, delta = self.rows(item)
+    s = self.scores.terms.add_products(*s)
     z, slope = self.scores.logits(s, item)
     unit = self._problem.unit
     p = jnp.exp2((z if unit == 1.0 else z * unit) - lse)
@@ -191,6 +198,7 @@ class _Kernel:
     return shapes
 
   def __call__(self, step: Step, refs: Any) -> None:
+    Terms(self.problem, self.tiles, step, refs).clear()
     if self.schedule.computes is None:
       self._clear(step, refs)
     when_visited(
@@ -276,10 +284,14 @@ class _Kernel:
       if problem.slopes:
         moved = ds * weights.scores.distance(item)
         sums["dslopes"].add(row, moved.sum(0, keepdims=True))
-      p, ds = p.astype(problem.dtype), ds.astype(problem.dtype)
       q, dout = refs.q[place], refs.dout[place]
-      sums["dq"].add(row, dot(problem, weights.keys(item)[0], ds, (1, 0)))
-      sums["dk"].add(column, dot(problem, q, ds, (1, 1)))
+      k = weights.keys(item)[0]
+      more_dq, more_dk = weights.scores.terms.add_gradients(item, q, k, ds)
+      p, ds = p.astype(problem.dtype), ds.astype(problem.dtype)
+      dq = dot(problem, k, ds, (1, 0))
+      dk = dot(problem, q, ds, (1, 1))
+      sums["dq"].add(row, dq if more_dq is None else dq + more_dq)
+      sums["dk"].add(column, dk if more_dk is None else dk + more_dk)
       sums["dv"].add(column, dot(problem, dout, p, (1, 1)))
 
     pipeline(items(tiles), tiles.ahead, weights.products, gradients)
@@ -333,7 +345,7 @@ def _outputs(problem: Problem, tiles: Tiles, exact: bool) -> dict[str, Operand]:
   }
   if problem.slopes:
     outputs["dslopes"] = row(1, jnp.float32)
-  return outputs
+  return outputs | relative.outputs(problem, tiles)
 
 
 def backward(
@@ -343,8 +355,9 @@ def backward(
   tiles: Tiles,
   schedule: Schedule,
   exact: bool,
-) -> dict[str, jax.Array]:
-  """dq, dk, dv in layout "bhdt" and, with slopes, dslopes [b, h].
+) -> dict[str, Any]:
+  """dq, dk, dv in layout "bhdt"; with slopes dslopes [b, h]; and "relative",
+  the gradients of the terms of relative positions.
 
   Args:
     residuals: arrays of the forward pass and cotangents.
@@ -364,6 +377,8 @@ def backward(
     inputs=residuals.operands(extras, problem, tiles),
     outputs=_outputs(problem, tiles, exact),
     scratch=kernel.scratch(),
+    order=relative.order(problem),
+    parallel=(GROUP,) if problem.relative else (B, GROUP),
   )
   dtype = jnp.float32 if exact else problem.dtype
   for name in ("dk", "dv"):
@@ -375,4 +390,5 @@ def backward(
   results["dq"] = results["dq"][..., : problem.t]
   if problem.slopes:
     results["dslopes"] = results["dslopes"].sum((2, 3))
+  results["relative"] = relative.gradients(results, extras, problem, tiles)
   return results

@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 
 from kernels.flash_attention.options import Extras
 from kernels.flash_attention.tpu.backward import Residuals, Weights
+from kernels.flash_attention.tpu.items import items
 from kernels.flash_attention.tpu.launch import (
   GROUP,
   VISIT,
@@ -29,7 +30,6 @@ from kernels.flash_attention.tpu.pipeline import (
 )
 from kernels.flash_attention.tpu.problem import LANES, Problem
 from kernels.flash_attention.tpu.schedule import COL_FIRST, COL_LAST, Schedule
-from kernels.flash_attention.tpu.scores import items
 from kernels.flash_attention.tpu.tiles import Tiles
 
 

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels.flash_attention.options import Extras
-from kernels.flash_attention.tpu import operands
+from kernels.flash_attention.tpu import operands, relative
+from kernels.flash_attention.tpu.items import Item, items, multiple
 from kernels.flash_attention.tpu.launch import Operand, Step, launch
 from kernels.flash_attention.tpu.pipeline import dot, pipeline, when_visited
 from kernels.flash_attention.tpu.problem import LANES, LOG2E, Problem
@@ -28,13 +29,7 @@ from kernels.flash_attention.tpu.schedule import (
   ROW_LAST,
   Schedule,
 )
-from kernels.flash_attention.tpu.scores import (
-  HIDDEN,
-  Item,
-  Scores,
-  items,
-  multiple,
-)
+from kernels.flash_attention.tpu.scores import HIDDEN, Scores
 from kernels.flash_attention.tpu.tiles import Tiles
 
 ONES = 16  # rows of ones under V: one packed bfloat16 register
@@ -111,10 +106,12 @@ class _Kernel:
     state = {}
 
     def product(item):
-      q = refs.q[0, *self._place(item)]
-      return dot(self.problem, keys(item)[0], q, (1, 0))
+      q, k = refs.q[0, *self._place(item)], keys(item)[0]
+      s = dot(self.problem, k, q, (1, 0))
+      return s, scores.terms.products(item, q, k)
 
-    def softmax(item, s):
+    def softmax(item, products):
+      s = scores.terms.add_products(*products)
       place = (item.head, item.t)
       before = state.get(place)
       if before is None and not self.direct:
@@ -228,6 +225,7 @@ def forward(
     "k": operands.keys(k, problem, tiles, tiles.whole),
     "v": operands.keys(v, problem, tiles, tiles.whole),
     **operands.shared(extras, problem, tiles),
+    **relative.inputs(extras, problem, tiles),
   }
 
   def output(width, dtype):
@@ -252,6 +250,7 @@ def forward(
       "lse": output(1, jnp.float32),
     },
     scratch=kernel.scratch(),
+    order=relative.order(problem),
   )
   t = problem.t
   return results["out"][..., :t], results["lse"][:, :, 0, :t]

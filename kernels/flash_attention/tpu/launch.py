@@ -27,20 +27,30 @@ class Operand:
     array: the input; of an output, its jax.ShapeDtypeStruct.
     block: shape of a block; None: the whole array in scalar memory.
     index: (b, group, visit) -> block indices.
+    buffers: of the block; with 1 a change of the block is waited for.
   """
 
   array: Any
   block: tuple[int, ...] | None = None
   index: Callable[..., tuple] | None = None
+  buffers: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """Where a grid step is: example, group of heads, visited tile."""
+  """Where a grid step is.
+
+  Attributes:
+    b: example.
+    group: of heads.
+    visit: of a tile.
+    first: whether it is the first visit of the example and group.
+  """
 
   b: Any
   group: Any
   visit: Visit
+  first: Any
 
 
 def launch(
@@ -89,13 +99,15 @@ def launch(
       entry = schedule.entry(group, visit, table[0] if table else None)
       return operand.index(b, group, entry)
 
-    return pl.BlockSpec(operand.block, index)
+    mode = None if operand.buffers == 2 else pl.Buffered(operand.buffers)
+    return pl.BlockSpec(operand.block, index, pipeline_mode=mode)
 
   def kernel(*refs):
     table = refs[0] if prefetch else None
     refs = types.SimpleNamespace(**dict(zip(names, refs[len(prefetch) :])))
     b, group, visit = named([pl.program_id(axis) for axis in range(3)])
-    body(Step(b, group, schedule.entry(group, visit, table)), refs)
+    entry = schedule.entry(group, visit, table)
+    body(Step(b, group, entry, visit == 0), refs)
 
   results = pl.pallas_call(
     kernel,

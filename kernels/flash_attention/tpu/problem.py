@@ -12,6 +12,7 @@ from kernels.flash_attention.options import (
   block_size,
   sizes,
 )
+from kernels.flash_attention.relative import Relative
 
 NATIVE = "bhdt"  # width on sublanes, positions on lanes: see `forward.py`
 LANES = 128
@@ -35,6 +36,8 @@ class Problem:
     options: the caller's.
     bias: shape of the bias, if any.
     slopes: whether there are ALiBi slopes.
+    relative: names of the terms of relative positions.
+    relative_by_example: whether their bias differs by example.
     segments: whether there are segment ids.
     mask_heads: heads of the block mask; None without a block mask.
     block: positions (queries, keys) of an entry of the block mask.
@@ -53,6 +56,8 @@ class Problem:
   options: Options
   bias: tuple[int, ...] | None
   slopes: bool
+  relative: tuple[str, ...]
+  relative_by_example: bool
   segments: bool
   mask_heads: int | None
   block: tuple[int, int] | None
@@ -77,9 +82,13 @@ class Problem:
   @property
   def hides(self) -> bool:
     """Whether a query may see no key: by position, ids, a bias of -inf."""
-    return (
-      self.positional or self.segments or self.finer or self.bias is not None
-    )
+    biased = self.bias is not None or "bias" in self.relative
+    return self.positional or self.segments or self.finer or biased
+
+  @property
+  def relative_products(self) -> int:
+    """Terms of relative positions that are products."""
+    return sum(name != "bias" for name in self.relative)
 
   @property
   def unit(self) -> float:
@@ -88,8 +97,8 @@ class Problem:
     Bare products keep their scale for the exponent: the maximum, on which all
     else waits, is then that of what the matrix unit delivers.
     """
-    bare = self.bias is None and not self.slopes
-    bare = bare and self.options.softcap is None and self.options.scale > 0
+    added = self.bias is not None or self.slopes or "bias" in self.relative
+    bare = not added and self.options.softcap is None and self.options.scale > 0
     return self.options.scale * LOG2E if bare else 1.0
 
   @property
@@ -106,12 +115,16 @@ def describe(
   """The problem that arrays in layout "bhdt" pose."""
   mask = extras.block_mask
   n = sizes(q, k, v, NATIVE)
+  relative = extras.relative or Relative()
+  given = relative._asdict().items()
   return Problem(
     *n,
     dtype=q.dtype,
     options=options,
     bias=None if extras.bias is None else extras.bias.shape,
     slopes=extras.alibi_slopes is not None,
+    relative=tuple(name for name, x in given if x is not None),
+    relative_by_example=relative.bias is not None and len(relative.bias) > 1,
     segments=extras.q_segments is not None,
     mask_heads=None if mask is None else mask.shape[0],
     block=None if mask is None else block_size(extras, options, n.t, n.s),

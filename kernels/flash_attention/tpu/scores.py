@@ -6,7 +6,6 @@ belongs to a query is a row vector; what belongs to a key is kept as a [keys,
 Everything here is chosen while tracing: what a call does not use costs nothing.
 """
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -17,36 +16,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.flash_attention import dropout
 from kernels.flash_attention.options import visible_by_position
+from kernels.flash_attention.tpu.items import Item
 from kernels.flash_attention.tpu.launch import Step
 from kernels.flash_attention.tpu.problem import LANES, LOG2E, Problem
+from kernels.flash_attention.tpu.relative import Terms
 from kernels.flash_attention.tpu.tiles import Tiles
 
 # Stands for -inf: far below any score, yet its differences are finite.
 HIDDEN = -1e30
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-  """A head, and where its scores start within the step's tile."""
-
-  head: int
-  t: int
-  s: int
-
-
-def items(tiles: Tiles) -> list[Item]:
-  """The items of a step; neighbours share keys."""
-  return [
-    Item(head, t, s)
-    for head in range(tiles.heads)
-    for s in range(0, tiles.s, tiles.s_item)
-    for t in range(0, tiles.t, tiles.t_item)
-  ]
-
-
-def multiple(n: Any, unit: int) -> Any:
-  """Tells the compiler that a traced number is a multiple of `unit`."""
-  return n if isinstance(n, int) else pl.multiple_of(n, unit)
 
 
 class Scores:
@@ -63,6 +40,7 @@ class Scores:
     self.problem, self.tiles = problem, tiles
     self.step, self.refs = step, refs
     self.masked = masked
+    self.terms = Terms(problem, tiles, step, refs)
     self._by_key = {}
     self._t0 = step.visit.i * tiles.t
     self._s0 = step.visit.j * tiles.s
@@ -139,7 +117,7 @@ class Scores:
     """Scores divided by `problem.unit`, and the cap's slope if there is a cap.
 
     Args:
-      product: k q^T, float32 [s_item, t_item].
+      product: k q^T and relative products, float32 [s_item, t_item].
       item: which.
     """
     problem, cap = self.problem, self.problem.options.softcap
@@ -151,6 +129,8 @@ class Scores:
     if problem.bias is not None:
       # The clip keeps a bias of -inf from making inf - inf.
       x = jnp.maximum(x + self._biased(item) * unit, HIDDEN)
+    if "bias" in problem.relative:
+      x = jnp.maximum(x + self.terms.bias(item) * unit, HIDDEN)
     if problem.slopes:
       b = self.step.b if self.refs.slopes.shape[0] > 1 else 0
       slope = self.refs.slopes[b, self.head(item)] * unit

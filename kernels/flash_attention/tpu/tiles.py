@@ -33,6 +33,8 @@ BUFFERS = 2
 SMALL_SCORES = 1 << 18  # of a step; half as many take 0.7 of its time
 # Rows whose dq, in float32, fits beside all else: longer ones are divided.
 DQ_BYTES = 6 << 20
+# A head's relative keys and queries, and their gradients, in float32.
+RELATIVE_BYTES = 3 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +77,11 @@ def _up(n: int, unit: int) -> int:
   return -(-n // unit) * unit
 
 
-def split(n: int, most: int) -> int:
+def split(n: int, most: int, least: int = 16) -> int:
   """The item, at most `most`, that pads a length least."""
   if n <= most:
     # Below a lane tile nothing is gained by padding to it.
-    return _up(n, LANES if n > LANES else 16)
+    return _up(n, LANES if n > LANES else least)
   counts = range(-(-n // most), n // (most // 2) + 1)
   size, count = min((k * _up(-(-n // k), LANES), k) for k in counts)
   return size // count
@@ -115,7 +117,15 @@ def _head_bytes(problem: Problem, t: int, s: int, by_column: bool) -> int:
     blocks = (d + dv) * (t + s) * size
   if problem.bias is not None and problem.bias[2] > 1:
     blocks += t * s * 4
-  return BUFFERS * blocks
+  return BUFFERS * blocks + relative_bytes(problem, by_column)
+
+
+def relative_bytes(problem: Problem, by_column: bool) -> int:
+  """Bytes of a head's entries of all diagonals, and of their gradients."""
+  entry = 4 + 4 * by_column if "bias" in problem.relative else 0
+  width = _up(problem.d, 16) * (problem.dtype.itemsize + 4 * by_column)
+  lanes = _up(problem.t, LANES) + _up(problem.s, LANES)
+  return lanes * (entry + problem.relative_products * width)
 
 
 def _whole(
@@ -134,6 +144,7 @@ def _whole(
     fetched = t_pad * (d + 2 * dv) * size * BUFFERS
   else:
     kept, fetched = 0, s_pad * (d + dv) * size * BUFFERS
+  kept += relative_bytes(problem, by_column)
   wholes = HEADS_BYTES // (kept + fetched) or WHOLE_BYTES // (kept + fetched)
   if wholes * t * s >= SMALL_SCORES:
     return True, wholes
@@ -153,6 +164,9 @@ def _most_scores(problem: Problem) -> int:
     scores //= 2  # blocks as wide; masks of which there are two bodies
   if problem.dtype.itemsize > 2:
     scores //= 4  # products take float32 operands apart into three
+  if problem.relative_products:
+    # A strip is wider than its scores; where position hides, of two bodies.
+    scores //= 4 if problem.positional else 2
   return scores
 
 
@@ -187,7 +201,10 @@ def item(problem: Problem) -> tuple[int, int]:
   most, window = ITEM_MAX, problem.options.window
   if window is not None and sum(window) < NARROW:
     most //= 2
-  return split(problem.all_t, most), split(problem.s, most)
+  if problem.relative_products and problem.dtype.itemsize > 2:
+    most = min(most, ITEM_MAX // 2)  # strips and all they are taken apart into
+  least = LANES if problem.relative else 16  # whole strips of diagonals
+  return split(problem.all_t, most, least), split(problem.s, most, least)
 
 
 def choose(problem: Problem, by_column: bool) -> Tiles:

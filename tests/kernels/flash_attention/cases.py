@@ -93,6 +93,46 @@ def _alibi(sizes, shape):
   )
 
 
+def _relative(sizes, bias=None, keys=None, queries=None, **more):
+  """Terms of relative positions with so many (examples and) heads."""
+  _, t, s, _, _, d, _ = sizes
+  shapes = {
+    "relative_bias": None if bias is None else (*bias, t + s - 1),
+    "relative_keys": keys and (keys, t + s - 1, d),
+    "relative_queries": queries and (queries, t + s - 1, d),
+  }
+  terms = {
+    name: normal(20 + seed, *shape)
+    for seed, (name, shape) in enumerate(shapes.items())
+    if shape
+  }
+  plain = {name: np.asarray(x, np.float64) for name, x in terms.items()}
+  other = more.pop("arguments", {})
+  return Case(sizes, terms | other, plain | more)
+
+
+# Arguments of `flash_attention` that it is differentiable in, beside q, k, v.
+DIFFERENTIABLE = (
+  "bias",
+  "alibi_slopes",
+  "relative_bias",
+  "relative_keys",
+  "relative_queries",
+)
+
+
+def _relative_causal(sizes, **heads):
+  rows, columns = positions(*sizes[1:3])
+  return _relative(
+    sizes,
+    visible=columns <= rows,
+    softcap=3.0,
+    scale=0.4,
+    arguments={"causal": True, "logit_softcap": 3.0, "sm_scale": 0.4},
+    **heads,
+  )
+
+
 def _blocks(sizes, block, heads, traced=False, causal=False):
   t, s = sizes[1:3]
   count = -(-t // block[0]), -(-s // block[1])
@@ -154,6 +194,14 @@ CASES = {
   "blocks_traced": _blocks((1, 300, 200, 2, 2, 16, 16), (128, 128), 1, True),
   "blocks_per_head": _blocks(
     (2, 300, 300, 2, 1, 16, 16), (128, 128), 2, causal=True
+  ),
+  "relative_bias": _relative((2, 129, 200, 2, 2, 16, 12), bias=(1, 2)),
+  "relative_bias_per_example": _relative((2, 200, 127, 2, 1, 16, 16), (2, 1)),
+  "relative_keys": _relative((2, 40, 129, 4, 2, 16, 24), keys=2),
+  "relative_queries": _relative((2, 129, 33, 4, 2, 16, 24), queries=4),
+  "relative_shared": _relative((1, 130, 20, 2, 2, 16, 16), None, 1, 1),
+  "relative_causal_capped": _relative_causal(
+    (2, 127, 200, 4, 2, 16, 24), bias=(1, 1), keys=2, queries=4
   ),
   "everything": _everything((2, 129, 200, 4, 2, 16, 24)),
 }

@@ -13,6 +13,7 @@ from tests.kernels.flash_attention.cases import normal, qkv
 
 B, T, S, H, D = 2, 6, 8, 4, 16
 Q, K, V = qkv((B, T, S, H, 2, D, D))[:3]
+LONG = jnp.ones((1, 4096, 1, 64))
 WIDE = normal(0, 1, 4, 1, 300)
 
 
@@ -27,6 +28,21 @@ class RefusalTest(parameterized.TestCase):
     ("heads", dict(q=Q[:, :, :3]), "2 heads, which do not divide q's 3"),
     ("bias", dict(bias=Q), r"bias has shape.*\[1\|2, 1\|4, 1\|6, 8\]"),
     ("slopes", dict(alibi_slopes=Q[0, 0]), r"alibi_slopes.*\[4\] or \[2, 4\]"),
+    (
+      "relative_bias",
+      dict(relative_bias=jnp.ones((1, H, T))),
+      r"relative_bias has shape \(1, 4, 6\).*\[1\|2, 1\|4, 13\].*6 queries",
+    ),
+    (
+      "relative_keys",
+      dict(relative_keys=jnp.ones((H, T + S - 1, D))),
+      r"relative_keys has shape.*\[1\|2, 13, 16\]",
+    ),
+    (
+      "relative_queries",
+      dict(relative_queries=jnp.ones((1, T + S - 1, D), int)),
+      "relative_queries has dtype int32",
+    ),
     ("ids", dict(segment_ids=jnp.ones((B, T))), r"\(q, kv\) pair"),
     (
       "padding_twice",
@@ -75,6 +91,21 @@ class RefusalTest(parameterized.TestCase):
       dict(dropout_rate=0.1, dropout_seed=0, dropout_generator="hardware"),
       "'hardware' is not one of.*: counter",
     ),
+    (
+      "gpu_relative",
+      "gpu",
+      dict(
+        relative_bias=jnp.ones((1, 1, T + S - 1)),
+        relative_keys=jnp.ones((1, T + S - 1, D)),
+      ),
+      "relative_bias, relative_keys: gpu takes none",
+    ),
+    (
+      "tpu_relative",
+      "tpu",
+      dict(q=LONG, k=LONG, v=LONG, relative_keys=jnp.ones((1, 8191, 64))),
+      "relative_keys: the entries .* 4193792 bytes of VMEM; tpu has 3145728",
+    ),
     ("gpu_tiles", "gpu", dict(tiles=(24, 16)), "powers of two from 16"),
     ("gpu_width", "gpu", dict(q=WIDE, k=WIDE, v=WIDE), "300.*exceed.*256"),
     (
@@ -111,6 +142,9 @@ class DispatchTest(parameterized.TestCase):
   def test_what_the_kernels_refuse_runs_blockwise(self):
     mask = np.ones((3, 4), bool)  # blocks of 2, too small for a tensor core
     self.assertNotIn("flash_attention_", self.lower("cuda", block_mask=mask))
+    entries = dict(relative_bias=jnp.ones((1, 1, T + S - 1)))
+    self.assertNotIn("flash_attention_", self.lower("cuda", **entries))
+    self.assertIn("flash_attention_tpu", self.lower("tpu", **entries))
 
   def test_auto_dropout_is_the_counter_where_there_is_no_other(self):
     drop = dict(dropout_rate=0.3, dropout_seed=1)
@@ -168,10 +202,19 @@ class MemoryTest(parameterized.TestCase):
   def temporaries(self, length, **options):
     x = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.float32)
 
-    def loss(q, k, v):
-      return flash_attention(q, k, v, **options).sum()
+    shapes, entries = {}, 2 * length - 1
+    if options.pop("relative", False):
+      shapes["relative_bias"] = 1, 2, entries
+      shapes["relative_keys"] = shapes["relative_queries"] = 1, entries, 64
+    diff = {
+      name: jax.ShapeDtypeStruct(shape, jnp.float32)
+      for name, shape in shapes.items()
+    }
 
-    lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x)
+    def loss(diff):
+      return flash_attention(**diff, **options).sum()
+
+    lowered = jax.jit(jax.grad(loss)).lower(dict(q=x, k=x, v=x, **diff))
     compiled = optimized.compiled(lowered)
     self.assertNotRegex(compiled.as_text(), rf"\[[\d,]*{length},{length}\]")
     return compiled.memory_analysis().temp_size_in_bytes
@@ -179,6 +222,7 @@ class MemoryTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ("plain", {}),
     ("causal_dropout", dict(causal=True, dropout_rate=0.1, dropout_seed=0)),
+    ("relative", dict(relative=True)),
   )
   def test_memory_is_linear_in_the_length(self, options):
     short, long = (self.temporaries(n, **options) for n in (4096, 8192))

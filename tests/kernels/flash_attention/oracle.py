@@ -10,6 +10,9 @@ def softmax_attention(
   *,
   bias=None,
   alibi_slopes=None,
+  relative_bias=None,
+  relative_keys=None,
+  relative_queries=None,
   visible=None,
   keep=None,
   rate=0.0,
@@ -24,6 +27,9 @@ def softmax_attention(
     v: values.
     bias: broadcasts to [b, h, t, s].
     alibi_slopes: [b, h].
+    relative_bias: [1|b, 1|h, t + s - 1].
+    relative_keys: [1|heads of k, t + s - 1, d].
+    relative_queries: [1|h, t + s - 1, d].
     visible: bool, broadcasts to [b, h, t, s].
     keep: bool [b, h, t, s], weights that dropout keeps.
     rate: of dropout.
@@ -42,7 +48,19 @@ def softmax_attention(
   out = np.zeros((b, t, h, v.shape[-1]))
   lse = np.full((b, h, t), -np.inf)
   for e, g, i in np.ndindex(b, h, t):
-    row = k[e, :, g // share] @ q[e, i, g] * (scale or d**-0.5)
+    keys = k[e, :, g // share]
+    row = keys @ q[e, i, g]
+    # Differences of positions from -(s - 1) on, the last ones aligned.
+    r = np.arange(s) - (i + s - t) + s - 1
+    if relative_keys is not None:
+      row = row + relative_keys[g // share % len(relative_keys), r] @ q[e, i, g]
+    if relative_queries is not None:
+      entries = relative_queries[g % len(relative_queries), r]
+      row = row + (keys * entries).sum(1)
+    row = row * (scale or d**-0.5)
+    if relative_bias is not None:
+      examples, heads, _ = relative_bias.shape
+      row = row + relative_bias[e % examples, g % heads, r]
     row = row + bias[e, g, i]
     row = row - slopes[e, g] * np.abs(i + s - t - np.arange(s))
     if softcap is not None:

@@ -17,7 +17,7 @@ from kernels.flash_attention import (
 )
 from kernels.flash_attention.options import Extras, Options, sizes
 from kernels.flash_attention.ring import merge
-from tests.kernels.flash_attention.cases import normal
+from tests.kernels.flash_attention.cases import DIFFERENTIABLE, normal
 
 B, T, H, KV, D, DV = 4, 48, 4, 2, 8, 16
 AUTO = jax.sharding.AxisType.Auto
@@ -37,6 +37,16 @@ OPTIONS = {
   "bias_per_head": {"bias": normal(5, 1, H, T, T)},
   "bias_per_key": {"bias": normal(5, B, 1, 1, T)},
   "alibi_causal": {"alibi_slopes": jnp.arange(H) / 8, "causal": True},
+  "relative_segments": {
+    "relative_bias": normal(5, B, 1, 2 * T - 1),
+    "relative_keys": normal(6, 1, 2 * T - 1, D),
+    "segment_ids": IDS,
+  },
+  "relative_causal": {
+    "relative_keys": normal(6, KV, 2 * T - 1, D),
+    "relative_queries": normal(7, H, 2 * T - 1, D),
+    "causal": True,
+  },
   "causal_segments": {"causal": True, "segment_ids": IDS},
   "causal_bias": {"causal": True, "bias": normal(5, 1, H, T, T)},
   "window_dropout": {
@@ -49,14 +59,14 @@ OPTIONS = {
 
 
 def solve(options, sharding, **more):
-  """(out, lse) and gradients of q, k, v, bias and slopes."""
+  """(out, lse), and gradients of all arrays of floats."""
   options = dict(options)
   diff = {
     "q": normal(0, B, T, H, D),
     "k": normal(1, B, T, KV, D),
     "v": normal(2, B, T, KV, DV),
   }
-  for key in ("bias", "alibi_slopes"):
+  for key in DIFFERENTIABLE:
     if key in options:
       diff[key] = options.pop(key)
   weights = normal(3, B, T, H, DV), normal(4, B, H, T)
@@ -231,6 +241,12 @@ class ZigzagTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
     ("window", dict(causal=True, window=9), ZIGZAG, "window counts positions"),
+    (
+      "relative",
+      dict(causal=True, relative_bias=normal(5, 1, H, 2 * T - 1)),
+      ZIGZAG,
+      "relative_bias counts positions",
+    ),
     ("open", {}, ZIGZAG, "balances causal attention"),
     (
       "gather",

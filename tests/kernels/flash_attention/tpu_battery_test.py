@@ -17,7 +17,7 @@ class CoveringTest(absltest.TestCase):
   def test_every_allowed_pair_occurs(self):
     for (a, xs), (b, ys) in itertools.combinations(battery.CHOICES.items(), 2):
       for x, y in itertools.product(xs, ys):
-        if battery.allowed({"length": 0, "bias": None, a: x, b: y}):
+        if battery.allowed(battery.SMALL | {a: x, b: y}):
           self.assertTrue(
             any(row[a] == x and row[b] == y for row in _ROWS), (a, x, b, y)
           )
@@ -56,6 +56,7 @@ class BatteryTest(parameterized.TestCase):
       heads=16,
       width=128,
       bias="key",
+      relative="bias",
       dropout="hardware",
       segment_ids=True,
     )

@@ -3,6 +3,7 @@
 That they mean the same as the other backends, `backends_test.py` tests.
 """
 
+import functools
 import importlib.util
 import itertools
 import re
@@ -20,7 +21,7 @@ from bertjax import hardware
 from bertjax.hardware import topologies
 from kernels.flash_attention import Unsupported, flash_attention, programs, tpu
 from kernels.flash_attention.options import Extras, Options
-from kernels.flash_attention.tpu import schedule, scores, tiles
+from kernels.flash_attention.tpu import relative, schedule, scores, skew, tiles
 from kernels.flash_attention.tpu.problem import describe
 from tests.kernels.flash_attention.cases import normal
 
@@ -162,6 +163,17 @@ STEPS = {
   "bias_per_key": dict(
     sizes=(2, 2, 2, 700, 1600), diff=dict(bias=(1, 2, 1, 1600)), window=(300, 9)
   ),
+  "relative": dict(
+    sizes=(2, 2, 1, 300, 1000),
+    diff=dict(relative_bias=(1, 2, 1299), relative_keys=(1, 1299, 16)),
+    window=(500, 200),
+  ),
+  "relative_fine_blocks": dict(
+    sizes=(1, 2, 2, 520, 400),
+    blocks=(2, 13, 10),
+    block_size=(40, 40),
+    diff=dict(relative_bias=(1, 1, 919), relative_queries=(2, 919, 16)),
+  ),
   "traced_fine_blocks": dict(
     sizes=(1, 2, 2, 520, 400), blocks=(2, 13, 10), block_size=(40, 40)
   ),
@@ -192,6 +204,16 @@ class StepsTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ("causal", dict(causal=True)),
     ("bias", dict(diff=dict(bias=(2, 2, 300, 200)))),
+    (
+      "relative",
+      dict(
+        diff=dict(
+          relative_bias=(2, 1, 499),
+          relative_keys=(1, 499, 16),
+          relative_queries=(2, 499, 16),
+        )
+      ),
+    ),
     (
       "blocks_and_dropout",
       dict(
@@ -224,6 +246,37 @@ class StepsTest(parameterized.TestCase):
       dropout_seed=4,
       tiles=given,
     )
+
+
+class SkewTest(parameterized.TestCase):
+  @parameterized.product(rows=(8, 128))
+  def test_rows_move_by_their_index_and_back(self, rows):
+    strips = [np.asarray(normal(seed, 128, 384)) for seed in (0, 1)]
+    place = np.arange(256)[None] - np.arange(128)[:, None] + 127
+    found = skew.skew([jnp.asarray(x) for x in strips], rows)
+    for x, y in zip(found, strips, strict=True):
+      np.testing.assert_array_equal(x, np.take_along_axis(y, place, 1))
+    want = np.zeros((128, 384), np.float32)
+    np.put_along_axis(want, place, np.asarray(found[1]), 1)
+    _, back = skew.unskew(found, rows)
+    np.testing.assert_array_equal(back, want)
+    entries = jnp.asarray(strips[0][:1])
+    equal = jax.jit(functools.partial(skew.toeplitz, rows=rows))(entries)
+    np.testing.assert_array_equal(equal, strips[0][0, place])
+
+  def test_the_rows_of_a_register_go_together_on_the_chip(self):
+    # Interpreted, all 128 rows of a strip do: see `relative.Terms`.
+    diff = dict(
+      relative_bias=normal(4, 1, 1, 255),
+      relative_keys=normal(5, 1, 255, 16),
+      relative_queries=normal(6, 1, 255, 16),
+    )
+    arrays = qkv(1, 1, 1, 128, 128)
+    want = gradients("tpu", arrays, diff)
+    with mock.patch.object(relative, "ROWS_INTERPRETED", 8):
+      found = gradients("tpu", arrays, diff)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want)):
+      np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 class TrafficTest(parameterized.TestCase):
@@ -342,6 +395,8 @@ class HardwareDropoutTest(absltest.TestCase):
     self.assertLen(seen, 2 * len(places))
 
 
+T5 = dict(relative_bias=True)
+DEBERTA = dict(relative_keys=True, relative_queries=True)
 BERT = dict(segment_ids=True, dropout_rate=0.1, dropout_seed=1)
 
 
@@ -361,6 +416,12 @@ class CompilerTest(parameterized.TestCase):
     ("v4_float32", "v4:2x2x1", (1, 4, 512, 64), "float32", dict(bias="key")),
     ("v5e", "v5e:2x2", (2, 12, 128, 64), "bfloat16", BERT | dict(bias="key")),
     ("v5p", "v5p:2x2x1", (1, 2, 200, 80), "bfloat16", dict(causal=True)),
+    # A v4 has no strided rotation.
+    ("v4_t5", "v4:2x2x1", (1, 1, 1024, 64), "bfloat16", BERT | T5),
+    ("v4_deberta", "v4:2x2x1", (1, 1, 256, 64), "float32", BERT | DEBERTA),
+    ("v5e_deberta", "v5e:2x2", (1, 1, 512, 64), "bfloat16", DEBERTA),
+    ("v5p_t5", "v5p:2x2x1", (1, 2, 200, 80), "bfloat16", T5),
+    ("v6e_deberta", "v6e:2x2", (1, 2, 200, 80), "bfloat16", DEBERTA),
     (
       "v6e",
       "v6e:2x2",
@@ -375,10 +436,11 @@ class CompilerTest(parameterized.TestCase):
     kernels = 3 if "bias" in options else 2
     self.assertEqual(calls.count("tpu_custom_call"), kernels)
 
-  def test_memory_is_linear_in_the_length(self):
+  @parameterized.parameters({}, T5)
+  def test_memory_is_linear_in_the_length(self, **options):
     memory = {}
     for t in (4096, 8192):
-      compiled = self.compiled("v5e:2x2", (1, 1, t, 64))
+      compiled = self.compiled("v5e:2x2", (1, 1, t, 64), options=options)
       for dims in re.findall(r"\w+\[([\d,]+)\]", compiled.as_text()):
         self.assertLess(dims.split(",").count(str(t)), 2)
       memory[t] = compiled.memory_analysis().temp_size_in_bytes
@@ -392,6 +454,8 @@ class CompilerTest(parameterized.TestCase):
     ((8, 16, 512, 64), {}, 370_000),
     ((8, 16, 512, 64), dict(segment_ids=True), 400_000),
     ((16, 12, 128, 64), {}, 55_000),
+    # A bias that is written out takes 615,383.
+    ((8, 16, 512, 64), T5, 470_000),
   )
   def test_cycles_on_v5e(self, sizes, options, cycles):
     program = hardware.compile_for(

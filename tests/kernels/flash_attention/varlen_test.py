@@ -13,6 +13,28 @@ H, KV, D, DV, TOTAL = 4, 2, 8, 12, 420  # 27 places are beyond the last
 ENDS = np.concatenate([[0], np.cumsum(LENGTHS)])
 
 
+def relative(keys):
+  """Terms of relative positions of TOTAL queries and so many keys."""
+  n = TOTAL + keys - 1
+  return {
+    "relative_bias": normal(6, 1, H, n),
+    "relative_keys": normal(7, KV, n, D),
+    "relative_queries": normal(8, 1, n, D),
+  }
+
+
+def alone(options, keys, t, s):
+  """The options of one sequence of t queries and s keys."""
+  changes = {}
+  for name in varlen.RELATIVE & set(options):
+    # Of differences of positions from -(s - 1) to t - 1.
+    axis = 2 if name == "relative_bias" else 1
+    changes[name] = jax.lax.slice_in_dim(
+      options[name], keys - s, keys + t - 1, axis=axis
+    )
+  return options | changes
+
+
 def padded(x):
   rows = [x[a : a + n] for a, n in zip(ENDS, LENGTHS)]
   longest = LENGTHS.max()
@@ -31,6 +53,7 @@ class VarlenTest(parameterized.TestCase):
     ("plain", {}),
     ("causal", {"causal": True}),
     ("window_alibi", {"window": 30, "alibi_slopes": jnp.arange(H) / 16}),
+    ("relative", relative(TOTAL)),
   )
   def test_equals_padded_sequences(self, options):
     x = (
@@ -49,8 +72,14 @@ class VarlenTest(parameterized.TestCase):
     def separate(*x):
       q, k, v = map(padded, x)
       ids = jnp.arange(q.shape[1])[None] < LENGTHS[:, None]
+      length = q.shape[1]
       out = flash_attention(
-        q, k, v, segment_ids=ids, backend="blockwise", **options
+        q,
+        k,
+        v,
+        segment_ids=ids,
+        backend="blockwise",
+        **alone(options, TOTAL, length, length),
       )
       return (unpadded(out) * weights).sum(), unpadded(out)
 
@@ -64,7 +93,9 @@ class VarlenTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ("plain", {}),
     ("causal", {"causal": True}),
+    ("alibi", {"alibi_slopes": jnp.arange(H) / 16}),
     ("window_alibi", {"window": 30, "alibi_slopes": jnp.arange(H) / 16}),
+    ("relative", relative(300)),
     ("causal_bias", {"causal": True, "bias": normal(5, 1, H, TOTAL, 300)}),
     ("window_bias_per_key", {"window": 9, "bias": normal(5, 1, 1, 1, 300)}),
   )
@@ -91,18 +122,18 @@ class VarlenTest(parameterized.TestCase):
       for i, (rows, keys) in enumerate(zip(LENGTHS, kv_lengths)):
         here = slice(ENDS[i], ENDS[i] + rows)
         there = slice(kv_ends[i], kv_ends[i] + keys)
-        alone = dict(options)
+        own = alone(options, 300, int(rows), int(keys))
         if "bias" in options:
           bias = options["bias"]
           bias = bias[:, :, here] if bias.shape[2] > 1 else bias
-          alone["bias"] = bias[..., there]
+          own["bias"] = bias[..., there]
         out, lse = flash_attention(
           q[None, here],
           k[None, there],
           v[None, there],
           backend="reference",
           return_lse=True,
-          **alone,
+          **own,
         )
         outs.append(out[0])
         lses.append(lse[0])
