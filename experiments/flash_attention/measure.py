@@ -2,7 +2,7 @@
 
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -115,20 +115,16 @@ def exactness(*, backend: str, sizes: Sequence[int]) -> dict[str, Any]:
 
 
 def cpu_seconds(
-  *, name: str, sizes: Sequence[int], repeats: int, options: Mapping = ()
+  *, name: str, sizes: Sequence[int], dtype: str, repeats: int
 ) -> dict[str, Any]:
   """The least time of a gradient on this machine, after one to warm up."""
   chosen = programs.IMPLEMENTATIONS[name]
   b, h, t, d = sizes
   keys = jax.random.split(jax.random.key(0), 3)
-  x = [jax.random.normal(key, (b, t, h, d)) for key in keys]
-  options = dict(options)
-  if "pattern" in options:
-    make, blocks = PATTERNS[options.pop("pattern")], options.pop("blocks")
-    options["block_mask"] = make(blocks)
+  x = [jax.random.normal(key, (b, t, h, d), dtype) for key in keys]
 
   def loss(q, k, v):
-    return chosen.run(q, k, v, None, None, **options).sum()
+    return chosen.run(q, k, v, None, None).astype(jnp.float32).sum()
 
   grad = jax.jit(jax.grad(loss, (0, 1, 2)))
   times = []

@@ -41,9 +41,9 @@ class Launch(NamedTuple):
   stages: int
 
 
-# By direction and bytes of an input's element: up to which head width, what. The
-# largest that spill no register on an H100 at widths 32, 64, 96, 128, 192, 256,
-# with no option, with BERT's, with all of them.
+# By direction and bytes of an input's element: up to which head width, what.
+# None spills registers on an H100 at widths 32, 64, 96, 128, 192 and 256, with
+# no option, with BERT's, with all of them.
 LAUNCHES = {
   ("forward", 2): (
     (64, Launch(128, 64, 4, 3)),

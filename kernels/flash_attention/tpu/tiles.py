@@ -140,18 +140,18 @@ def _whole(
   d, dv = _up(problem.d, 16), _up(problem.dv, 16)
   size = problem.dtype.itemsize
   if by_column:  # q, out and dout; the sum of dq in either case
-    kept = t_pad * d * 4
+    sums = t_pad * d * 4
     fetched = t_pad * (d + 2 * dv) * size * BUFFERS
   else:
-    kept, fetched = 0, s_pad * (d + dv) * size * BUFFERS
-  kept += relative_bytes(problem, by_column)
+    sums, fetched = 0, s_pad * (d + dv) * size * BUFFERS
+  kept = sums + relative_bytes(problem, by_column)
   wholes = HEADS_BYTES // (kept + fetched) or WHOLE_BYTES // (kept + fetched)
   if wholes * t * s >= SMALL_SCORES:
     return True, wholes
   parts = problem.h
   if by_column:  # the sums of dk and dv of a column, too
-    beside = _head_bytes(problem, t, s, by_column) + s * (d + dv) * 4
-    parts = min(WHOLE_BYTES // kept, PARTS_BYTES // (kept + beside))
+    sums += _head_bytes(problem, t, s, by_column) + s * (d + dv) * 4
+    parts = min(WHOLE_BYTES // kept, PARTS_BYTES // sums)
   return wholes >= parts, max(parts, 1)
 
 
