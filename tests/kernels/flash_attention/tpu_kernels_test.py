@@ -203,21 +203,21 @@ class StepsTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
     ("causal", dict(causal=True)),
-    ("bias", dict(diff=dict(bias=(2, 2, 300, 200)))),
+    ("bias", dict(diff=dict(bias=(2, 2, 700, 200)))),
     (
       "relative",
       dict(
         diff=dict(
-          relative_bias=(2, 1, 499),
-          relative_keys=(1, 499, 16),
-          relative_queries=(2, 499, 16),
+          relative_bias=(2, 1, 899),
+          relative_keys=(1, 899, 16),
+          relative_queries=(2, 899, 16),
         )
       ),
     ),
     (
       "blocks_and_dropout",
       dict(
-        blocks=(1, 3, 2),
+        blocks=(1, 6, 2),
         block_size=(128, 128),
         dropout_rate=0.3,
         dropout_seed=1,
@@ -225,8 +225,13 @@ class StepsTest(parameterized.TestCase):
     ),
   )
   def test_queries_in_parts_equal_the_reference(self, arguments):
-    with mock.patch.object(tiles, "DQ_BYTES", 4 * 16 * 128):
-      self.check(sizes=(2, 2, 1, 300, 200), **arguments)
+    solve = tpu._part_gradients
+    with (
+      mock.patch.object(tiles, "DQ_BYTES", 4 * 16 * 128),
+      mock.patch.object(tpu, "_part_gradients", side_effect=solve) as parts,
+    ):
+      self.check(sizes=(2, 2, 1, 700, 200), **arguments)
+    self.assertGreater(parts.call_count, 1)
 
   def test_operands_by_tile_equal_operands_by_head(self):
     arrays = qkv(1, 1, 1, 1100, 1300)
