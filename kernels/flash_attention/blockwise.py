@@ -370,8 +370,10 @@ def backward(
   """All gradients in one walk over the tiles, accumulated in float32."""
   plan = _plan(q, k, v, extras, options)
   x = _operands(q, k, v, extras, options, plan)
-  lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # exp(score - lse) = 0
-  lse = _pad(lse, 2, plan.padded_t)
+  # exp(score - lse) = 0 where nothing is seen, and for queries that pad.
+  lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
+  padding = ((0, 0), (0, 0), (0, plan.padded_t - plan.n.t))
+  lse = jnp.pad(lse, padding, constant_values=jnp.inf)
   rest = _pad(delta(out, dout, dlse, options.layout), 2, plan.padded_t)
   dout = _pad(relayout(dout, options.layout, "bhtd"), 2, plan.padded_t)
   dout = dout.astype(v.dtype)

@@ -78,7 +78,10 @@ class Residuals(NamedTuple):
   ) -> dict[str, Operand]:
     """Operands of a kernel that recomputes the weights."""
     rows = {"q": self.q, "out": self.out, "dout": self.dout}
-    rows["lse"] = self.lse[:, :, None]
+    # Queries that pad see nothing, however large a key's bias is.
+    padding = ((0, 0), (0, 0), (0, tiles.t_pad - self.lse.shape[2]))
+    lse = jnp.pad(self.lse, padding, constant_values=-jnp.inf)
+    rows["lse"] = lse[:, :, None]
     if self.dlse is not None:
       rows["dlse"] = self.dlse[:, :, None]
     inputs = {

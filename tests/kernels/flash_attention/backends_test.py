@@ -202,6 +202,26 @@ class InvarianceTest(parameterized.TestCase):
     for a, b in zip(jax.tree.leaves(grads(other)(*x)), jax.tree.leaves(want)):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
+  @parameterized.named_parameters(
+    ("blockwise", "blockwise", dict(tiles=(24, 40))),
+    ("gpu", "gpu", {}),
+    ("tpu", "tpu", {}),
+  )
+  def test_large_scores_do_not_reach_what_pads(self, backend, options):
+    q, k, v = qkv((1, 37, 40, 2, 2, 16, 16))[:3]
+
+    def grads(backend, bias, **options):
+      def loss(*x):
+        return (run(backend, *x, bias=bias, **options) ** 2).sum()
+
+      return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+
+    # exp(200) is infinite; the same bias everywhere changes no weight.
+    found = grads(backend, jnp.full((1, 1, 1, 40), 200.0), **options)
+    want = grads("reference", jnp.zeros((1, 1, 1, 40)))
+    for a, b in zip(found, want, strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-3)  # float32 about 200
+
   @parameterized.product(backend=ALL)
   def test_packed_sequences_equal_separate_ones(self, backend):
     q, k, v = qkv((1, 100, 100, 2, 2, 16, 16))[:3]
