@@ -264,6 +264,7 @@ def build(
     logical_axes=axes,
     tokens_per_step=data.dataset().tokens_per_batch(data.batch_size),
     mesh=mesh,
+    linear_layers=lambda: train_state.linear_layers(objective, batch_spec),
   )
   key, step_key = (
     jax.random.key(settings.seed_of(what), impl=settings.prng)

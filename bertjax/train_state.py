@@ -1,5 +1,6 @@
 """What a training step carries, and how it is laid out on the mesh."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bertjax import optim
+from bertjax.layers import statistics
 from bertjax.parallel.sharding import logical_axes, parameter_shardings
 
 
@@ -45,10 +47,22 @@ def abstract_variables(
 ) -> Any:
   """Shapes of an objective's variables, boxed with their logical axes."""
   return jax.eval_shape(
-    lambda key: objective.init(
-      {"params": key, "dropout": key}, dummy_batch(batch_spec), train=False
-    ),
-    jax.random.key(0),
+    functools.partial(_initialised, objective, batch_spec), jax.random.key(0)
+  )
+
+
+def _initialised(objective, batch_spec, key):
+  return objective.init(
+    {"params": key, "dropout": key}, dummy_batch(batch_spec), train=False
+  )
+
+
+def linear_layers(
+  objective: nn.Module, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, int]:
+  """Linear layers by path, with the number of axes that they sum over."""
+  return statistics.linear_layers(
+    functools.partial(_initialised, objective, batch_spec, jax.random.key(0))
   )
 
 

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bertjax.layers import statistics
 from bertjax.objectives.base import Metrics, Objective, total_loss
-from bertjax.optim import Optimizer, gradient_norm
+from bertjax.optim import Optimizer, curvature_metrics, gradient_norm
 from bertjax.parallel.error_feedback import local_params
 from bertjax.parallel.sharding import batch_sharding, batch_shards
 from bertjax.train_state import TrainState
@@ -66,7 +67,8 @@ def accumulate(
   Args:
     loss_fn: `(params, extra, batch, key) -> loss, (metrics, extra)`, where the
       losses of the microbatches add up to that of the batch.
-    params: parameters to differentiate by.
+    params: collections of variables to differentiate by; gradients by row
+      probes (`layers.statistics`) are stacked instead of summed.
     extra: other collections, handed from one microbatch to the next.
     batch: arrays with a leading batch axis.
     key: PRNG key.
@@ -85,19 +87,22 @@ def accumulate(
     (loss, (metrics, extra)), grads = grad_fn(
       params, extra, part, jax.random.fold_in(key, index)
     )
-    return (extra, jax.tree.map(jnp.add, sums, (loss, grads, metrics))), None
+    rows = grads.pop(statistics.ROWS, {})
+    sums = jax.tree.map(jnp.add, sums, (loss, grads, metrics))
+    return (extra, sums), rows
 
   first = jax.tree.map(lambda x: x[0], parts)
   (loss, (metrics, _)), grads = jax.eval_shape(
     grad_fn, params, extra, first, key
   )
+  grads.pop(statistics.ROWS, None)
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, x.dtype), (loss, grads, metrics)
   )
-  (extra, (loss, grads, metrics)), _ = jax.lax.scan(
+  (extra, (loss, grads, metrics)), rows = jax.lax.scan(
     one, (extra, zeros), (jnp.arange(microbatches), parts)
   )
-  return loss, grads, metrics, extra
+  return loss, grads | {statistics.ROWS: rows}, metrics, extra
 
 
 def train_step(
@@ -108,7 +113,7 @@ def train_step(
   Metrics are (sum, weight) pairs. With an optimizer that wants local gradients
   it must run inside `shard_map` over "data"; `compile_step` does that.
   """
-  local = optimizer.local_gradients
+  local, wanted = optimizer.local_gradients, optimizer.statistics
 
   def over_shards(tree):
     return jax.tree.map(lambda x: jax.lax.psum(x, "data"), tree)
@@ -121,29 +126,37 @@ def train_step(
       weights = over_shards(weights)
       key = jax.random.fold_in(key, jax.lax.axis_index("data"))
 
-    def loss_fn(params, extra, batch, key):
-      (sums, metrics), extra = objective.apply(
-        {"params": params, **extra},
-        batch,
-        train=True,
-        rngs={"dropout": key},
-        mutable=list(extra),
-      )
+    def loss_fn(variables, extra, batch, key):
+      with statistics.capture(wanted, batch):
+        (sums, metrics), extra = objective.apply(
+          {**variables, **extra},
+          batch,
+          train=True,
+          rngs={"dropout": key},
+          mutable=list(extra),
+        )
       loss = total_loss(sums, weights, objective.coefficients)
       return loss, (metrics, extra)
 
     params = state.params
     if local:
       params = local_params(params, state.opt_state)
+    variables, found = {"params": params}, {}
+    if wanted is not None:
+      rows = next(iter(batch.values())).shape[0] // microbatches
+      variables |= wanted.probes(rows)
     loss, grads, metrics, extra = accumulate(
-      loss_fn, params, state.extra, batch, key, microbatches
+      loss_fn, variables, state.extra, batch, key, microbatches
     )
+    if local:
+      loss, metrics = over_shards((loss, metrics))
+    if wanted is not None:
+      found = {"statistics": wanted.collect(grads)}
     updates, opt_state = optimizer.transform.update(
-      grads, state.opt_state, state.params
+      grads["params"], state.opt_state, state.params, value=loss, **found
     )
     norm = gradient_norm(opt_state)
     if local:
-      loss, metrics = over_shards((loss, metrics))
       norm = jax.lax.pmean(norm, "data")
     one = jnp.ones((), jnp.float32)
     metrics |= {
@@ -151,6 +164,7 @@ def train_step(
       "grad_norm": (norm, one),
       "label_weight": (sum(weights.values()), one),
       "learning_rate": (optimizer.schedule(state.step), one),
+      **{k: (v, one) for k, v in curvature_metrics(opt_state).items()},
     }
     if "segment_ids" in batch:
       tokens = (batch["segment_ids"] > 0).sum().astype(jnp.float32)

@@ -11,6 +11,7 @@ from flax.typing import Dtype
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from bertjax.layers.statistics import ROWS, SUMS
 from bertjax.parallel.sharding import constrain
 from bertjax.registry import lookup
 from kernels.flash_attention.backend import RESIDUALS
@@ -126,7 +127,7 @@ class Encoder(nn.Module):
 
       last, outputs = nn.scan(
         scanned,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, SUMS: 0, ROWS: 0},
         split_rngs={"params": True, "dropout": True},
         length=self.num_layers,
         unroll=self.unroll,

@@ -11,6 +11,9 @@ tests then covers it. Of the context below a row takes what its signature names:
   total_steps: of the phase.
   trainable: (name, leaf) -> None, or which of the leaf's layers train.
 
+A second-order method (`optim.precondition`) stands before any of them; see the
+table `preconditioning.PRECONDITIONERS`.
+
 An optimizer that needs *local* gradients (compressed all-reduce) returns a
 `LocalGradientTransformation` (`local.local_chain`); the step builder then runs
 it inside `jax.shard_map` on gradients that nobody has averaged.
@@ -29,6 +32,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from bertjax import registry
+from bertjax.layers.statistics import Wanted
 from bertjax.optim import clip, rates, selection, trust_ratio
 from bertjax.optim.adamw import adam, adamw, scale_by_adam
 from bertjax.optim.clip import clip_by_global_norm, clip_tree, global_norm
@@ -42,6 +46,13 @@ from bertjax.optim.onebit_adam import (
   onebit_sgd,
 )
 from bertjax.optim.onebit_lamb import onebit_lamb
+from bertjax.optim.preconditioning import (
+  PRECONDITIONERS,
+  CurvatureState,
+  PreconditioningTransformation,
+  build_preconditioning,
+  switch_now,
+)
 from bertjax.optim.schedules import (
   SCHEDULES,
   Schedule,
@@ -56,9 +67,12 @@ from bertjax.parallel.sharding import parameter_shardings
 
 __all__ = [
   "OPTIMIZERS",
+  "PRECONDITIONERS",
   "SCHEDULES",
+  "CurvatureState",
   "LocalGradientTransformation",
   "Optimizer",
+  "PreconditioningTransformation",
   "Schedule",
   "adam",
   "adamw",
@@ -67,6 +81,7 @@ __all__ = [
   "clip_by_global_norm",
   "clip_tree",
   "compressed_gradient_adam",
+  "curvature_metrics",
   "freeze_now",
   "global_norm",
   "gradient_norm",
@@ -81,6 +96,7 @@ __all__ = [
   "scale_by_trust_ratio",
   "square_root_scaling",
   "state_shardings",
+  "switch_now",
   "zero_one_adam",
 ]
 
@@ -94,11 +110,14 @@ class Optimizer:
     schedule: step -> learning rate, for logs. The transformation counts its own
       steps; both start at 0.
     local_gradients: gradients must reach `update` un-reduced, inside shard_map.
+    statistics: of linear layers that `update` takes as `statistics=`; None if
+      it takes none.
   """
 
   transform: optax.GradientTransformationExtraArgs
   schedule: Schedule
   local_gradients: bool = False
+  statistics: Wanted | None = None
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -124,14 +143,16 @@ def build_optimizer(
   param_specs: Any = None,
   tokens_per_step: int | float | None = None,
   mesh: Mesh | None = None,
+  linear_layers: Callable[[], Mapping[str, int]] | None = None,
 ) -> Optimizer:
   """The optimizer that a config's `optim` describes.
 
-      gradient -> clip -> optimizer of the table -> factors -> update
+      gradient -> clip -> precondition -> optimizer of the table -> factors
 
   Args:
     spec: `name`, that row's options, and the options of `_surround`:
       `learning_rate` (the peak, required), `schedule` (a row of `SCHEDULES`),
+      `precondition` (see `build_preconditioning`),
       `clip_norm`, `clip_scope`, `lr_multipliers`, `layerwise_decay`, `freeze`,
       `freeze_lowest`.
     total_steps: steps of the run, for the schedule.
@@ -146,6 +167,8 @@ def build_optimizer(
       that count in tokens.
     mesh: of the run. An optimizer that averages by itself does so over its axis
       "data"; without a mesh it has nobody to average with.
+    linear_layers: for `precondition`: gives linear layers by path with the
+      number of summed axes of their kernels; None reads them off `params`.
 
   Raises:
     ValueError: names the field of an unknown option or a bad value; or a
@@ -160,7 +183,7 @@ def build_optimizer(
     if parameter.kind is parameter.KEYWORD_ONLY
   }
   takes = inspect.signature(builder).parameters
-  _check_options(spec, {*common, *takes, "name", "schedule"})
+  _check_options(spec, {*common, *takes, "name", "schedule", "precondition"})
 
   stacked = (
     selection.no_axes
@@ -190,6 +213,18 @@ def build_optimizer(
     total_steps=total_steps,
     tokens_per_step=tokens_per_step,
   )
+  before = spec.pop("precondition", None)
+  if before is not None:
+    if param_specs is not None:
+      raise ValueError("optim.precondition runs under jit, not in shard_map.")
+    before = build_preconditioning(
+      before,
+      params=params,
+      stacked=stacked,
+      learning_rate=schedule,
+      total_steps=total_steps,
+      linear_layers=linear_layers,
+    )
   for field in ("no_decay", "no_adaptation"):
     if field in spec:
       # Checked against all parameters: freezing may hide some of them.
@@ -202,9 +237,20 @@ def build_optimizer(
     learning_rate=schedule,
     **{key: value for key, value in context.items() if key in takes},
   )
+  local = (
+    isinstance(transform, LocalGradientTransformation)
+    or options.get("clip_scope") == "per_shard"
+  )
+  if before is not None and local:
+    raise ValueError(
+      "optim.precondition needs the gradient of the batch, which"
+      f" optim.name={builder.__name__!r} or optim.clip_scope='per_shard' does"
+      " not have; use another optimizer and the scope 'global'."
+    )
   return Optimizer(
     transform=_surround(
       transform,
+      before,
       params,
       stacked,
       context.get("global_norm_axes"),
@@ -212,8 +258,8 @@ def build_optimizer(
       **options,
     ),
     schedule=schedule,
-    local_gradients=isinstance(transform, LocalGradientTransformation)
-    or options.get("clip_scope") == "per_shard",
+    local_gradients=local,
+    statistics=None if before is None else before.wanted,
   )
 
 
@@ -233,6 +279,24 @@ def gradient_norm(opt_state: Any) -> Float[Array, ""]:
   raise ValueError(
     "opt_state holds no gradient norm; is it from build_optimizer?"
   )
+
+
+def curvature_metrics(opt_state: Any) -> dict[str, Float[Array, ""]]:
+  """What a preconditioner says of its last step, float32; {} without one.
+
+  Returns:
+    "curvature_fallbacks", layers whose direction was not finite, and, with a
+    switch, "second_order": 1 until it is thrown.
+  """
+  found: dict[str, Array] = {}
+  for node in jax.tree.leaves(
+    opt_state, is_leaf=lambda x: isinstance(x, CurvatureState)
+  ):
+    if isinstance(node, CurvatureState):
+      found["curvature_fallbacks"] = node.fallbacks.astype(np.float32)
+      if node.switch is not None:
+        found["second_order"] = (~node.switch.on).astype(np.float32)
+  return found
 
 
 def _workers(
@@ -291,6 +355,7 @@ def _check_options(spec: Mapping[str, Any], allowed: set[str]) -> None:
 
 def _surround(
   transform: optax.GradientTransformation,
+  before: PreconditioningTransformation | None,
   params: Any,
   stacked: selection.AxesFn,
   global_norm_axes: trust_ratio.MeshAxesFn | None,
@@ -307,6 +372,7 @@ def _surround(
 
   Args:
     transform: the optimizer.
+    before: what makes directions of clipped gradients, if anything does.
     params: parameters, possibly abstract.
     stacked: (name, leaf) -> stacked axes.
     global_norm_axes: mesh axes of the gradient's norm, inside shard_map.
@@ -348,10 +414,12 @@ def _surround(
   wrapped = optax.chain(
     rates.scale_by_factors(partly),
     _clipping(transform, clip_norm, clip_scope, global_norm_axes, workers),
+    *([] if before is None else [before]),
     transform,
     rates.scale_by_factors(factors),
     rates.scale_by_factors(partly),
   )
+  wrapped = optax.with_extra_args_support(wrapped)
   if not frozen:
     return wrapped
   return rates.freeze(wrapped, lambda name, leaf: name in frozen)

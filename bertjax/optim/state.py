@@ -12,6 +12,7 @@ import optax
 
 from bertjax import rules
 from bertjax.optim import freezing, selection
+from bertjax.optim.preconditioning.base import CurvatureState
 from bertjax.parallel import error_feedback
 
 
@@ -74,7 +75,7 @@ def hand_over(
   moments and their debiasing counter: the defaults. Overwriting the one counter
   with the other changes the debiasing, so they are separate here. With the
   schedule also restart the phases of an optimizer that freezes its variance,
-  and what its workers have of their own, which other data made.
+  what its workers have of their own, which other data made, and curvature.
 
   Args:
     old: state at the end of the previous phase.
@@ -92,7 +93,10 @@ def hand_over(
   def is_schedule(node):
     return isinstance(
       node,
-      optax.ScaleByScheduleState | freezing.PhaseState | freezing.Intervals,
+      optax.ScaleByScheduleState
+      | freezing.PhaseState
+      | freezing.Intervals
+      | CurvatureState,
     ) or error_feedback.is_per_worker(node)
 
   old_leaves = selection.by_name(old, is_leaf=is_schedule)

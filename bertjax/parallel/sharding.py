@@ -47,6 +47,20 @@ def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, partition)
 
 
+def current_batch_shards() -> int:
+  """`batch_shards` of the mesh that is set while tracing; 1 without one.
+
+  Inside `shard_map` only axes that are not split by hand count.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return 1
+  axes = set(mesh.axis_names) - set(mesh.manual_axes)
+  return math.prod(
+    mesh.shape[axis] for axis in dict(RULES)["batch"] if axis in axes
+  )
+
+
 def spec(names: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
   """The mesh axes of an array whose dimensions have these logical names.
 

@@ -1,0 +1,96 @@
+"""Second-order methods: a table of what can stand before any optimizer.
+
+    optim = dict(name="lamb", learning_rate=..., precondition=dict(name="mkor"))
+
+A new method is a file with a function `(*, ...)` that returns a
+`Preconditioner`, and a row in `PRECONDITIONERS`.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+
+from bertjax import registry
+from bertjax.optim import durations, selection
+from bertjax.optim.preconditioning.base import (
+  CurvatureState,
+  Preconditioner,
+  PreconditioningTransformation,
+  precondition,
+)
+from bertjax.optim.preconditioning.eva import eva
+from bertjax.optim.preconditioning.kfac import kfac
+from bertjax.optim.preconditioning.mkor import mkor
+from bertjax.optim.preconditioning.sngd import sngd
+from bertjax.optim.preconditioning.switch import SwitchRule, switch_now
+
+__all__ = [
+  "PRECONDITIONERS",
+  "CurvatureState",
+  "Preconditioner",
+  "PreconditioningTransformation",
+  "build_preconditioning",
+  "eva",
+  "kfac",
+  "mkor",
+  "precondition",
+  "sngd",
+  "switch_now",
+]
+
+PRECONDITIONERS: dict[str, Callable[..., Preconditioner]] = {
+  "eva": eva,
+  "kfac": kfac,
+  "mkor": mkor,
+  "sngd": sngd,
+}
+_FIELD = "optim.precondition"
+
+
+def build_preconditioning(
+  spec: Mapping[str, Any],
+  *,
+  params: Any,
+  stacked: selection.AxesFn,
+  learning_rate: optax.Schedule,
+  total_steps: int,
+  linear_layers: Callable[[], Mapping[str, int]] | None = None,
+) -> PreconditioningTransformation:
+  """What `optim.precondition` of a config describes.
+
+  Args:
+    spec: `name`, that row's options, and those of `precondition`:
+      `first_order`, `skip_padding`, and `switch`, the fields of a `SwitchRule`
+      whose `step` may be a fraction of the run.
+    params: parameters, possibly abstract.
+    stacked: (name, leaf) -> axes that replicate layers.
+    learning_rate: the schedule.
+    total_steps: of the phase.
+    linear_layers: see `build_optimizer`.
+
+  Raises:
+    ValueError: names the option that does not fit.
+  """
+  spec = dict(spec)
+  common = {
+    key: spec.pop(key) for key in ("first_order", "skip_padding") if key in spec
+  }
+  switch = spec.pop("switch", None)
+  if switch is not None:
+    switch = dict(switch)
+    if switch.get("step") is not None:
+      switch["step"] = durations.steps_of(
+        switch["step"], total_steps, f"{_FIELD}.switch.step"
+      )
+    switch = registry.call(SwitchRule, switch, f"{_FIELD}.switch")
+  made = registry.build(PRECONDITIONERS, spec, _FIELD)
+  return precondition(
+    made,
+    params,
+    stacked=stacked,
+    learning_rate=learning_rate,
+    summed_axes=None if linear_layers is None else linear_layers(),
+    switch=switch,
+    **common,
+  )

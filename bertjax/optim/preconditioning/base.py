@@ -1,0 +1,353 @@
+"""What all second-order methods share: when they act, and on what.
+
+    gradient [W, b] of each linear layer -> direction -> rescaled -> optimizer
+
+Everything that is not a linear layer, or was opted out, passes unchanged.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from bertjax.layers.statistics import Found, Wanted
+from bertjax.optim import selection
+from bertjax.optim.preconditioning import wire
+from bertjax.optim.preconditioning.layers import Layer, find_layers
+from bertjax.optim.preconditioning.switch import SwitchRule, SwitchState
+
+Statistics = Mapping[str, Array]
+RESCALES = ("sum", "joint", "kl", "none")
+
+
+class Method(Protocol):
+  """Curvature of one layer; leading stack axes are batched over."""
+
+  def wants(self, layer: Layer) -> tuple[str, ...]:
+    """Names of statistics, rows of `layers.statistics`."""
+    ...
+
+  def init(self, layer: Layer) -> Any:
+    """Factors before the first refresh: a named tuple of arrays."""
+    ...
+
+  def refresh(
+    self,
+    layer: Layer,
+    factors: Any,
+    statistics: Statistics,
+    count: Int[Array, ""],
+  ) -> Any:
+    """New factors from the statistics of a batch, summed over its shards.
+
+    Args:
+      layer: whose they are.
+      factors: old ones.
+      statistics: by name; vectors are means (see `wire.reduce`).
+      count: steps before this one.
+    """
+    ...
+
+  def direction(
+    self, layer: Layer, factors: Any, gradient: Float[Array, "*stack o i"]
+  ) -> Float[Array, "*stack o i"]:
+    """The preconditioned gradient, float32."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Preconditioner:
+  """A method, and when and how it acts on all layers.
+
+  Attributes:
+    method: what it does to a layer.
+    interval: steps between two refreshes.
+    warmup_steps: the first steps, which all refresh.
+    rescale: what the direction D of a layer is multiplied by, G its gradient:
+      "joint" |G| / |D|; "sum" the same with the norms of weight and bias added
+      instead of joined; "kl" one factor for all layers, min(1, sqrt(kl_clip /
+      (lr^2 sum D.G))); "none" 1.
+    kl_clip: for "kl".
+    wire_dtype: of vectors that devices add up.
+    groups: of tokens, each with means of its own.
+  """
+
+  method: Method
+  interval: int = 1
+  warmup_steps: int = 0
+  rescale: Literal["sum", "joint", "kl", "none"] = "joint"
+  kl_clip: float = 1e-3
+  wire_dtype: str = "float32"
+  groups: int = 1
+
+  def __post_init__(self):
+    for field, least in (("interval", 1), ("warmup_steps", 0), ("groups", 1)):
+      value = getattr(self, field)
+      if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(
+          f"optim.precondition.{field}={value!r} must be an int of at least"
+          f" {least}."
+        )
+    if self.rescale not in RESCALES:
+      raise ValueError(
+        f"optim.precondition.rescale={self.rescale!r} is unknown; choose from"
+        f" {', '.join(RESCALES)}."
+      )
+    if not self.kl_clip > 0:
+      raise ValueError(
+        f"optim.precondition.kl_clip={self.kl_clip} must be positive."
+      )
+    if self.wire_dtype not in wire.DTYPES:
+      raise ValueError(
+        f"optim.precondition.wire_dtype={self.wire_dtype!r} is unknown; choose"
+        f" from {', '.join(wire.DTYPES)}."
+      )
+
+
+class CurvatureState(NamedTuple):
+  """What a preconditioner keeps; a new phase starts it afresh.
+
+  Attributes:
+    count: steps.
+    factors: nested as the parameters; in place of a layer's parameters its
+      factors.
+    fallbacks: layers whose last direction was not finite, so that their
+      gradient took its place.
+    switch: whether and when it gives up; None if it never does.
+  """
+
+  count: Int[Array, ""]
+  factors: Any
+  fallbacks: Int[Array, ""]
+  switch: SwitchState | None
+
+
+class PreconditioningTransformation(optax.GradientTransformationExtraArgs):
+  """A transformation whose `update` takes `statistics=` of linear layers.
+
+  Attributes:
+    wanted: which of them; the train step collects those.
+  """
+
+  wanted: Wanted
+
+  def __new__(cls, init: Callable, update: Callable, wanted: Wanted):
+    made = super().__new__(cls, init, update)
+    made.wanted = wanted
+    return made
+
+
+def precondition(
+  preconditioner: Preconditioner,
+  params: Any,
+  *,
+  stacked: selection.AxesFn,
+  learning_rate: optax.Schedule | float,
+  summed_axes: Mapping[str, int] | None = None,
+  first_order: Sequence[str] = (),
+  skip_padding: bool = False,
+  switch: SwitchRule | None = None,
+) -> PreconditioningTransformation:
+  """Gradients of linear layers -> their directions.
+
+  `update(grads, state, params, statistics=..., value=...)` takes the gradient
+  of the whole batch, clipped or not, and statistics that are never clipped.
+  The refresh precedes the direction of the same step.
+
+  Args:
+    preconditioner: what is done to them.
+    params: parameters, possibly abstract.
+    stacked: (name, leaf) -> axes that replicate layers.
+    learning_rate: for `rescale="kl"`.
+    summed_axes: see `layers.find_layers`.
+    first_order: layers that pass unchanged; expressions on paths of
+      parameters.
+    skip_padding: statistics leave out padding.
+    switch: when to give up; None for never.
+
+  Raises:
+    ValueError: an expression that matches nothing, or no layer is left.
+  """
+  excluded = selection.resolve(
+    first_order, params, "optim.precondition.first_order"
+  )
+  method = preconditioner.method
+
+  def layers_of(tree) -> tuple[Layer, ...]:
+    found = find_layers(tree, stacked, summed_axes)
+    return tuple(x for x in found if not excluded(f"{x.path}/kernel", None))
+
+  everything = layers_of(params)
+  if not everything:
+    raise ValueError(
+      "optim.precondition has no linear layer to act on; it needs"
+      " `.../kernel` parameters that optim.precondition.first_order leaves."
+    )
+  wanted = Wanted(
+    layers={layer.path: layer.size for layer in everything},
+    names={layer.path: method.wants(layer) for layer in everything},
+    groups=preconditioner.groups,
+    skip_padding=skip_padding,
+  )
+
+  def init(params):
+    return CurvatureState(
+      count=jnp.zeros((), jnp.int32),
+      factors=_nested(
+        {layer.path: method.init(layer) for layer in layers_of(params)}
+      ),
+      fallbacks=jnp.zeros((), jnp.int32),
+      switch=None if switch is None else switch.init(),
+    )
+
+  def refreshed(layers, state, statistics):
+    due = (state.count % preconditioner.interval == 0) | (
+      state.count < preconditioner.warmup_steps
+    )
+
+    def refresh(factors):
+      # Inside the branch: devices add up nothing at other steps.
+      reduced = wire.reduce(
+        {layer.path: statistics[layer.path] for layer in layers},
+        wanted,
+        preconditioner.wire_dtype,
+      )
+      old = _flat(factors, layers)
+      return _nested({
+        layer.path: method.refresh(
+          layer, old[layer.path], reduced[layer.path], state.count
+        )
+        for layer in layers
+      })  # fmt: skip
+
+    return jax.lax.cond(due, refresh, lambda factors: factors, state.factors)
+
+  def directed(layers, grads, state, factors):
+    """Gradients by name with those of layers replaced; fallbacks."""
+    factors = _flat(factors, layers)
+    matrices = {layer.path: layer.matrix(grads) for layer in layers}
+    directions = {
+      layer.path: method.direction(
+        layer, factors[layer.path], matrices[layer.path]
+      )
+      for layer in layers
+    }
+    rate = learning_rate
+    if callable(rate):
+      rate = rate(state.count)
+    scales = _scales(preconditioner, layers, matrices, directions, rate)
+    moved, fallbacks = dict(grads), jnp.zeros((), jnp.int32)
+    for layer in layers:
+      direction = scales[layer.path] * directions[layer.path]
+      finite = jnp.all(jnp.isfinite(direction), axis=(-2, -1), keepdims=True)
+      fallbacks += jnp.sum(~finite, dtype=jnp.int32)
+      direction = jnp.where(finite, direction, matrices[layer.path])
+      for name, part in layer.parts(direction).items():
+        moved[name] = part.astype(grads[name].dtype)
+    return moved, fallbacks
+
+  def update(
+    updates, state, params=None, *, statistics=None, value=None, **extra_args
+  ):
+    del params, extra_args
+    layers = layers_of(updates)
+    _check(layers, wanted, statistics)
+    grads = selection.by_name(updates)
+
+    def second_order():
+      factors = refreshed(layers, state, statistics)
+      moved, fallbacks = directed(layers, grads, state, factors)
+      return moved, state._replace(factors=factors, fallbacks=fallbacks)
+
+    def first_order():
+      return grads, state._replace(fallbacks=jnp.zeros((), jnp.int32))
+
+    if switch is None:
+      moved, state = second_order()
+    else:
+      watched = switch.advance(state.switch, value)
+      moved, state = jax.lax.cond(state.switch.on, first_order, second_order)
+      state = state._replace(switch=watched)
+    state = state._replace(count=optax.safe_increment(state.count))
+    moved = jax.tree.unflatten(
+      jax.tree.structure(updates), list(moved.values())
+    )
+    return moved, state
+
+  return PreconditioningTransformation(init, update, wanted)
+
+
+def _nested(flat: dict[str, Any]) -> Any:
+  return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _flat(factors: Any, layers: Sequence[Layer]) -> dict[str, Any]:
+  """By path; factors are named tuples, which are no leaves."""
+  found = {}
+  for layer in layers:
+    node = factors
+    for key in layer.path.split("/"):
+      node = node[key]
+    found[layer.path] = node
+  return found
+
+
+def _check(
+  layers: Sequence[Layer], wanted: Wanted, statistics: Found | None
+) -> None:
+  if statistics is None:
+    raise ValueError(
+      "statistics is required: optim.precondition needs those of linear layers"
+      " (`Optimizer.statistics`), which the train step collects."
+    )
+  for layer in layers:
+    found = statistics.get(layer.path, {})
+    for name in wanted.names[layer.path]:
+      if name not in found:
+        raise ValueError(
+          f"statistics lack {name!r} of layer {layer.path!r}; is it a"
+          " `layers.Linear` that the loss depends on? If not, list it in"
+          " optim.precondition.first_order."
+        )
+
+
+def _scales(
+  preconditioner: Preconditioner,
+  layers: Sequence[Layer],
+  matrices: Mapping[str, Array],
+  directions: Mapping[str, Array],
+  rate: Any,
+) -> dict[str, Array]:
+  """Factors of directions, which broadcast against them."""
+  if preconditioner.rescale == "none":
+    return {layer.path: jnp.float32(1.0) for layer in layers}
+  if preconditioner.rescale == "kl":
+    product = sum(
+      jnp.sum(directions[layer.path] * matrices[layer.path]) for layer in layers
+    )
+    square = jnp.square(jnp.asarray(rate, jnp.float32))
+    divergence = jnp.abs(product) * square
+    usable = divergence > preconditioner.kl_clip
+    factor = jnp.sqrt(
+      preconditioner.kl_clip / jnp.where(usable, divergence, 1.0)
+    )
+    return dict.fromkeys(
+      (layer.path for layer in layers), jnp.where(usable, factor, 1.0)
+    )
+
+  def norm(layer, matrix):
+    if preconditioner.rescale == "joint" or not layer.bias:
+      return jnp.linalg.norm(matrix, axis=(-2, -1), keepdims=True)
+    parts = matrix[..., :-1], matrix[..., -1:]
+    return sum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) for x in parts)
+
+  return {
+    layer.path: norm(layer, matrices[layer.path])
+    / norm(layer, directions[layer.path])
+    for layer in layers
+  }

@@ -1,0 +1,187 @@
+"""K-FAC as KAISA has it: covariances of inputs and output gradients.
+
+Martens & Grosse 2015, arXiv:1503.05671; Pauloski et al. 2021 (KAISA),
+arXiv:2107.01739. The Fisher matrix is the empirical one: gradients are those of
+the batch's own labels.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from bertjax import registry
+from bertjax.optim.preconditioning.base import Preconditioner, Statistics
+from bertjax.optim.preconditioning.eva import check_damping
+from bertjax.optim.preconditioning.layers import Layer
+
+
+class Eigen(NamedTuple):
+  """A covariance's eigenvectors, in columns, and eigenvalues."""
+
+  vectors: Float[Array, "*stack d d"]
+  values: Float[Array, "*stack d"]
+
+
+class KfacFactors(NamedTuple):
+  """Covariances and what was last made of them, float32.
+
+  Attributes:
+    output: of output gradients.
+    input: of (homogeneous) inputs.
+    left: of `output`: an `Eigen`, or the damped inverse.
+    right: of `input`.
+  """
+
+  output: Float[Array, "*stack o o"]
+  input: Float[Array, "*stack i i"]
+  left: Eigen | Array
+  right: Eigen | Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Kfac:
+  """Fields as the arguments of `kfac`."""
+
+  form: str
+  damping: float
+  decay: float
+  inverse_interval: int
+
+  def wants(self, layer: Layer) -> tuple[str, ...]:
+    names = ("token_count", "input_gram", "output_gram")
+    return (*names, "input_sum") if layer.bias else names
+
+  def init(self, layer: Layer) -> KfacFactors:
+    def identity(width):
+      return jnp.tile(
+        jnp.eye(width, dtype=jnp.float32), (*layer.size.stack, 1, 1)
+      )
+
+    def made(width):
+      if self.form == "inverse":
+        return identity(width)
+      ones = jnp.ones((*layer.size.stack, width), jnp.float32)
+      return Eigen(identity(width), ones)
+
+    rows, columns = layer.size.outputs, layer.columns
+    return KfacFactors(
+      identity(rows), identity(columns), made(rows), made(columns)
+    )
+
+  def refresh(
+    self,
+    layer: Layer,
+    factors: KfacFactors,
+    statistics: Statistics,
+    count: Int[Array, ""],
+  ) -> KfacFactors:
+    def averaged(old, new):
+      return self.decay * old + (1 - self.decay) * new
+
+    output = averaged(factors.output, statistics["output_gram"])
+    inputs = averaged(factors.input, _input_covariance(layer, statistics))
+    left, right = jax.lax.cond(
+      count % self.inverse_interval == 0,
+      lambda: (self._made(output), self._made(inputs)),
+      lambda: (factors.left, factors.right),
+    )
+    return KfacFactors(output, inputs, left, right)
+
+  def _made(self, covariance: Array) -> Eigen | Array:
+    if self.form == "inverse":
+      eye = jnp.broadcast_to(
+        jnp.eye(covariance.shape[-1], dtype=jnp.float32), covariance.shape
+      )
+      return jnp.linalg.inv(covariance + self.damping * eye)
+    values, vectors = jnp.linalg.eigh(covariance)
+    # A covariance has no negative ones but by rounding.
+    return Eigen(vectors, jnp.maximum(values, 0.0))
+
+  def direction(
+    self,
+    layer: Layer,
+    factors: KfacFactors,
+    gradient: Float[Array, "*stack o i"],
+  ) -> Float[Array, "*stack o i"]:
+    del layer
+    left, right = factors.left, factors.right
+    if self.form == "inverse":
+      return left @ gradient @ right
+
+    def transposed(x):
+      return jnp.swapaxes(x, -1, -2)
+
+    rotated = transposed(left.vectors) @ gradient @ right.vectors
+    products = left.values[..., :, None] * right.values[..., None, :]
+    rotated = rotated / (products + self.damping)
+    return left.vectors @ rotated @ transposed(right.vectors)
+
+
+def _input_covariance(layer: Layer, statistics: Statistics) -> Array:
+  """[[x x^T, x], [x^T, 1]], averaged; without a bias its first block."""
+  gram = statistics["input_gram"]
+  if not layer.bias:
+    return gram
+  mean = statistics["input_sum"][..., 0, :, None]
+  last = jnp.swapaxes(mean, -1, -2)
+  one = jnp.ones_like(last[..., :1])
+  return jnp.concatenate(
+    [
+      jnp.concatenate([gram, mean], axis=-1),
+      jnp.concatenate([last, one], axis=-1),
+    ],
+    axis=-2,
+  )
+
+
+FORMS = ("eigen", "inverse")
+
+
+def kfac(
+  *,
+  form: str = "eigen",
+  damping: float = 1e-3,
+  decay: float = 0.95,
+  interval: int = 1,
+  inverse_interval: int = 10,
+  rescale: str = "kl",
+  kl_clip: float = 1e-3,
+) -> Preconditioner:
+  """D = (G (x) A + damping)^-1 of the gradient, or with damped inverses.
+
+  The moving averages start at the identity, as KAISA's do. Every device
+  decomposes every factor: KAISA's `grad_worker_fraction=1` without the
+  all-gather of decompositions. Sharing that work out is not done here.
+
+  Args:
+    form: "eigen" damps the products of eigenvalues; "inverse" is
+      (G + damping I)^-1 and (A + damping I)^-1.
+    damping: positive.
+    decay: of the covariances' moving averages; 0 takes each batch's own.
+    interval: steps between updates of covariances.
+    inverse_interval: steps between decompositions, a multiple of `interval`.
+    rescale: see `Preconditioner`.
+    kl_clip: for "kl".
+
+  Raises:
+    ValueError: names the option that does not fit.
+  """
+  registry.lookup(dict.fromkeys(FORMS), form, "optim.precondition.form")
+  check_damping(damping)
+  if not 0 <= decay < 1:
+    raise ValueError(f"optim.precondition.decay={decay} must be in [0, 1).")
+  made = Preconditioner(
+    Kfac(form, damping, decay, inverse_interval),
+    interval=interval,
+    rescale=rescale,
+    kl_clip=kl_clip,
+  )
+  if inverse_interval < 1 or inverse_interval % interval:
+    raise ValueError(
+      f"optim.precondition.inverse_interval={inverse_interval} must be a"
+      f" multiple of interval={interval}."
+    )
+  return made
