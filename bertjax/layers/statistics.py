@@ -6,16 +6,16 @@ answers come out of the backward pass, add up over microbatches as gradients do,
 are stacked by `nn.scan` and are computed once under `nn.remat`; and a model
 that nobody asks is the model of before.
 
-With x the inputs of a layer and g the gradients of the loss by its outputs, sums
-run over the tokens that a device of the batch axes holds: they have a leading
-axis of such shards, so that an optimizer adds them when, and in the precision
-that, it likes.
+With x the inputs of a layer and g the gradients of the loss by its outputs,
+sums run over the tokens that a device of the batch axes holds: they have a
+leading axis of such shards, so that an optimizer adds them when, and in the
+precision that, it likes.
 
 | name | shape | |
 |---|---|---|
 | token_count | [shards, groups] | tokens |
 | input_sum | [shards, groups, inputs] | sum of x |
-| output_sum | [shards, groups, outputs] | sum of g, which is the bias gradient |
+| output_sum | [shards, groups, outputs] | sum of g: the bias gradient |
 | input_square | [shards, groups] | sum of the squares of x |
 | input_gram | [shards, inputs, inputs] | sum of x x^T |
 | output_gram | [shards, outputs, outputs] | sum of g g^T |

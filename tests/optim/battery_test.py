@@ -3,6 +3,7 @@
 Also what the builder adds around all of them: rates, freezing, hand-over.
 """
 
+import functools
 import tempfile
 
 import flax.serialization
@@ -15,13 +16,24 @@ from absl.testing import absltest, parameterized
 
 from bertjax.optim import (
   OPTIMIZERS,
+  PRECONDITIONERS,
   build_optimizer,
   gradient_norm,
   hand_over,
   layer_statistics,
+  selection,
 )
 
-ROWS = sorted(OPTIMIZERS)
+# Options that a preconditioner requires.
+_REQUIRED = {"sngd": dict(rank=4)}
+SPECS = {name: dict(name=name) for name in sorted(OPTIMIZERS)} | {
+  f"{name}+lamb": dict(
+    name="lamb",
+    precondition=dict(name=name, switch=dict(), **_REQUIRED.get(name, {})),
+  )
+  for name in sorted(PRECONDITIONERS)
+}
+ROWS = list(SPECS)
 NUM_LAYERS = 3
 
 
@@ -72,13 +84,49 @@ def gradients(params, step=0):
 
 
 def build(params, name, stacked=False, **options):
-  spec = dict(name=name, learning_rate=0.01, clip_norm=5.0) | options
-  return build_optimizer(
+  spec = SPECS.get(name, dict(name=name))
+  spec = dict(learning_rate=0.01, clip_norm=5.0) | spec | options
+  optimizer = build_optimizer(
     spec,
     total_steps=10,
     params=params,
     logical_axes=LOGICAL if stacked else None,
-  ).transform
+  )
+  return feed(optimizer) if optimizer.statistics else optimizer.transform
+
+
+def feed(optimizer):
+  """The transformation, given the statistics of four tokens per layer."""
+
+  def update(updates, state, params=None, **extra):
+    leaves = selection.by_name(params)
+    found = {}
+    for path, names in optimizer.statistics.names.items():
+      kernel = jnp.sin(leaves[f"{path}/kernel"])
+      found[path] = _statistics(
+        jnp.matmul(kernel, jnp.swapaxes(kernel, -1, -2)), kernel, names
+      )
+    return optimizer.transform.update(
+      updates, state, params, statistics=found, value=jnp.float32(1.0), **extra
+    )
+
+  return optax.GradientTransformationExtraArgs(optimizer.transform.init, update)
+
+
+def _statistics(x, g, names):
+  """Of inputs and output gradients [..., 4, d] on one shard, in one group."""
+  ones = jnp.ones_like(x[..., :1])
+  transposed = functools.partial(jnp.swapaxes, axis1=-1, axis2=-2)
+  found = dict(
+    token_count=ones.sum(-2, keepdims=True),
+    input_sum=x.sum(-2)[..., None, None, :],
+    output_sum=g.sum(-2)[..., None, None, :],
+    input_gram=(transposed(x) @ x)[..., None, :, :],
+    output_gram=(transposed(g) @ g)[..., None, :, :],
+    input_rows=x,
+    output_rows=g,
+  )
+  return {name: found[name] for name in (*names, "output_sum")}
 
 
 def run(transform, params, steps=4):
