@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bertjax import optim, train_state, train_step
+from bertjax.layers.linear import Linear
 from bertjax.parallel.mesh import make_mesh
 from bertjax.parallel.sharding import constrain, put_batch
 
@@ -41,6 +42,35 @@ class Regression(nn.Module):
     return {"squares": squares.sum()}, {}
 
 
+class Dense(nn.Module):
+  """Two linear layers, the second without a bias, around the same tanh."""
+
+  coefficients = {"squares": 1.0}
+  fresh = ()
+
+  def weights(self, batch):
+    return {"squares": jnp.sum(batch["weight"])}
+
+  @nn.compact
+  def __call__(self, batch, *, train):
+    del train
+    init = nn.initializers.normal(0.5)
+    inputs = constrain(batch["x"], ("batch", None))
+    hidden = Linear(
+      "be,ef->bf", (HIDDEN,), ("norm", "norm"), kernel_init=init, name="up"
+    )(inputs)
+    found = Linear(
+      "be,ef->bf",
+      (OUTPUTS,),
+      ("norm", "norm"),
+      kernel_init=init,
+      use_bias=False,
+      name="down",
+    )(jnp.tanh(hidden))
+    squares = jnp.square(found - batch["y"]).sum(-1) * batch["weight"]
+    return {"squares": squares.sum()}, {}
+
+
 def batch(step: int = 0) -> dict[str, np.ndarray]:
   """Rows of unequal weight, so that workers weigh differently."""
   rng = np.random.default_rng(step)
@@ -60,24 +90,35 @@ class World:
     abstract: shapes and shardings of the state.
   """
 
-  def __init__(self, microbatches=1, total_steps=40, axes=None, **options):
+  def __init__(
+    self,
+    microbatches=1,
+    total_steps=40,
+    axes=None,
+    objective=None,
+    **options,
+  ):
     axes = dict(data=4) if axes is None else axes
     count = int(np.prod(list(axes.values())))
     self.mesh = make_mesh(**axes, devices=jax.devices()[:count])
-    self._objective = Regression()
+    self._objective = Regression() if objective is None else objective
     self._spec = {
       k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch().items()
     }
     params, names = train_state.abstract_params(self._objective, self._spec)
     options = dict(learning_rate=0.02) | options
-    if "schedule" in options:  # pairs, which a cache can hash
-      options["schedule"] = dict(options["schedule"])
+    for name in ("schedule", "precondition"):  # pairs, which a cache can hash
+      if name in options:
+        options[name] = dict(options[name])
     self.optimizer = optim.build_optimizer(
       options,
       total_steps=total_steps,
       params=params,
       logical_axes=names,
       mesh=self.mesh,
+      linear_layers=lambda: train_state.linear_layers(
+        self._objective, self._spec
+      ),
     )
     abstract, shardings = train_state.state_shardings(
       self._objective,
@@ -134,6 +175,12 @@ class World:
 
 
 @functools.cache
-def world(microbatches=1, total_steps=40, axes=(("data", 4),), **options):
+def world(
+  microbatches=1,
+  total_steps=40,
+  axes=(("data", 4),),
+  objective=None,
+  **options,
+):
   """A `World`, compiled once per set of options."""
-  return World(microbatches, total_steps, dict(axes), **options)
+  return World(microbatches, total_steps, dict(axes), objective, **options)
