@@ -60,7 +60,8 @@ class Settings:
     objective: name of `OBJECTIVES` and its options; tasks know theirs.
     data: name of `DATA`, by default "text", and its options; without a
       tokenizer that of `init_from`.
-    optim: name of `OPTIMIZERS`, its options, `schedule`, `clip_norm`...
+    optim: name of `OPTIMIZERS`, its options, `schedule`, `clip_norm`,
+      `precondition`...
     stop: rules that end the run; `steps` or `epochs` is required.
     horizon: steps that the schedule is drawn for; `stop.steps` by default.
     seed: of everything random that `seeds` does not name.

@@ -21,8 +21,7 @@ from bertjax.data.tokenizers import load_tokenizer
 from bertjax.experiment import Experiment
 from bertjax.interop import names
 from bertjax.loading import describe
-from bertjax.optim import hand_over
-from bertjax.parallel import elastic
+from bertjax.optim import adapt, hand_over
 from bertjax.train_state import TrainState
 from bertjax.transfer import load_params_for
 
@@ -91,7 +90,7 @@ def initial_state(experiment: Experiment) -> TrainState:
   source = registry.call(InitFrom, spec, "init_from")
   if source.carry == "optimizer":
     checkpoint = Checkpointer(source.path).restore(
-      experiment.abstract_state, adapt=elastic.adapt
+      experiment.abstract_state, adapt=adapt
     )
     old = checkpoint.state
     opt_state = hand_over(

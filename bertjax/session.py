@@ -16,7 +16,7 @@ from bertjax.checkpoint import Checkpointer
 from bertjax.experiment import Experiment
 from bertjax.handover import initial_state
 from bertjax.metrics import logger, meters, progress, writers
-from bertjax.parallel import elastic
+from bertjax.optim import adapt
 from bertjax.parallel.sharding import put_batch
 
 INTERRUPTED = "signal"
@@ -175,7 +175,7 @@ class Session:
     score = values.get(self._best, math.nan)
     self._bar.note(f"Selected step {best}, {self._best} {score:.4g}.")
     abstract = self._experiment.abstract_state
-    return self._checkpointer.restore(abstract, best).state
+    return self._checkpointer.restore(abstract, best, adapt=adapt).state
 
   def _restore(self) -> dict[str, Any]:
     """Sets `start` and `state`; the saved position, {} for a fresh run."""
@@ -185,7 +185,7 @@ class Session:
       self.start = int(self.state.step)
       return {}
     restored = self._checkpointer.restore(
-      experiment.abstract_state, adapt=elastic.adapt
+      experiment.abstract_state, adapt=adapt
     )
     self.start, self.state = restored.step, restored.state
     print(f"Resuming at step {self.start}.", file=sys.stderr)

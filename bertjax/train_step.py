@@ -1,5 +1,6 @@
 """The one training step: loss, accumulation, gradient reduction, update."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -197,6 +198,9 @@ def compile_step(
 ) -> Step:
   """`train_step` jitted for the mesh; the state's buffers are donated.
 
+  Every `optimizer.compact_every` calls it lets the optimizer give up a part of
+  its state, and is then compiled anew.
+
   Args:
     objective: what is minimised.
     optimizer: how.
@@ -231,7 +235,13 @@ def compile_step(
     out_shardings=(shardings, None),
   )
 
+  calls = itertools.count(1)
+
   def run(state, batch):
+    every = optimizer.compact_every
+    # By count and not by readiness: all processes must run the same program.
+    if every is not None and next(calls) % every == 0:
+      state = state.replace(opt_state=optimizer.compact(state.opt_state))
     with jax.set_mesh(mesh):
       return jitted(state, batch)
 

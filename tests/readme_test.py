@@ -25,7 +25,7 @@ from bertjax.evals import EVALUATORS
 from bertjax.layers.attention import ATTENTION
 from bertjax.models import MODELS
 from bertjax.objectives import OBJECTIVES
-from bertjax.optim import OPTIMIZERS, schedules
+from bertjax.optim import OPTIMIZERS, PRECONDITIONERS, schedules
 from bertjax.predict import __main__ as predict
 from bertjax.tasks import READERS, TASKS
 from tests.configs_test import _load
@@ -42,6 +42,7 @@ _TABLES = {
   "MODELS": MODELS,
   "OBJECTIVES": OBJECTIVES,
   "OPTIMIZERS": OPTIMIZERS,
+  "PRECONDITIONERS": PRECONDITIONERS,
   "SCHEDULES": schedules.SCHEDULES,
   "STOP_RULES": stopping.STOP_RULES,
   "DATA": experiment.DATA,
@@ -63,6 +64,7 @@ _NAMED = {
   "data.source": SOURCES,
   "data.tokenizer": TOKENIZERS,
   "optim": OPTIMIZERS,
+  "optim.precondition": PRECONDITIONERS,
   "source": READERS,
   "split": SPLITS,
   "task": TASKS,

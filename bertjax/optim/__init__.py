@@ -51,6 +51,7 @@ from bertjax.optim.preconditioning import (
   CurvatureState,
   PreconditioningTransformation,
   build_preconditioning,
+  memory,
   switch_now,
 )
 from bertjax.optim.schedules import (
@@ -59,7 +60,7 @@ from bertjax.optim.schedules import (
   build_schedule,
   square_root_scaling,
 )
-from bertjax.optim.state import hand_over, state_shardings
+from bertjax.optim.state import adapt, hand_over, state_shardings
 from bertjax.optim.trust_ratio import layer_statistics, scale_by_trust_ratio
 from bertjax.optim.zero_one_adam import zero_one_adam
 from bertjax.parallel.error_feedback import Workers
@@ -76,6 +77,7 @@ __all__ = [
   "Schedule",
   "adam",
   "adamw",
+  "adapt",
   "build_optimizer",
   "build_schedule",
   "clip_by_global_norm",
@@ -112,12 +114,19 @@ class Optimizer:
     local_gradients: gradients must reach `update` un-reduced, inside shard_map.
     statistics: of linear layers that `update` takes as `statistics=`; None if
       it takes none.
+    compact_every: steps between two looks, on the host, at whether a part of
+      the state can be given up (`compact`); None if it never can.
   """
 
   transform: optax.GradientTransformationExtraArgs
   schedule: Schedule
   local_gradients: bool = False
   statistics: Wanted | None = None
+  compact_every: int | None = None
+
+  def compact(self, opt_state: Any) -> Any:
+    """The state without what its next steps do not read; it may wait."""
+    return memory.release(opt_state)
 
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
@@ -260,6 +269,7 @@ def build_optimizer(
     schedule=schedule,
     local_gradients=local,
     statistics=None if before is None else before.wanted,
+    compact_every=None if before is None else before.compact_every,
   )
 
 
@@ -285,8 +295,9 @@ def curvature_metrics(opt_state: Any) -> dict[str, Float[Array, ""]]:
   """What a preconditioner says of its last step, float32; {} without one.
 
   Returns:
-    "curvature_fallbacks", layers whose direction was not finite, and, with a
-    switch, "second_order": 1 until it is thrown.
+    "curvature_fallbacks", layers whose direction was not finite; with a switch
+    "second_order", 1 until it is thrown; if asked for "captured", see
+    `CurvatureState`.
   """
   found: dict[str, Array] = {}
   for node in jax.tree.leaves(
@@ -296,6 +307,8 @@ def curvature_metrics(opt_state: Any) -> dict[str, Float[Array, ""]]:
       found["curvature_fallbacks"] = node.fallbacks.astype(np.float32)
       if node.switch is not None:
         found["second_order"] = (~node.switch.on).astype(np.float32)
+      if node.captured is not None:
+        found["captured"] = node.captured
   return found
 
 

@@ -5,6 +5,7 @@ path of its parameter; whatever else a state holds (counters, norms, trust
 ratios) is small.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,8 +13,9 @@ import optax
 
 from bertjax import rules
 from bertjax.optim import freezing, selection
+from bertjax.optim.preconditioning import memory
 from bertjax.optim.preconditioning.base import CurvatureState
-from bertjax.parallel import error_feedback
+from bertjax.parallel import elastic, error_feedback
 
 
 def state_shardings(
@@ -23,7 +25,8 @@ def state_shardings(
 
   A leaf whose path ends with a parameter's path and whose shape is that
   parameter's gets its sharding; what each worker has of its own is sharded over
-  the workers as well; all else gets `replicated`. (Under
+  the workers as well, and curvature as `preconditioning.memory` says; all else
+  gets `replicated`. (Under
   `jit(transform.init)` the compiler would find most of it by itself; say it,
   and a restored checkpoint lands where the step wants it.)
 
@@ -49,6 +52,8 @@ def state_shardings(
   def pick(path, leaf):
     if error_feedback.is_per_worker(leaf):
       return error_feedback.shard(leaf, by_name, replicated)
+    if memory.is_curvature(leaf):
+      return memory.shard(leaf, replicated)
     parts = rules.path_name(path).split("/")
     # The longest suffix first: a parameter's path can end with another's.
     for i in range(len(parts)):
@@ -58,7 +63,43 @@ def state_shardings(
     return replicated
 
   return jax.tree_util.tree_map_with_path(
-    pick, opt_state, is_leaf=error_feedback.is_per_worker
+    pick,
+    opt_state,
+    is_leaf=lambda x: error_feedback.is_per_worker(x) or memory.is_curvature(x),
+  )
+
+
+def adapt(
+  saved: Mapping[str, tuple[int, ...]], wanted: Any
+) -> tuple[Any, Callable[[Any], Any]]:
+  """How a checkpoint is read whose optimizer state has other shapes.
+
+  Those of other numbers of workers (`parallel.elastic`), and those of factors
+  that its run had released. For `Checkpointer.restore`.
+
+  Args:
+    saved: shapes in the checkpoint, by path name.
+    wanted: abstract state with shardings.
+
+  Returns:
+    What to read, and what makes the wanted state of it.
+  """
+  released = memory.was_released(saved, wanted)
+  if not released:
+    return elastic.adapt(saved, wanted)
+
+  def readable(path, leaf):
+    shape = released.get(rules.path_name(path))
+    if shape is None:
+      return leaf
+    whole = jax.sharding.NamedSharding(
+      leaf.sharding.mesh, jax.sharding.PartitionSpec()
+    )
+    return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=whole)
+
+  return (
+    jax.tree_util.tree_map_with_path(readable, wanted),
+    lambda state: memory.without(state, released, wanted),
   )
 
 
@@ -99,13 +140,17 @@ def hand_over(
       | CurvatureState,
     ) or error_feedback.is_per_worker(node)
 
+  def shapes(node):
+    if reset_schedule and memory.is_curvature(node):
+      return None  # it starts afresh, whatever its factors were
+    return jax.tree.map(lambda x: x.shape, node)
+
   old_leaves = selection.by_name(old, is_leaf=is_schedule)
   fresh_leaves = selection.by_name(fresh, is_leaf=is_schedule)
   differ = sorted(
     name
     for name in old_leaves.keys() | fresh_leaves.keys()
-    if jax.tree.map(lambda x: x.shape, old_leaves.get(name))
-    != jax.tree.map(lambda x: x.shape, fresh_leaves.get(name))
+    if shapes(old_leaves.get(name)) != shapes(fresh_leaves.get(name))
   )
   if differ or jax.tree.structure(old) != jax.tree.structure(fresh):
     where = f", first at {differ[0]!r}" if differ else ""

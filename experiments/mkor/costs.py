@@ -1,4 +1,4 @@
-"""What a refresh and a direction cost, and what a method keeps and sends."""
+"""What a step, a refresh and a direction cost; what is kept and sent."""
 
 import time
 from collections.abc import Callable
@@ -8,81 +8,80 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bertjax import optim, train_state, train_step
+from bertjax.models import bert
+from bertjax.objectives import masked_lm
 from bertjax.optim import PRECONDITIONERS
-from bertjax.optim.preconditioning.base import Preconditioner
+from bertjax.optim.preconditioning import Preconditioner
 from bertjax.optim.preconditioning.layers import Layer
+from bertjax.parallel.mesh import make_mesh
+from bertjax.parallel.sharding import put_batch
 
-# Options by method; SNGD keeps as many samples as rows, `ROWS_SHARE` tokens
-# each.
+_VOCABULARY, _MASKED = 1000, 5
+# `optim.precondition` by name; SNGD keeps as many samples as there are rows.
 METHODS: dict[str, dict[str, Any]] = {
-  "mkor": dict(name="mkor", rule="reference"),
-  "kfac": dict(name="kfac", form="eigen", inverse_interval=1),
-  "kfac, inverse": dict(name="kfac", form="inverse", inverse_interval=1),
-  "eva": dict(name="eva"),
-  "sngd": dict(name="sngd"),
+  "MKOR": dict(name="mkor", rule="reference"),
+  "K-FAC": dict(name="kfac", form="eigen", inverse_interval=1),
+  "K-FAC, inverse": dict(name="kfac", form="inverse", inverse_interval=1),
+  "Eva": dict(name="eva"),
+  "SNGD": dict(name="sngd", rank=1),
 }
 
 
-def refresh(
+def layer(
   *, name: str, width: int, tokens: int, repeats: int
 ) -> dict[str, float]:
   """Costs of one square layer without bias on one device, float32.
 
-  Every token is a row, so that SNGD has its best case in accuracy and its
-  worst in work.
+  Every token is a row of its own.
 
   Args:
     name: key of `METHODS`.
     width: of inputs and outputs.
     tokens: of the batch.
-    repeats: of each time.
+    repeats: of each time, of which the least counts.
 
   Returns:
-    "refresh ms", from inputs and output gradients to factors, and "direction
-    ms", the least of `repeats`; "state bytes"; "sent bytes" of a device per
-    refresh.
+    "statistics ms", from inputs and output gradients to statistics; "refresh
+    ms", from those to factors; "direction ms"; "state bytes"; "sent bytes" of a
+    device per refresh.
   """
-  method = _method(name, tokens).method
-  layer = Layer("layer", (width, width), 0, 1, bias=False)
+  preconditioner = _preconditioner(name, tokens)
+  method = preconditioner.method
+  square = Layer("layer", (width, width), 0, 1, bias=False)
+  names = method.wants(square)
   keys = jax.random.split(jax.random.key(0), 3)
   x, g = (jax.random.normal(key, (tokens, width)) for key in keys[:2])
   gradient = jax.random.normal(keys[2], (width, width))
-  factors = method.init(layer)
   step = jnp.zeros((), jnp.int32)
 
-  @jax.jit
-  def refreshed(factors, x, g):
-    found = statistics(x, g / tokens)
-    wanted = {n: found[n] for n in method.wants(layer)}
-    return method.refresh(layer, factors, wanted, step)
-
-  factors = refreshed(factors, x, g)
-  directed = jax.jit(lambda f, v: method.direction(layer, f, v))
-  preconditioner = _method(name, tokens)
+  asked = jax.jit(lambda x, g: _statistics(x, g / tokens, names))
+  refresh = jax.jit(lambda f, found: method.refresh(square, f, found, step))
+  directed = jax.jit(lambda f, v: method.direction(square, f, v))
+  found = asked(x, g)
+  factors = refresh(method.init(square), found)
   return {
-    "refresh ms": _milliseconds(refreshed, (factors, x, g), repeats),
+    "statistics ms": _milliseconds(asked, (x, g), repeats),
+    "refresh ms": _milliseconds(refresh, (factors, found), repeats),
     "direction ms": _milliseconds(directed, (factors, gradient), repeats),
-    "state bytes": float(
-      sum(leaf.nbytes for leaf in jax.tree.leaves(factors))
-    ),
-    "sent bytes": float(
-      _sent(preconditioner, method.wants(layer), width, tokens)
-    ),
+    "state bytes": float(sum(f.nbytes for f in jax.tree.leaves(factors))),
+    "sent bytes": float(_sent(preconditioner, names, width, tokens)),
   }
 
 
-def _method(name: str, tokens: int) -> Preconditioner:
+def _preconditioner(name: str, tokens: int) -> Preconditioner:
   options = dict(METHODS[name])
-  row = options.pop("name")
-  if row == "sngd":
+  if "rank" in options:
     options["rank"] = tokens
-  return PRECONDITIONERS[row](**options)
+  return PRECONDITIONERS[options.pop("name")](**options)
 
 
-def statistics(x: jax.Array, g: jax.Array) -> dict[str, jax.Array]:
-  """As `wire.reduce` gives them; unused ones are compiled away."""
+def _statistics(
+  x: jax.Array, g: jax.Array, names: tuple[str, ...]
+) -> dict[str, jax.Array]:
+  """As `preconditioning.wire.reduce` gives them."""
   count = jnp.full((1,), x.shape[0], jnp.float32)
-  return dict(
+  found = dict(
     token_count=count,
     input_sum=x.mean(0, keepdims=True),
     output_sum=g.sum(0, keepdims=True),
@@ -91,6 +90,7 @@ def statistics(x: jax.Array, g: jax.Array) -> dict[str, jax.Array]:
     input_rows=x,
     output_rows=g,
   )
+  return {name: found[name] for name in names}
 
 
 def _sent(
@@ -100,17 +100,89 @@ def _sent(
   tokens: int,
 ) -> int:
   """Bytes of the statistics that devices add up or gather."""
-  half = jnp.dtype(preconditioner.wire_dtype).itemsize
+  each = jnp.dtype(preconditioner.wire_dtype).itemsize
   sizes = dict(
     token_count=0,  # equal on all devices: nobody asks
-    input_sum=width * half,
-    output_sum=width * half,
+    input_sum=width * each,
+    output_sum=width * each,
     input_gram=4 * width**2,
     output_gram=4 * width**2,
     input_rows=4 * tokens * width,
     output_rows=4 * tokens * width,
   )
   return sum(sizes[name] for name in names)
+
+
+def step(
+  *,
+  precondition: dict[str, Any] | None,
+  size: str,
+  rows: int,
+  length: int,
+  steps: int,
+  repeats: int,
+) -> dict[str, float]:
+  """Time of a training step of BERT with LAMB, and bytes of its state.
+
+  Args:
+    precondition: `config.optim.precondition`.
+    size: of the BERT; vocabulary 1000.
+    rows: of the batch.
+    length: of a row.
+    steps: of a block, a multiple of all intervals.
+    repeats: blocks, of which the fastest counts.
+  """
+  rng = np.random.default_rng(0)
+  batch = dict(
+    tokens=rng.integers(0, _VOCABULARY, (rows, length)),
+    segment_ids=np.ones((rows, length)),
+    masked_positions=rng.integers(0, length, (rows, _MASKED)),
+    labels=rng.integers(0, _VOCABULARY, (rows, _MASKED)),
+  )
+  batch = {k: v.astype(np.int32) for k, v in batch.items()}
+  spec = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
+  mesh = make_mesh(devices=jax.devices()[:1])
+  encoder = bert(
+    vocab_size=_VOCABULARY,
+    size=size,
+    max_positions=length,
+    dropout_rate=0.0,
+    scan=False,
+  )
+  objective = masked_lm(encoder=encoder)
+  params, axes = train_state.abstract_params(objective, spec)
+  options = dict(name="lamb", learning_rate=1e-3)
+  if precondition is not None:
+    options["precondition"] = precondition
+  optimizer = optim.build_optimizer(
+    options,
+    total_steps=1000,
+    params=params,
+    logical_axes=axes,
+    linear_layers=lambda: train_state.linear_layers(objective, spec),
+  )
+  key = jax.random.key(0)
+  _, shardings = train_state.state_shardings(
+    objective, optimizer.transform, spec, mesh, key
+  )
+  state = train_state.init_state(objective, optimizer.transform, spec, key)
+  state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
+  state = jax.device_put(state, shardings)
+  batch = put_batch(batch, mesh)
+  compiled = train_step.compile_step(
+    objective, optimizer, mesh, shardings, spec
+  )
+  times = []
+  for _ in range(repeats + 1):  # the first compiles
+    start = time.perf_counter()
+    for _ in range(steps):
+      state, metrics = compiled(state, batch)
+    jax.block_until_ready(metrics)
+    times.append((time.perf_counter() - start) / steps)
+  return {
+    "step ms": 1e3 * min(times[1:]),
+    "optimizer bytes": float(state_bytes),
+  }
 
 
 def _milliseconds(
@@ -123,4 +195,4 @@ def _milliseconds(
     start = time.perf_counter()
     jax.block_until_ready(function(*arguments))
     times.append(time.perf_counter() - start)
-  return 1e3 * float(np.min(times))
+  return 1e3 * min(times)

@@ -39,6 +39,8 @@ class Scale:
     evaluate: steps between two looks at held-out text.
     widths: of the square layer whose refresh is measured.
     tokens: of the batch in that measurement.
+    timed: arms whose step is measured.
+    step: what of, as `costs.step` takes it.
     repeats: of each time.
   """
 
@@ -51,6 +53,8 @@ class Scale:
   evaluate: int
   widths: tuple[int, ...]
   tokens: tuple[int, ...]
+  timed: tuple[str, ...]
+  step: dict[str, Any]
   repeats: int
 
 
@@ -64,7 +68,9 @@ SCALES = {
     rates=(1e-2,),
     evaluate=20,
     widths=(256, 512, 1024),
-    tokens=(256, 1024, 4096),
+    tokens=(128, 512, 2048),
+    timed=findings.TIMED,
+    step=dict(size="mini", rows=32, length=64, steps=10),
     repeats=5,
   ),
   "tiny": Scale(
@@ -77,6 +83,8 @@ SCALES = {
     evaluate=2,
     widths=(8, 16),
     tokens=(8, 32),
+    timed=(),
+    step={},
     repeats=1,
   ),
 }
@@ -98,10 +106,10 @@ def run(workdir: pathlib.Path, variant: str = command.FULL) -> Outcome:
           bench.run(config(scale, rate, spec), seed=seed, arm=arm, rate=rate)
   sources = [_LIBRARY / "optim" / "preconditioning", costs.__file__]
   measured = Measurements(workdir / "costs", fingerprint(sources))
-  work = [
+  layers = [
     {"arm": name, "width": width, "tokens": tokens}
     | measured.get(
-      costs.refresh,
+      costs.layer,
       name=name,
       width=width,
       tokens=tokens,
@@ -111,7 +119,15 @@ def run(workdir: pathlib.Path, variant: str = command.FULL) -> Outcome:
     for width in scale.widths
     for tokens in scale.tokens
   ]
-  return findings.outcome(bench.runs, work)
+  steps = [
+    {"arm": arm}
+    | measured.get(
+      costs.step, precondition=spec, repeats=scale.repeats, **scale.step
+    )
+    for arm, spec in preconditioners(scale).items()
+    if arm in scale.timed
+  ]
+  return findings.outcome(bench.runs, layers, steps)
 
 
 def preconditioners(scale: Scale) -> dict[str, dict[str, Any] | None]:

@@ -472,6 +472,21 @@ class ActingTest(parameterized.TestCase):
       np.testing.assert_allclose(factor, np.linalg.inv(mean), rtol=1e-4,
                                  atol=1e-6)  # fmt: skip
 
+  def test_captured_is_the_share_of_the_mean_in_the_inputs(self):
+    transform = _build("eva", measure_captured=True, interval=2)
+    params = _params()
+    state = transform.init(params)
+    for seed in range(2):  # the second step is not due
+      x, g = _samples(seed)
+      _, state = transform.update(
+        _gradients(x, g), state, params, statistics=_statistics(x, g)
+      )
+    x = np.asarray(_samples(0)[0])
+    share = np.sum(x.mean(0) ** 2) / np.mean(np.sum(x * x, 1))
+    self.assertAlmostEqual(
+      curvature_metrics(state)["captured"], share, places=5
+    )
+
   def test_half_precision_is_storage_only(self):
     """One refresh from the identity rounds once."""
     (_, low), (_, full) = (

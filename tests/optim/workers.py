@@ -82,6 +82,14 @@ def batch(step: int = 0) -> dict[str, np.ndarray]:
   }
 
 
+def _mappings(pairs):
+  """Nested pairs of names and values -> dicts."""
+  return {
+    name: _mappings(value) if isinstance(value, tuple) else value
+    for name, value in pairs
+  }
+
+
 class World:
   """An optimizer on a mesh.
 
@@ -109,7 +117,7 @@ class World:
     options = dict(learning_rate=0.02) | options
     for name in ("schedule", "precondition"):  # pairs, which a cache can hash
       if name in options:
-        options[name] = dict(options[name])
+        options[name] = _mappings(options[name])
     self.optimizer = optim.build_optimizer(
       options,
       total_steps=total_steps,

@@ -46,6 +46,8 @@ PRECONDITIONERS: dict[str, Callable[..., Preconditioner]] = {
   "sngd": sngd,
 }
 _FIELD = "optim.precondition"
+# Options of all of them, arguments of `precondition`.
+_COMMON = ("first_order", "skip_padding", "measure_captured")
 
 
 def build_preconditioning(
@@ -61,8 +63,8 @@ def build_preconditioning(
 
   Args:
     spec: `name`, that row's options, and those of `precondition`:
-      `first_order`, `skip_padding`, and `switch`, the fields of a `SwitchRule`
-      whose `step` may be a fraction of the run.
+      `first_order`, `skip_padding`, `measure_captured`, and `switch`, the
+      fields of a `SwitchRule` whose `step` may be a fraction of the run.
     params: parameters, possibly abstract.
     stacked: (name, leaf) -> axes that replicate layers.
     learning_rate: the schedule.
@@ -73,9 +75,7 @@ def build_preconditioning(
     ValueError: names the option that does not fit.
   """
   spec = dict(spec)
-  common = {
-    key: spec.pop(key) for key in ("first_order", "skip_padding") if key in spec
-  }
+  common = {key: spec.pop(key) for key in _COMMON if key in spec}
   switch = spec.pop("switch", None)
   if switch is not None:
     switch = dict(switch)

@@ -23,6 +23,8 @@ from bertjax.optim.preconditioning.switch import SwitchRule, SwitchState
 
 Statistics = Mapping[str, Array]
 RESCALES = ("sum", "joint", "kl", "none")
+# What the captured share is made of.
+_CAPTURED = ("token_count", "input_sum", "input_square")
 
 
 class Method(Protocol):
@@ -119,12 +121,15 @@ class CurvatureState(NamedTuple):
     fallbacks: layers whose last direction was not finite, so that their
       gradient took its place.
     switch: whether and when it gives up; None if it never does.
+    captured: of the last refresh, the share of inputs' squares that their mean
+      has, averaged over layers; None unless asked for.
   """
 
   count: Int[Array, ""]
   factors: Any
   fallbacks: Int[Array, ""]
   switch: SwitchState | None
+  captured: Float[Array, ""] | None
 
 
 class PreconditioningTransformation(optax.GradientTransformationExtraArgs):
@@ -132,13 +137,23 @@ class PreconditioningTransformation(optax.GradientTransformationExtraArgs):
 
   Attributes:
     wanted: which of them; the train step collects those.
+    compact_every: steps between two looks at whether the switch was thrown, so
+      that factors can be given up; None without a switch.
   """
 
   wanted: Wanted
+  compact_every: int | None
 
-  def __new__(cls, init: Callable, update: Callable, wanted: Wanted):
+  def __new__(
+    cls,
+    init: Callable,
+    update: Callable,
+    wanted: Wanted,
+    compact_every: int | None = None,
+  ):
     made = super().__new__(cls, init, update)
     made.wanted = wanted
+    made.compact_every = compact_every
     return made
 
 
@@ -152,6 +167,7 @@ def precondition(
   first_order: Sequence[str] = (),
   skip_padding: bool = False,
   switch: SwitchRule | None = None,
+  measure_captured: bool = False,
 ) -> PreconditioningTransformation:
   """Gradients of linear layers -> their directions.
 
@@ -169,6 +185,8 @@ def precondition(
       parameters.
     skip_padding: statistics leave out padding.
     switch: when to give up; None for never.
+    measure_captured: report |mean x|^2 / mean |x|^2 of layers' inputs: how good
+      a proxy of their covariance the mean is.
 
   Raises:
     ValueError: an expression that matches nothing, or no layer is left.
@@ -176,60 +194,148 @@ def precondition(
   excluded = selection.resolve(
     first_order, params, "optim.precondition.first_order"
   )
-  method = preconditioner.method
 
   def layers_of(tree) -> tuple[Layer, ...]:
     found = find_layers(tree, stacked, summed_axes)
     return tuple(x for x in found if not excluded(f"{x.path}/kernel", None))
 
-  everything = layers_of(params)
-  if not everything:
+  layers = layers_of(params)
+  if not layers:
     raise ValueError(
       "optim.precondition has no linear layer to act on; it needs"
       " `.../kernel` parameters that optim.precondition.first_order leaves."
     )
+  names = _CAPTURED if measure_captured else ()
   wanted = Wanted(
-    layers={layer.path: layer.size for layer in everything},
-    names={layer.path: method.wants(layer) for layer in everything},
+    layers={layer.path: layer.size for layer in layers},
+    names={
+      layer.path: tuple(
+        dict.fromkeys((*preconditioner.method.wants(layer), *names))
+      )
+      for layer in layers
+    },
     groups=preconditioner.groups,
     skip_padding=skip_padding,
   )
+  algorithm = _Preconditioning(
+    preconditioner, layers_of, wanted, learning_rate, switch, measure_captured
+  )
+  return PreconditioningTransformation(
+    algorithm.init,
+    algorithm.update,
+    wanted,
+    None if switch is None else switch.window,
+  )
 
-  def init(params):
+
+@dataclasses.dataclass(frozen=True)
+class _Preconditioning:
+  """The steps of `precondition`; layers are those of the tree at hand."""
+
+  preconditioner: Preconditioner
+  layers_of: Callable[[Any], tuple[Layer, ...]]
+  wanted: Wanted
+  learning_rate: optax.Schedule | float
+  switch: SwitchRule | None
+  measure_captured: bool
+
+  def init(self, params: Any) -> CurvatureState:
     return CurvatureState(
       count=jnp.zeros((), jnp.int32),
-      factors=_nested(
-        {layer.path: method.init(layer) for layer in layers_of(params)}
-      ),
+      factors=self._factors(self.layers_of(params)),
       fallbacks=jnp.zeros((), jnp.int32),
-      switch=None if switch is None else switch.init(),
+      switch=None if self.switch is None else self.switch.init(),
+      captured=jnp.zeros((), jnp.float32) if self.measure_captured else None,
     )
 
-  def refreshed(layers, state, statistics):
-    due = (state.count % preconditioner.interval == 0) | (
-      state.count < preconditioner.warmup_steps
+  def update(
+    self,
+    updates,
+    state,
+    params=None,
+    *,
+    statistics=None,
+    value=None,
+    **extra_args,
+  ):
+    del params, extra_args
+    layers = self.layers_of(updates)
+    _check(layers, self.wanted, statistics)
+    grads = selection.by_name(updates)
+
+    def second_order():
+      new = self._refreshed(layers, state, statistics)
+      moved, fallbacks = self._directed(layers, grads, new)
+      return moved, new._replace(fallbacks=fallbacks)
+
+    def first_order():
+      return grads, state._replace(fallbacks=jnp.zeros((), jnp.int32))
+
+    if self.switch is None:
+      moved, new = second_order()
+    elif self._released(layers, state.factors):
+      moved, new = first_order()
+    else:
+      moved, new = jax.lax.cond(state.switch.on, first_order, second_order)
+    if self.switch is not None:
+      new = new._replace(switch=self.switch.advance(state.switch, value))
+    new = new._replace(count=optax.safe_increment(state.count))
+    moved = jax.tree.unflatten(
+      jax.tree.structure(updates), list(moved.values())
+    )
+    return moved, new
+
+  def _factors(self, layers: Sequence[Layer]) -> Any:
+    method = self.preconditioner.method
+    return _nested({layer.path: method.init(layer) for layer in layers})
+
+  def _released(self, layers: Sequence[Layer], factors: Any) -> bool:
+    """Whether factors were given up (see `memory`)."""
+    whole = jax.eval_shape(lambda: self._factors(layers))
+    shapes = [leaf.shape for leaf in jax.tree.leaves(factors)]
+    return shapes != [leaf.shape for leaf in jax.tree.leaves(whole)]
+
+  def _refreshed(
+    self, layers: Sequence[Layer], state: CurvatureState, statistics: Found
+  ) -> CurvatureState:
+    """The state with new factors, if they are due."""
+    method = self.preconditioner.method
+    due = (state.count % self.preconditioner.interval == 0) | (
+      state.count < self.preconditioner.warmup_steps
     )
 
-    def refresh(factors):
+    def refresh(factors, captured):
       # Inside the branch: devices add up nothing at other steps.
       reduced = wire.reduce(
         {layer.path: statistics[layer.path] for layer in layers},
-        wanted,
-        preconditioner.wire_dtype,
+        self.wanted,
+        self.preconditioner.wire_dtype,
       )
+      if self.measure_captured:
+        captured = _captured([reduced[layer.path] for layer in layers])
       old = _flat(factors, layers)
-      return _nested({
+      new = {
         layer.path: method.refresh(
           layer, old[layer.path], reduced[layer.path], state.count
         )
         for layer in layers
-      })  # fmt: skip
+      }
+      return _nested(new), captured
 
-    return jax.lax.cond(due, refresh, lambda factors: factors, state.factors)
+    factors, captured = jax.lax.cond(
+      due, refresh, lambda *old: old, state.factors, state.captured
+    )
+    return state._replace(factors=factors, captured=captured)
 
-  def directed(layers, grads, state, factors):
+  def _directed(
+    self,
+    layers: Sequence[Layer],
+    grads: Mapping[str, Array],
+    state: CurvatureState,
+  ) -> tuple[dict[str, Array], Int[Array, ""]]:
     """Gradients by name with those of layers replaced; fallbacks."""
-    factors = _flat(factors, layers)
+    method = self.preconditioner.method
+    factors = _flat(state.factors, layers)
     matrices = {layer.path: layer.matrix(grads) for layer in layers}
     directions = {
       layer.path: method.direction(
@@ -237,10 +343,10 @@ def precondition(
       )
       for layer in layers
     }
-    rate = learning_rate
+    rate = self.learning_rate
     if callable(rate):
       rate = rate(state.count)
-    scales = _scales(preconditioner, layers, matrices, directions, rate)
+    scales = _scales(self.preconditioner, layers, matrices, directions, rate)
     moved, fallbacks = dict(grads), jnp.zeros((), jnp.int32)
     for layer in layers:
       direction = scales[layer.path] * directions[layer.path]
@@ -250,36 +356,6 @@ def precondition(
       for name, part in layer.parts(direction).items():
         moved[name] = part.astype(grads[name].dtype)
     return moved, fallbacks
-
-  def update(
-    updates, state, params=None, *, statistics=None, value=None, **extra_args
-  ):
-    del params, extra_args
-    layers = layers_of(updates)
-    _check(layers, wanted, statistics)
-    grads = selection.by_name(updates)
-
-    def second_order():
-      factors = refreshed(layers, state, statistics)
-      moved, fallbacks = directed(layers, grads, state, factors)
-      return moved, state._replace(factors=factors, fallbacks=fallbacks)
-
-    def first_order():
-      return grads, state._replace(fallbacks=jnp.zeros((), jnp.int32))
-
-    if switch is None:
-      moved, state = second_order()
-    else:
-      watched = switch.advance(state.switch, value)
-      moved, state = jax.lax.cond(state.switch.on, first_order, second_order)
-      state = state._replace(switch=watched)
-    state = state._replace(count=optax.safe_increment(state.count))
-    moved = jax.tree.unflatten(
-      jax.tree.structure(updates), list(moved.values())
-    )
-    return moved, state
-
-  return PreconditioningTransformation(init, update, wanted)
 
 
 def _nested(flat: dict[str, Any]) -> Any:
@@ -295,6 +371,16 @@ def _flat(factors: Any, layers: Sequence[Layer]) -> dict[str, Any]:
       node = node[key]
     found[layer.path] = node
   return found
+
+
+def _captured(statistics: Sequence[Statistics]) -> Float[Array, ""]:
+  """Mean over layers, and groups, of |mean x|^2 / mean |x|^2."""
+  shares = []
+  for found in statistics:
+    square = found["input_square"]
+    mean = jnp.sum(jnp.square(found["input_sum"]), axis=-1)
+    shares.append((mean / jnp.where(square > 0, square, 1.0)).reshape(-1))
+  return jnp.concatenate(shares).mean()
 
 
 def _check(
