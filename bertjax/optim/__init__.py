@@ -51,6 +51,7 @@ from bertjax.optim.preconditioning import (
   CurvatureState,
   PreconditioningTransformation,
   build_preconditioning,
+  curvature_metrics,
   memory,
   switch_now,
 )
@@ -161,9 +162,8 @@ def build_optimizer(
   Args:
     spec: `name`, that row's options, and the options of `_surround`:
       `learning_rate` (the peak, required), `schedule` (a row of `SCHEDULES`),
-      `precondition` (see `build_preconditioning`),
-      `clip_norm`, `clip_scope`, `lr_multipliers`, `layerwise_decay`, `freeze`,
-      `freeze_lowest`.
+      `precondition` (see `build_preconditioning`), `clip_norm`, `clip_scope`,
+      `lr_multipliers`, `layerwise_decay`, `freeze`, `freeze_lowest`.
     total_steps: steps of the run, for the schedule.
     params: parameters, possibly abstract (`jax.ShapeDtypeStruct`); only paths,
       shapes and dtypes are read.
@@ -289,27 +289,6 @@ def gradient_norm(opt_state: Any) -> Float[Array, ""]:
   raise ValueError(
     "opt_state holds no gradient norm; is it from build_optimizer?"
   )
-
-
-def curvature_metrics(opt_state: Any) -> dict[str, Float[Array, ""]]:
-  """What a preconditioner says of its last step, float32; {} without one.
-
-  Returns:
-    "curvature_fallbacks", layers whose direction was not finite; with a switch
-    "second_order", 1 until it is thrown; if asked for "captured", see
-    `CurvatureState`.
-  """
-  found: dict[str, Array] = {}
-  for node in jax.tree.leaves(
-    opt_state, is_leaf=lambda x: isinstance(x, CurvatureState)
-  ):
-    if isinstance(node, CurvatureState):
-      found["curvature_fallbacks"] = node.fallbacks.astype(np.float32)
-      if node.switch is not None:
-        found["second_order"] = (~node.switch.on).astype(np.float32)
-      if node.captured is not None:
-        found["captured"] = node.captured
-  return found
 
 
 def _workers(

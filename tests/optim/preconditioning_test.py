@@ -390,20 +390,34 @@ class ActingTest(parameterized.TestCase):
     np.testing.assert_allclose(found, left @ gradient, rtol=1e-4, atol=1e-6)
 
   def test_a_direction_that_is_not_finite_falls_back_and_is_counted(self):
-    transform = _build("mkor", rescale="joint")
+    transform = _build("mkor", rule="exact", rescale="joint")
     params = _params()
     state = transform.init(params)
     x, g = _samples()
-    zero = _statistics(x, jnp.zeros_like(g))
-    grads = jax.tree.map(jnp.zeros_like, _gradients(x, g))
-    updates, after = transform.update(grads, state, params, statistics=zero)
-    # 0 / 0.
-    self.assertEqual(curvature_metrics(after)["curvature_fallbacks"], 1)
-    self.assertFalse(np.any(_matrix(updates)))
-    _, after = transform.update(
-      _gradients(x, g), after, params, statistics=_statistics(x, g)
-    )
+    found, grads = _statistics(x, g), _gradients(x, g)
+    _, after = transform.update(grads, state, params, statistics=found)
     self.assertEqual(curvature_metrics(after)["curvature_fallbacks"], 0)
+    # Factors that have collapsed: 0 / 0.
+    collapsed = jax.tree.map(
+      lambda leaf: jnp.zeros_like(leaf) if leaf.ndim else leaf, state
+    )
+    updates, after = transform.update(
+      grads, collapsed, params, statistics=found
+    )
+    self.assertEqual(curvature_metrics(after)["curvature_fallbacks"], 1)
+    np.testing.assert_allclose(_matrix(updates), -0.5 * _matrix(grads))
+
+  def test_no_gradient_is_no_failure(self):
+    transform = _build("mkor")
+    params = _params()
+    x, g = _samples()
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, state = transform.update(
+      zeros, transform.init(params), params,
+      statistics=_statistics(x, jnp.zeros_like(g)),
+    )  # fmt: skip
+    self.assertEqual(curvature_metrics(state)["curvature_fallbacks"], 0)
+    self.assertFalse(any(np.any(u) for u in jax.tree.leaves(updates)))
 
   def _stabilised(self, rule, start, **options):
     """Both factors after a refresh from 3 I left and I right."""

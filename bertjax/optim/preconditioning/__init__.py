@@ -17,6 +17,7 @@ from bertjax.optim.preconditioning.base import (
   CurvatureState,
   Preconditioner,
   PreconditioningTransformation,
+  curvature_metrics,
   precondition,
 )
 from bertjax.optim.preconditioning.eva import eva
@@ -31,6 +32,7 @@ __all__ = [
   "Preconditioner",
   "PreconditioningTransformation",
   "build_preconditioning",
+  "curvature_metrics",
   "eva",
   "kfac",
   "mkor",

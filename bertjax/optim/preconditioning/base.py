@@ -132,6 +132,27 @@ class CurvatureState(NamedTuple):
   captured: Float[Array, ""] | None
 
 
+def curvature_metrics(opt_state: Any) -> dict[str, Float[Array, ""]]:
+  """What a preconditioner says of its last step, float32; {} without one.
+
+  Returns:
+    "curvature_fallbacks", layers whose direction was not finite; with a switch
+    "second_order", 1 until it is thrown; if asked for "captured", see
+    `CurvatureState`.
+  """
+  found: dict[str, Array] = {}
+  for node in jax.tree.leaves(
+    opt_state, is_leaf=lambda x: isinstance(x, CurvatureState)
+  ):
+    if isinstance(node, CurvatureState):
+      found["curvature_fallbacks"] = node.fallbacks.astype(jnp.float32)
+      if node.switch is not None:
+        found["second_order"] = (~node.switch.on).astype(jnp.float32)
+      if node.captured is not None:
+        found["captured"] = node.captured
+  return found
+
+
 class PreconditioningTransformation(optax.GradientTransformationExtraArgs):
   """A transformation whose `update` takes `statistics=` of linear layers.
 
@@ -432,8 +453,11 @@ def _scales(
     parts = matrix[..., :-1], matrix[..., -1:]
     return sum(jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) for x in parts)
 
-  return {
-    layer.path: norm(layer, matrices[layer.path])
-    / norm(layer, directions[layer.path])
-    for layer in layers
-  }
+  scales = {}
+  for layer in layers:
+    wanted = norm(layer, matrices[layer.path])
+    # A gradient of zeros, as a frozen layer's, is no failure.
+    scales[layer.path] = jnp.where(
+      wanted > 0, wanted / norm(layer, directions[layer.path]), 1.0
+    )
+  return scales
