@@ -62,7 +62,7 @@ SCALES = {
   command.FULL: Scale(
     variant="",
     arms=(),
-    seeds=(0, 1),
+    seeds=(0, 1, 2),
     steps=400,
     batch_size=32,
     rates=(1e-2,),

@@ -265,7 +265,7 @@ class DirectionsTest(parameterized.TestCase):
     x, g = _samples(0)
     # Rows 0 and 1, over and over, in other lengths.
     x = jnp.tile(x[:2], (3, 1))
-    g = jnp.tile(g[:2], (3, 1)) * jnp.array([1, 2, -1, 3, 2, 0.5])[:, None]
+    g = jnp.tile(g[:2], (3, 1)) * jnp.array([1, 2, -1, 3, 0.5, 4])[:, None]
     params = _params()
     grads = _gradients(x, g)
     updates, _ = transform.update(
