@@ -38,6 +38,7 @@ def _run(
   local=False,
   clip_norm=1.0,
   clip_scope="global",
+  precondition=None,
   **axes,
 ):
   """Losses of three steps, and the parameters after them."""
@@ -54,16 +55,23 @@ def _run(
   batch = _batch()
   spec = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
   params, names = train_state.abstract_params(objective, spec)
+  options = dict(
+    name="lamb",
+    learning_rate=1e-2,
+    clip_norm=clip_norm,
+    clip_scope=clip_scope,
+  )
+  if precondition is not None:
+    # Half precision would round sums in another order elsewhere.
+    options["precondition"] = dict(
+      name=precondition, interval=2, dtype="float32", wire_dtype="float32"
+    )
   optimizer = optim.build_optimizer(
-    dict(
-      name="lamb",
-      learning_rate=1e-2,
-      clip_norm=clip_norm,
-      clip_scope=clip_scope,
-    ),
+    options,
     total_steps=9,
     params=params,
     logical_axes=names,
+    linear_layers=lambda: train_state.linear_layers(objective, spec),
   )
   if local:
     optimizer = _summing(optimizer)
@@ -128,6 +136,16 @@ class TrainStepTest(parameterized.TestCase):
     """The batch is such that the two tests above could fail."""
     weight = (_batch()["labels"] >= 0).reshape(-1, 4, _MASKED).sum((0, 2))
     self.assertGreater(weight.max(), weight.min())
+
+  def test_curvature_of_a_scanned_stack_is_the_same_everywhere(self):
+    one = _run(precondition="mkor")
+    self.assertEqual(one[2]["curvature_fallbacks"][0], 0)
+    self.assertGreater(abs(one[0][2] - _run()[0][2]), 1e-3)
+    for layout in (
+      dict(num_devices=8, data=2, fsdp=2, model=2),
+      dict(microbatches=2, num_devices=4, data=2, seq=2),
+    ):
+      self._assert_same(one, _run(precondition="mkor", **layout))
 
   def test_local_gradients_add_up(self):
     self._assert_same(_run(), _run(local=True, num_devices=4))

@@ -6,6 +6,8 @@ O(d^2) work and O(d) communication, whatever the batch.
 """
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -56,9 +58,9 @@ class Mkor:
 
   def init(self, layer: Layer) -> InverseFactors:
     def identity(width):
-      eye = jnp.eye(width, dtype=self.dtype)
-      # Not a view: each layer's factor is updated in place.
-      return jnp.tile(eye, (*layer.size.stack, 1, 1))
+      return jnp.tile(
+        jnp.eye(width, dtype=self.dtype), (*layer.size.stack, 1, 1)
+      )
 
     left, right = self._sides(layer)
     return InverseFactors(
@@ -82,39 +84,31 @@ class Mkor:
     ]
     if not pairs:
       return factors
-    rule, norm = (
-      inverse_factor.RULES[self.rule],
-      inverse_factor.NORMS[self.norm],
-    )
-    large = [norm(factor) > self.threshold for factor, _ in pairs]
-    if self.rule == "reference":
-      # One flag for both, and a reset takes the refresh's place.
-      either = large[0] if len(large) == 1 else large[0] | large[1]
-      new = [
-        jnp.where(
-          either[..., None, None],
-          inverse_factor.blend(factor, self.keep),
-          rule(factor, vectors, self.decay),
-        )
-        for factor, vectors in pairs
-      ]
-    else:
-      new = [
-        rule(
-          jnp.where(
-            flag[..., None, None],
-            inverse_factor.blend(factor, self.keep),
-            factor,
-          ),
-          vectors,
-          self.decay,
-        )
-        for flag, (factor, vectors) in zip(large, pairs)
-      ]
-    stored = iter(factor.astype(self.dtype) for factor in new)
+    new = iter(factor.astype(self.dtype) for factor in self._refreshed(pairs))
     return InverseFactors(
-      *(None if old is None else next(stored) for old in factors)
+      *(None if old is None else next(new) for old in factors)
     )
+
+  def _refreshed(self, pairs: Sequence[tuple[Array, Array]]) -> list[Array]:
+    """New inverses of (inverse, vectors); what is too large is blended."""
+    rule = inverse_factor.RULES[self.rule]
+    norm = inverse_factor.NORMS[self.norm]
+    large = [norm(factor) > self.threshold for factor, _ in pairs]
+    instead = self.rule == "reference"
+    if instead:
+      # One flag for both, and a blend takes the refresh's place.
+      large = [functools.reduce(jnp.logical_or, large)] * len(pairs)
+    new = []
+    for flag, (factor, vectors) in zip(large, pairs):
+      flag = flag[..., None, None]
+      blended = inverse_factor.blend(factor, self.keep)
+      if instead:
+        refreshed = rule(factor, vectors, self.decay)
+        new.append(jnp.where(flag, blended, refreshed))
+      else:
+        start = jnp.where(flag, blended, factor)
+        new.append(rule(start, vectors, self.decay))
+    return new
 
   def direction(
     self,
