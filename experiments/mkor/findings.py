@@ -41,7 +41,7 @@ def outcome(runs: Sequence[arms.Run], layers: Rows, steps: Rows) -> Outcome:
     EXACT: "(the paper has one rule)",
     KFAC: "KAISA: 1,000 steps",
     EVA: "1,000 steps",
-    SNGD: "HyLo: not for BERT",
+    SNGD: "(not in the table of BERT)",
   }
   found = {run.factors["arm"] for run in runs}
   return Outcome(
