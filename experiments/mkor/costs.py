@@ -1,4 +1,4 @@
-"""What a step, a refresh and a direction cost; what is kept and sent."""
+"""What a refresh and a direction cost, and what is kept and sent."""
 
 import time
 from collections.abc import Callable
@@ -6,18 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from bertjax import optim, train_state, train_step
-from bertjax.models import bert
-from bertjax.objectives import masked_lm
 from bertjax.optim import PRECONDITIONERS
 from bertjax.optim.preconditioning import Preconditioner
 from bertjax.optim.preconditioning.layers import Layer
-from bertjax.parallel.mesh import make_mesh
-from bertjax.parallel.sharding import put_batch
 
-_VOCABULARY, _MASKED = 1000, 5
 # `optim.precondition` by name; SNGD keeps as many samples as there are rows.
 METHODS: dict[str, dict[str, Any]] = {
   "MKOR": dict(name="mkor", rule="reference"),
@@ -111,78 +104,6 @@ def _sent(
     output_rows=4 * tokens * width,
   )
   return sum(sizes[name] for name in names)
-
-
-def step(
-  *,
-  precondition: dict[str, Any] | None,
-  size: str,
-  rows: int,
-  length: int,
-  steps: int,
-  repeats: int,
-) -> dict[str, float]:
-  """Time of a training step of BERT with LAMB, and bytes of its state.
-
-  Args:
-    precondition: `config.optim.precondition`.
-    size: of the BERT; vocabulary 1000.
-    rows: of the batch.
-    length: of a row.
-    steps: of a block, a multiple of all intervals.
-    repeats: blocks, of which the fastest counts.
-  """
-  rng = np.random.default_rng(0)
-  batch = dict(
-    tokens=rng.integers(0, _VOCABULARY, (rows, length)),
-    segment_ids=np.ones((rows, length)),
-    masked_positions=rng.integers(0, length, (rows, _MASKED)),
-    labels=rng.integers(0, _VOCABULARY, (rows, _MASKED)),
-  )
-  batch = {k: v.astype(np.int32) for k, v in batch.items()}
-  spec = {k: jax.ShapeDtypeStruct(v.shape, v.dtype) for k, v in batch.items()}
-  mesh = make_mesh(devices=jax.devices()[:1])
-  encoder = bert(
-    vocab_size=_VOCABULARY,
-    size=size,
-    max_positions=length,
-    dropout_rate=0.0,
-    scan=False,
-  )
-  objective = masked_lm(encoder=encoder)
-  params, axes = train_state.abstract_params(objective, spec)
-  options = dict(name="lamb", learning_rate=1e-3)
-  if precondition is not None:
-    options["precondition"] = precondition
-  optimizer = optim.build_optimizer(
-    options,
-    total_steps=1000,
-    params=params,
-    logical_axes=axes,
-    linear_layers=lambda: train_state.linear_layers(objective, spec),
-  )
-  key = jax.random.key(0)
-  _, shardings = train_state.state_shardings(
-    objective, optimizer.transform, spec, mesh, key
-  )
-  state = train_state.init_state(objective, optimizer.transform, spec, key)
-  state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state.opt_state))
-  state = jax.device_put(state, shardings)
-  batch = put_batch(batch, mesh)
-  compiled = train_step.compile_step(
-    objective, optimizer, mesh, shardings, spec
-  )
-  times = []
-  for _ in range(repeats + 1):  # the first compiles
-    start = time.perf_counter()
-    for _ in range(steps):
-      state, metrics = compiled(state, batch)
-    jax.block_until_ready(metrics)
-    times.append((time.perf_counter() - start) / steps)
-  return {
-    "step ms": 1e3 * min(times[1:]),
-    "optimizer bytes": float(state_bytes),
-  }
 
 
 def _milliseconds(

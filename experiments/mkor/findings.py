@@ -13,22 +13,18 @@ PAPER = "MKOR (Mozaffari et al. 2023, arXiv:2306.01685)"
 LAMB, MKOR, EXACT = "LAMB", "MKOR, reference", "MKOR, exact"
 HYBRID, KFAC, EVA, SNGD = "MKOR-H", "K-FAC", "Eva", "SNGD"
 
-# MKOR's rules cost the same, and a hybrid is one or the other.
-TIMED = (LAMB, MKOR, KFAC, EVA, SNGD)
-
 _LOSS = "heldout/mlm_loss"
 # Nats by which a loss may exceed another and still count as no worse.
 TOLERANCE = 0.02
 Rows = Sequence[Mapping[str, Any]]
 
 
-def outcome(runs: Sequence[arms.Run], layers: Rows, steps: Rows) -> Outcome:
+def outcome(runs: Sequence[arms.Run], layers: Rows) -> Outcome:
   """Claims, tables and figure.
 
   Args:
     runs: finished, by factor "arm".
     layers: rows of `costs.layer`, by "arm", "width" and "tokens".
-    steps: rows of `costs.step`, by "arm".
   """
   reached = {(r.factors["arm"], r.seed): steps_to(r, runs) for r in runs}
   rows = [
@@ -57,8 +53,8 @@ def outcome(runs: Sequence[arms.Run], layers: Rows, steps: Rows) -> Outcome:
       _cheaper(layers),
       _smaller(layers),
     ],
-    rows=[*rows, *layers, *steps],
-    summary=_summary(runs, reached, steps),
+    rows=[*rows, *layers],
+    summary=_summary(runs, reached),
     figure=_figure(runs, layers),
   )
 
@@ -194,18 +190,13 @@ def _smaller(layers: Rows) -> Claim:
   )
 
 
-def _summary(runs, reached, steps: Rows) -> list[dict[str, Any]]:
-  costs = {row["arm"]: row for row in steps}
+def _summary(runs, reached) -> list[dict[str, Any]]:
   rows = []
   for row in arms.summary(runs, {"held-out loss": _LOSS}):
-    arm = row["arm"]
-    seeds = [run.seed for run in arms.select(runs, arm=arm)]
+    seeds = [run.seed for run in arms.select(runs, arm=row["arm"])]
     row["steps to LAMB's loss"] = ", ".join(
-      _shown(reached[arm, seed]) for seed in seeds
+      _shown(reached[row["arm"], seed]) for seed in seeds
     )
-    if arm in costs:
-      row["ms a step"] = f"{costs[arm]['step ms']:.0f}"
-      row["optimizer MB"] = f"{costs[arm]['optimizer bytes'] / 1e6:.1f}"
     rows.append(row)
   return rows
 

@@ -39,8 +39,6 @@ class Scale:
     evaluate: steps between two looks at held-out text.
     widths: of the square layer whose refresh is measured.
     tokens: of the batch in that measurement.
-    timed: arms whose step is measured.
-    step: what of, as `costs.step` takes it.
     repeats: of each time.
   """
 
@@ -53,8 +51,6 @@ class Scale:
   evaluate: int
   widths: tuple[int, ...]
   tokens: tuple[int, ...]
-  timed: tuple[str, ...]
-  step: dict[str, Any]
   repeats: int
 
 
@@ -69,8 +65,6 @@ SCALES = {
     evaluate=20,
     widths=(256, 512, 1024),
     tokens=(128, 512, 2048),
-    timed=findings.TIMED,
-    step=dict(size="mini", rows=32, length=64, steps=10),
     repeats=5,
   ),
   "tiny": Scale(
@@ -83,8 +77,6 @@ SCALES = {
     evaluate=2,
     widths=(8, 16),
     tokens=(8, 32),
-    timed=(),
-    step={},
     repeats=1,
   ),
 }
@@ -119,15 +111,7 @@ def run(workdir: pathlib.Path, variant: str = command.FULL) -> Outcome:
     for width in scale.widths
     for tokens in scale.tokens
   ]
-  steps = [
-    {"arm": arm}
-    | measured.get(
-      costs.step, precondition=spec, repeats=scale.repeats, **scale.step
-    )
-    for arm, spec in preconditioners(scale).items()
-    if arm in scale.timed
-  ]
-  return findings.outcome(bench.runs, layers, steps)
+  return findings.outcome(bench.runs, layers)
 
 
 def preconditioners(scale: Scale) -> dict[str, dict[str, Any] | None]:
