@@ -140,7 +140,7 @@ class TrainStepTest(parameterized.TestCase):
   def test_curvature_of_a_scanned_stack_is_the_same_everywhere(self):
     one = _run(precondition="mkor")
     self.assertEqual(one[2]["curvature_fallbacks"][0], 0)
-    self.assertGreater(abs(one[0][2] - _run()[0][2]), 1e-3)
+    self.assertGreater(abs(one[0][2] - _run()[0][2]), 1e-4)
     for layout in (
       dict(num_devices=8, data=2, fsdp=2, model=2),
       dict(microbatches=2, num_devices=4, data=2, seq=2),

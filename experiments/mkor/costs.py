@@ -73,9 +73,9 @@ def _statistics(
   x: jax.Array, g: jax.Array, names: tuple[str, ...]
 ) -> dict[str, jax.Array]:
   """As `preconditioning.wire.reduce` gives them."""
-  count = jnp.full((1,), x.shape[0], jnp.float32)
+  count = jnp.float32(x.shape[0])
   found = dict(
-    token_count=count,
+    token_count=count[None],
     input_sum=x.mean(0, keepdims=True),
     output_sum=g.sum(0, keepdims=True),
     input_gram=x.T @ x / count,
