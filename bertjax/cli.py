@@ -13,8 +13,9 @@ from ml_collections import config_flags
 from bertjax.checkpoint import CheckpointError
 from bertjax.hardware import CompilerMissing
 from bertjax.metrics.accumulator import NonFiniteError
+from bertjax.parallel import hosts
 
-_EXPECTED = (
+EXPECTED = (
   ValueError,
   FileExistsError,
   FileNotFoundError,
@@ -35,7 +36,7 @@ def clear_errors() -> Iterator[None]:
   """
   try:
     yield
-  except _EXPECTED as err:
+  except EXPECTED as err:
     logging.debug("Traceback:", exc_info=True)
     print(f"Error: {err}", file=sys.stderr)
     sys.exit(1)
@@ -53,6 +54,44 @@ def define_config() -> flags.FlagHolder:
     "Config file, as configs/bert.py:tiny.",
     lock_config=False,
     accept_new_attributes=True,
+  )
+
+
+def define_hosts() -> None:
+  """Flags of a run on several hosts; `bertjax.parallel.hosts` reads them."""
+  flags.DEFINE_string(
+    "coordinator_address",
+    None,
+    "HOST:PORT of process 0. TPUs, Slurm and JAX_COORDINATOR_ADDRESS tell.",
+  )
+  flags.DEFINE_integer("num_processes", None, "Of a run on several hosts.")
+  flags.DEFINE_integer("process_id", None, "This process, from 0.")
+  flags.DEFINE_integer(
+    "connect_timeout_s", 300, "Seconds to wait for the other processes."
+  )
+  flags.DEFINE_integer(
+    "heartbeat_timeout_s",
+    100,
+    "Seconds after which a silent process counts as dead.",
+  )
+
+
+def connected() -> contextlib.AbstractContextManager[None]:
+  """Inside, this process is one of those that the flags or a launcher tell of.
+
+  Raises:
+    ValueError: they contradict themselves, or the processes do not meet.
+  """
+  given = flags.FLAGS
+  return hosts.connected(
+    hosts.place(
+      coordinator_address=given.coordinator_address,
+      num_processes=given.num_processes,
+      process_id=given.process_id,
+    ),
+    connect_timeout_s=given.connect_timeout_s,
+    heartbeat_timeout_s=given.heartbeat_timeout_s,
+    expected=EXPECTED,
   )
 
 

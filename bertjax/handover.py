@@ -6,7 +6,6 @@ fine-tuning task; everything else must be explained by the other model.
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from bertjax.experiment import Experiment
 from bertjax.interop import names
 from bertjax.loading import describe
 from bertjax.optim import adapt, hand_over
+from bertjax.parallel import hosts
 from bertjax.train_state import TrainState
 from bertjax.transfer import load_params_for
 
@@ -167,9 +167,7 @@ def _tell(params: Any) -> None:
     if any(x is None for x in jax.tree.leaves(tree, is_leaf=_is_none))
   }
   if fresh:
-    print(
-      f"init_from: untrained are {', '.join(sorted(fresh))}.", file=sys.stderr
-    )
+    hosts.say(f"init_from: untrained are {', '.join(sorted(fresh))}.")
 
 
 def _is_none(x: Any) -> bool:

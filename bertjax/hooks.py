@@ -270,7 +270,8 @@ class PreemptionGuard:
   """Turns SIGTERM and SIGINT into a flag, so that the run can save first.
 
   A second signal acts at once, as without the guard. The handlers of before
-  come back at the end of the block.
+  come back at the end of the block. With several processes JAX passes SIGTERM
+  on, so that all of them stop before the same step.
   """
 
   def __init__(
@@ -288,6 +289,8 @@ class PreemptionGuard:
       )
       return self
     for number in self._signals:
+      if number == signal.SIGTERM and jax.process_count() > 1:
+        continue  # `jax.distributed` has a handler of its own
       self._previous[number] = signal.signal(number, self._handle)
     return self
 
@@ -301,17 +304,21 @@ class PreemptionGuard:
       return None
     return signal.Signals(self._received).name
 
-  def requested(self) -> bool:
-    """Whether any process got a signal; every process must ask."""
-    mine = self._received is not None
+  def requested(self, step: int = 0) -> bool:
+    """Whether to stop before `step`, for a signal that any process got.
+
+    Every process must ask before each step. No device is waited for.
+    """
     if jax.process_count() == 1:
-      return mine
-    return bool(multihost_utils.process_allgather(np.int32(mine)).any())
+      return self._received is not None
+    return multihost_utils.reached_preemption_sync_point(step)
 
   def _handle(self, number: int, frame: Any) -> None:
     del frame
     if self._received is None:
       self._received = number
+      if jax.process_count() > 1:
+        os.kill(os.getpid(), signal.SIGTERM)  # the others must hear of it
       return
     self._restore()
     os.kill(os.getpid(), number)

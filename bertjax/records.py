@@ -44,8 +44,8 @@ def config_changes(experiment: Experiment, workdir: pathlib.Path) -> list[str]:
   path = workdir / "config.json"
   if not path.exists():
     return []
-  old = dict(_flat(json.loads(path.read_text())))
-  new = dict(_flat(experiment.settings.to_json()))
+  old = dict(flat(json.loads(path.read_text())))
+  new = dict(flat(experiment.settings.to_json()))
   return [
     f"{name}: {old.get(name, _ABSENT)} -> {new.get(name, _ABSENT)}"
     for name in sorted({*old, *new})
@@ -60,12 +60,13 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
   partial.replace(path)
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+  """Names such as `optim.learning_rate` of a nested mapping, and values."""
   if not isinstance(value, Mapping):
     yield name, value
     return
   for key, inner in value.items():
-    yield from _flat(inner, f"{name}.{key}" if name else key)
+    yield from flat(inner, f"{name}.{key}" if name else key)
 
 
 def _commit() -> str | None:

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import math
 import pathlib
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +16,8 @@ from bertjax.experiment import Experiment
 from bertjax.handover import initial_state
 from bertjax.metrics import logger, meters, progress, writers
 from bertjax.optim import adapt
-from bertjax.parallel.sharding import put_batch
+from bertjax.parallel import hosts
+from bertjax.parallel.sharding import feed, put_batch
 
 INTERRUPTED = "signal"
 
@@ -59,10 +59,9 @@ class Session:
     self._checkpointer = registry.call(
       functools.partial(Checkpointer, workdir), settings.keep, "keep"
     )
+    index, count = feed(experiment.mesh)
     self._batches = experiment.data.dataset().iterator(
-      experiment.data.batch_size,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
+      experiment.data.batch_size, process_index=index, process_count=count
     )
     stack.callback(self._batches.close)
     position = self._restore()
@@ -113,7 +112,7 @@ class Session:
 
   def stop(self, step: int) -> str | None:
     """Why to stop before `step`, or None."""
-    if self._guard.requested():
+    if self._guard.requested(step):
       return INTERRUPTED
     if step >= self._last:
       return f"{step} steps are done"
@@ -180,7 +179,7 @@ class Session:
   def _restore(self) -> dict[str, Any]:
     """Sets `start` and `state`; the saved position, {} for a fresh run."""
     experiment = self._experiment
-    if not self._checkpointer.steps():
+    if not hooks_lib.agreed(bool(self._checkpointer.steps())):
       self.state = initial_state(experiment)
       self.start = int(self.state.step)
       return {}
@@ -188,9 +187,9 @@ class Session:
       experiment.abstract_state, adapt=adapt
     )
     self.start, self.state = restored.step, restored.state
-    print(f"Resuming at step {self.start}.", file=sys.stderr)
+    hosts.say(f"Resuming at step {self.start}.")
     for line in records.config_changes(experiment, self._workdir):
-      print(f"Changed since the run began: {line}", file=sys.stderr)
+      hosts.say(f"Changed since the run began: {line}")
     position = restored.iterator_state
     self._batches.set_state(position["data"])
     return position

@@ -6,12 +6,18 @@ The workdir holds config.json, run.json (versions, commit), tokenizer/,
 checkpoints/, metrics.csv, events/, health.json and report/. The same command
 again resumes from the newest intact checkpoint; a finished run only reports.
 `--dry_run` takes two real steps, evaluates and saves in a throw-away folder.
+
+On several hosts the same command runs on each, in a workdir that they share;
+TPUs and Slurm say who is who, `--coordinator_address=HOST:PORT --num_processes=N
+--process_id=I` say it elsewhere (`bertjax.parallel.hosts`). A run that a signal
+ended exits with status 143, so that a scheduler starts it again.
 """
 
 import contextlib
 import dataclasses
 import os
 import pathlib
+import signal
 import sys
 import tempfile
 from typing import Any
@@ -24,7 +30,8 @@ from bertjax import experiment as experiment_lib
 from bertjax.config import Settings, settings, stage_configs
 from bertjax.experiment import Experiment
 from bertjax.hooks import Stopwatch
-from bertjax.records import write_json
+from bertjax.parallel import hosts
+from bertjax.records import flat, write_json
 from bertjax.session import INTERRUPTED, Session
 
 
@@ -62,11 +69,16 @@ def train(
     dry_run: two steps of everything, in a folder that is removed again.
 
   Raises:
-    ValueError: a config that does not fit, naming the field, or a workdir
-      that is a file.
+    ValueError: a config that does not fit, naming the field, a workdir that
+      is a file or not shared by all hosts, or processes that differ.
     NonFiniteError: the loss is NaN; earlier checkpoints are untouched.
   """
   if dry_run:
+    if jax.process_count() > 1:
+      raise ValueError(
+        "dry_run=True works in a temporary folder, which several processes do"
+        " not share; train for stop.steps=2 in a workdir instead."
+      )
     with tempfile.TemporaryDirectory() as folder:
       return _train_grid(config, pathlib.Path(folder), limit=2)
   workdir = pathlib.Path(workdir)
@@ -84,7 +96,7 @@ def _train_grid(
     return _train_stages(config, workdir, limit)
   by, results, metrics = grid.selection(config), {}, []
   for number, point in enumerate(points, 1):
-    print(f"Run {number} of {len(points)}: {point.name}.", file=sys.stderr)
+    hosts.say(f"Run {number} of {len(points)}: {point.name}.")
     result = _train_stages(point.config, workdir / point.name, limit)
     if result.interrupted:
       return result
@@ -92,9 +104,9 @@ def _train_grid(
     results[point.name] = dataclasses.replace(result, state=None)
     metrics.append((point, result.metrics))
   best = grid.best_of(metrics, by)
-  if jax.process_index() == 0:
+  if hosts.is_first():
     grid.record(workdir, metrics, best)
-  print(f"Best by {by.metric}: {best.name}.", file=sys.stderr)
+  hosts.say(f"Best by {by.metric}: {best.name}.")
   return results[best.name]
 
 
@@ -111,7 +123,7 @@ def _train_stages(
     if limit is not None:
       stage = dataclasses.replace(stage, every={"log": 1, "checkpoint": 1})
     if name:
-      print(f"Stage {name}.", file=sys.stderr)
+      hosts.say(f"Stage {name}.")
     result = run(stage, workdir / name, limit=limit)
     if result.interrupted:
       break
@@ -131,7 +143,8 @@ def run(
   """
   watch = Stopwatch()  # building a vocabulary is part of a budget
   experiment = experiment_lib.build(stage)
-  with contextlib.ExitStack() as stack:
+  _check_together(experiment, workdir)
+  with contextlib.ExitStack() as stack, hosts.failing_together():
     session = Session(experiment, workdir, stack, watch, limit=limit)
     baseline = _health(experiment, workdir)
     state, step, end = loop.fit(
@@ -146,9 +159,25 @@ def run(
     state, reason = session.finish(state, step, end)
     metrics = session.latest() | baseline
   interrupted = end == INTERRUPTED
-  if not interrupted and jax.process_index() == 0:
+  if not interrupted:
     _report(experiment, workdir, state)
+  hosts.wait_for_all()  # the next stage reads what process 0 wrote
   return Result(state, step, reason, metrics, interrupted, watch.elapsed_s())
+
+
+def _check_together(experiment: Experiment, workdir: pathlib.Path) -> None:
+  """Refuses processes that would train something else, or elsewhere."""
+  hosts.agree("config", dict(flat(experiment.settings.to_json())))
+  data = experiment.data
+  hosts.agree(
+    "data",
+    {
+      # Trained on each host alone, pieces of one count may be ordered anyhow.
+      "tokenizer": data.tokenizer.fingerprint(),
+      "rows": data.dataset().fingerprint(),
+    },
+  )
+  hosts.check_shared(workdir)
 
 
 def _health(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float]:
@@ -158,7 +187,7 @@ def _health(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float]:
     Values of guessing, by evaluator and name.
   """
   baselines = experiment.baselines()
-  if jax.process_index() == 0:
+  if hosts.is_first():
     health = experiment.data.health() | {
       "clip_norm": experiment.settings.optim.get("clip_norm"),
       "baselines": baselines,
@@ -168,14 +197,18 @@ def _health(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float]:
 
 
 def _report(experiment: Experiment, workdir: pathlib.Path, state: Any) -> None:
-  texts = list(experiment.settings.samples)
-  model = loading.in_memory(
-    experiment.objective,
-    state.params,
-    experiment.data.tokenizer,
-    experiment.settings.to_json(),
-  )
-  samples = predict.samples(model, texts) if texts else []
+  texts, samples = list(experiment.settings.samples), []
+  params = hosts.whole(state.params) if texts else None
+  if not hosts.is_first():
+    return
+  if texts:
+    model = loading.in_memory(
+      experiment.objective,
+      params,
+      experiment.data.tokenizer,
+      experiment.settings.to_json(),
+    )
+    samples = predict.samples(model, texts)
   report.write_report(
     workdir,
     reference=experiment.settings.reference_curve or None,
@@ -190,6 +223,7 @@ def _report_of(workdir: pathlib.Path) -> pathlib.Path:
 
 
 cli.define_config()
+cli.define_hosts()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Two real steps, then leave.")
 
@@ -202,8 +236,16 @@ def main(argv: list[str]) -> None:
   if _WORKDIR.value is None and not _DRY_RUN.value:
     raise app.UsageError("--workdir is required, except with --dry_run.")
   cli.quiet()
-  with cli.clear_errors():
+  with cli.clear_errors(), cli.connected():
     result = train(cli.config(), _WORKDIR.value or "", dry_run=_DRY_RUN.value)
+    if hosts.is_first():
+      _show(result)
+  if result.interrupted:
+    sys.exit(128 + signal.SIGTERM)
+
+
+def _show(result: Result) -> None:
+  """Prints the values, and where the report is."""
   for name, value in sorted(result.metrics.items()):
     print(f"{name:32s} {value:.6g}")
   if not _DRY_RUN.value and not result.interrupted:

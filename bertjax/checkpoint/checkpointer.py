@@ -251,7 +251,7 @@ class Checkpointer:
     kept = set(steps[-self._keep :]) | {newest}
     if self._keep_every:
       kept |= {s for s in steps if s % self._keep_every == 0}
-    best = self.best_step()
+    best = self._best_step()
     if best is not None:
       kept.add(best)
     for step in steps:
@@ -310,7 +310,16 @@ class Checkpointer:
     return (intact or list(steps) or [None])[-1]
 
   def best_step(self) -> int | None:
-    """The step whose saved `best_metric` is best; the later one of equals."""
+    """The step whose saved `best_metric` is best; the later one of equals.
+
+    Process 0 looks and tells the others: call it on all of them.
+    """
+    best = None
+    if jax.process_index() == 0:
+      best = self._best_step()
+    return _told(best)
+
+  def _best_step(self) -> int | None:
     return _best_step(self.folder, self._best_metric, self._best_sign)
 
   def restore(
@@ -371,14 +380,10 @@ class Checkpointer:
     chosen, skipped = None, []
     if jax.process_index() == 0:
       chosen, skipped = disk.first_intact(self.folder, candidates)
-    if jax.process_count() > 1:
-      told = multihost_utils.broadcast_one_to_all(
-        np.int64(-1 if chosen is None else chosen)
-      )
-      chosen = None if told < 0 else int(told)
-      if jax.process_index() > 0:
-        passed = [c for c in candidates if chosen is None or c > chosen]
-        skipped = [(c, "process 0 found it damaged") for c in passed]
+    chosen = _told(chosen)
+    if jax.process_index() > 0:
+      passed = [c for c in candidates if chosen is None or c > chosen]
+      skipped = [(c, "process 0 found it damaged") for c in passed]
     return chosen, skipped
 
   def _intact(self, step: int) -> bool:
@@ -550,6 +555,16 @@ def _jsonable(values: Mapping[str, Any], field: str) -> dict[str, Any]:
       f"{field} holds something that JSON cannot ({err}); use numbers,"
       " strings, lists and dicts."
     ) from err
+
+
+def _told(step: int | None) -> int | None:
+  """Process 0's `step` on every process."""
+  if jax.process_count() == 1:
+    return step
+  told = multihost_utils.broadcast_one_to_all(
+    np.int64(-1 if step is None else step)
+  )
+  return None if told < 0 else int(told)
 
 
 def _barrier(name: str) -> None:

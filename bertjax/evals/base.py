@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
+
+from bertjax.parallel.sharding import feed
 
 Values = dict[str, float]
 
@@ -28,12 +31,14 @@ class Evaluator:
 
 
 def read_batches(
-  data: Any, split: str, num_batches: int | None, batch_size: int | None
+  data: Any,
+  mesh: Mesh,
+  split: str,
+  num_batches: int | None,
+  batch_size: int | None,
 ) -> Iterable[Mapping[str, Any]]:
   """This process's slices of a split's evaluation batches."""
+  index, count = feed(mesh)
   return data.dataset(split).evaluation_batches(
-    batch_size or data.batch_size,
-    num_batches,
-    jax.process_index(),
-    jax.process_count(),
+    batch_size or data.batch_size, num_batches, index, count
   )

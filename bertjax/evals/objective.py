@@ -48,7 +48,7 @@ def objective_eval(
     del key
     total = None
     with jax.set_mesh(mesh):
-      for batch in read_batches(data, split, num_batches, batch_size):
+      for batch in read_batches(data, mesh, split, num_batches, batch_size):
         metrics = metrics_of(variables, put_batch(batch, mesh))
         total = metrics if total is None else add(total, metrics)
     if total is None:

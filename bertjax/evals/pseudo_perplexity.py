@@ -12,9 +12,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bertjax.data.audit import original_tokens
-from bertjax.evals.base import Evaluator, read_batches
+from bertjax.evals.base import Evaluator
 from bertjax.objectives.masked_lm import MaskedLM
-from bertjax.parallel.sharding import put_batch
+from bertjax.parallel.sharding import feed, put_batch
 
 
 def one_mask_each(
@@ -98,8 +98,10 @@ def pseudo_perplexity(
     return alone.apply(variables, batch, train=False)[1]["mlm_loss"]
 
   def rows() -> Iterator[dict[str, np.ndarray]]:
+    # Every process reads all of the few rows, for how many copies they give is
+    # known only then, and all processes must make the same passes.
     left = num_rows
-    for batch in read_batches(data, split, None, None):
+    for batch in data.dataset(split).evaluation_batches(data.batch_size):
       batch = dict(batch, tokens=original_tokens(batch))
       for i in range(min(left, len(batch["tokens"]))):
         if (batch["segment_ids"][i] > 0).any():
@@ -112,8 +114,11 @@ def pseudo_perplexity(
   def evaluate(variables, key) -> dict[str, float]:
     del key
     total = weight = 0.0
+    index, parts = feed(mesh)
+    mine = slice(index * batch_size // parts, (index + 1) * batch_size // parts)
     with jax.set_mesh(mesh):
       for batch in _rebatch(rows(), batch_size):
+        batch = {name: x[mine] for name, x in batch.items()}
         loss, count = metrics_of(variables, put_batch(batch, mesh))
         total, weight = total + float(loss), weight + float(count)
     mean = total / max(weight, 1.0)

@@ -31,7 +31,7 @@ def predict_split(
   """
   logits = None
   with jax.set_mesh(mesh):
-    for batch in read_batches(data, split, None, batch_size):
+    for batch in read_batches(data, mesh, split, None, batch_size):
       found, index = jax.device_get(
         logits_of(variables, put_batch(batch, mesh))
       )

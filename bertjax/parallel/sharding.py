@@ -148,6 +148,33 @@ def batch_shards(mesh: Mesh) -> int:
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def feed(mesh: Mesh) -> tuple[int, int]:
+  """Which part of every batch this process reads, and of how many.
+
+  Processes that hold shards of the same rows, as when `mesh.model` spans them,
+  read the same part.
+
+  Raises:
+    ValueError: two processes share some of their rows, but not all.
+  """
+  shards = batch_shards(mesh)
+  indices = batch_sharding(mesh, 1).devices_indices_map((shards,))
+  held: dict[int, set[int]] = {}
+  for device, (rows,) in indices.items():
+    start, stop, _ = rows.indices(shards)
+    held.setdefault(device.process_index, set()).update(range(start, stop))
+  parts = sorted({tuple(sorted(rows)) for rows in held.values()})
+  if sum(map(len, parts)) != shards or len(set(map(len, parts))) > 1:
+    sizes = ", ".join(f"{k}={v}" for k, v in mesh.shape.items())
+    raise ValueError(
+      f"mesh: {sizes} over {len(held)} processes gives some of them only a part"
+      " of the rows of others; make mesh.model x mesh.seq divide the devices of"
+      " a process, or the other way round."
+    )
+  mine = tuple(sorted(held[jax.process_index()]))
+  return parts.index(mine), len(parts)
+
+
 def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
   """This process's slice of the global batch becomes global arrays."""
   return {
