@@ -8,9 +8,9 @@ again resumes from the newest intact checkpoint; a finished run only reports.
 `--dry_run` takes two real steps, evaluates and saves in a throw-away folder.
 
 On several hosts the same command runs on each, in a workdir that they share;
-TPUs and Slurm say who is who, `--coordinator_address=HOST:PORT --num_processes=N
---process_id=I` say it elsewhere (`bertjax.parallel.hosts`). A run that a signal
-ended exits with status 143, so that a scheduler starts it again.
+TPUs and Slurm say who is who; elsewhere `--coordinator_address=HOST:PORT`,
+`--num_processes` and `--process_id` do (`bertjax.parallel.launchers`). A run
+that a signal ended exits with status 143: a scheduler may start it again.
 """
 
 import contextlib

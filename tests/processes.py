@@ -1,8 +1,11 @@
 """Runs in processes of their own, to be killed, and what they wrote."""
 
 import csv
+import hashlib
 import json
+import os
 import pathlib
+import socket
 import subprocess
 import sys
 import time
@@ -10,32 +13,61 @@ import time
 # What a run's row may differ in: the machine's speed.
 TIMES = ("step_time_s", "tokens_per_s", "slots_per_s", "mfu")
 
-# Runs the config it reads from standard input, with batches written down.
+# Runs the config it reads from standard input, with batches written down, and
+# what the workers of a compressed optimizer owe each other.
 _PROGRAM = """
 import hashlib, json, pathlib, sys
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
-from bertjax import experiment, loop, train
+from bertjax import loop, train
+from bertjax.parallel import elastic, hosts
+from bertjax.parallel.error_feedback import ErrorFeedback
 import numpy as np
+workdir = pathlib.Path(sys.argv[1])
 real = loop.fit
+def rows(batch):
+  found = {}
+  for name in sorted(batch):
+    for shard in batch[name].addressable_shards:
+      for i, row in enumerate(np.asarray(shard.data)):
+        digest = found.setdefault(
+          (shard.index[0].start or 0) + i, hashlib.sha256())
+        if shard.replica_id == 0 or jax.process_count() > 1:
+          digest.update(name.encode() + row.tobytes())
+  return {i: digest.hexdigest() for i, digest in sorted(found.items())}
+def debts(state):
+  is_error = lambda x: isinstance(x, ErrorFeedback)
+  for node in jax.tree.leaves(state.opt_state, is_leaf=is_error):
+    if is_error(node):
+      node = hosts.whole(node)
+      return jax.tree.leaves(jax.tree.map(
+        lambda e, d: e.mean(0) + elastic.joined_servers(d, e.shape[1:]),
+        jax.device_get(node.worker.tree), jax.device_get(node.server)))
+def note_debts(name, state):
+  owed = debts(state)
+  if owed is not None and hosts.is_first():
+    np.savez(workdir / f"debts-{name}.npz", *owed)
 def fit(state, batches, step, **options):
   def noted():
-    for batch in batches:
-      digest = hashlib.sha256()
-      for name in sorted(batch):
-        digest.update(np.asarray(batch[name]).tobytes())
-      with open(pathlib.Path(sys.argv[1]) / "batches.txt", "a") as file:
-        file.write(digest.hexdigest() + "\\n")
+    for number, batch in enumerate(batches, options["start"]):
+      held = rows(batch)
+      with open(workdir / f"rows-{jax.process_index()}.txt", "a") as file:
+        file.writelines(f"{number} {i} {d}\\n" for i, d in held.items())
       yield batch
-  return real(state, noted(), step, **options)
+  note_debts(f"from-{options['start']}", state)
+  state, end, why = real(state, noted(), step, **options)
+  note_debts(f"to-{end}", state)
+  return state, end, why
 loop.fit = fit
-train.train(json.load(sys.stdin), sys.argv[1])
+with hosts.connected(
+    hosts.place(), connect_timeout_s=120, heartbeat_timeout_s=10):
+  train.train(json.load(sys.stdin), workdir)
 """
 
 
-def start(config, workdir, devices=1):
-  """A process that trains; it writes digests of its batches down."""
+def start(config, workdir, devices=1, **environment):
+  """A process that trains; it writes digests of its rows down."""
   workdir.mkdir(parents=True, exist_ok=True)
   process = subprocess.Popen(
     [sys.executable, "-c", _PROGRAM, str(workdir), str(devices)],
@@ -44,10 +76,33 @@ def start(config, workdir, devices=1):
     stderr=subprocess.PIPE,
     text=True,
     cwd=pathlib.Path(__file__).parents[1],
+    env=os.environ | environment,
   )
   process.stdin.write(json.dumps(config))
   process.stdin.close()
   return process
+
+
+def start_together(config, workdir, count, devices=1):
+  """Processes that train together, as a job manifest starts them."""
+  port = free_port()
+  return [start(config, workdir, devices, **place(port, count, i))
+          for i in range(count)]  # fmt: skip
+
+
+def place(port, count, index):
+  """Variables that tell a process of its job."""
+  return {
+    "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+    "JAX_NUM_PROCESSES": str(count),
+    "JAX_PROCESS_ID": str(index),
+  }
+
+
+def free_port():
+  """A port that was free a moment ago."""
+  with socket.create_server(("", 0)) as server:
+    return server.getsockname()[1]
 
 
 def finish(process):
@@ -84,6 +139,18 @@ def values(workdir):
   ]
 
 
+def held_rows(workdir, process=0):
+  """(step, row of the batch, digest) of a process, in the order read."""
+  text = (workdir / f"rows-{process}.txt").read_text()
+  lines = (line.split() for line in text.splitlines())
+  return [(int(step), int(row), digest) for step, row, digest in lines]
+
+
 def batches(workdir):
-  """Digests of the batches that were read, in order."""
-  return (workdir / "batches.txt").read_text().split()
+  """Digests of the batches that a lone process read, in order."""
+  found = held_rows(workdir)
+  starts = [i for i, (_, row, _) in enumerate(found) if row == 0]
+  return [
+    hashlib.sha256("".join(d for *_, d in found[a:b]).encode()).hexdigest()
+    for a, b in zip(starts, [*starts[1:], len(found)])
+  ]

@@ -142,7 +142,9 @@ def _join(address: str, me: dict[str, Any], timeout_s: float) -> list[str]:
   error: OSError | None = None
   while (left := deadline - time.monotonic()) > 0:
     try:
-      with socket.create_connection((host.strip("[]"), int(port)), left) as peer:
+      with socket.create_connection(
+        (host.strip("[]"), int(port)), left
+      ) as peer:
         _send(peer, me)
         # Process 0 may have begun to wait later than this one.
         peer.settimeout(timeout_s + _SLACK_S)
@@ -160,8 +162,8 @@ def _join(address: str, me: dict[str, Any], timeout_s: float) -> list[str]:
     return answer["hosts"]
   raise RendezvousError(
     f"coordinator_address={address!r}: process 0 did not answer within"
-    f" {timeout_s:g} s ({error}). Is it running there, is the name right, and is"
-    " the port open between the hosts?"
+    f" {timeout_s:g} s ({error}). Is it running there, is the name right, and"
+    " is the port open between the hosts?"
   )
 
 

@@ -1,0 +1,157 @@
+r"""Job descriptions for clusters: a Kubernetes JobSet, or a Slurm script.
+
+  python -m gcp.jobs --kind=jobset --topology=2xv5e:16x16 --name=bert \
+      --config=configs/bert.py:base --workdir=/shared/runs/bert \
+      --image=IMAGE --claim=CLAIM --output=bert.yaml     # kubectl apply -f it
+  python -m gcp.jobs --kind=slurm --topology=h100:32 --name=bert \
+      --config=configs/bert.py:base --workdir=/shared/runs/bert \
+      --partition=gpu --time=24:00:00 --output=bert.sh   # sbatch it
+
+Further arguments go to `bertjax.train`: `-- --config.optim.learning_rate=4e-4`.
+What the topology needs comes from `bertjax.hardware.machines`.
+"""
+
+import dataclasses
+import pathlib
+import re
+import sys
+
+from absl import app, flags
+
+from bertjax import cli, hardware
+from bertjax.hardware.machines import Machine, machine_of
+from bertjax.registry import lookup
+from gcp import jobset, slurm
+
+KINDS = {"jobset": jobset.render, "slurm": slurm.render}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+  """A run of `bertjax.train` on a cluster.
+
+  Attributes:
+    name: of the job, a DNS label.
+    machine: hosts and chips; one process a host.
+    config: of `bertjax.train`.
+    workdir: in a folder that all hosts share.
+    arguments: further ones of `bertjax.train`.
+    max_restarts: after failures; a time limit or preemption under Slurm does
+      not count.
+    grace_s: seconds between the signal and the end, to save in.
+    image: jobset: what the containers run.
+    claim: jobset: persistent volume claim that is mounted at `mount`.
+    bucket: jobset: of Cloud Storage, mounted there instead.
+    mount: jobset: where.
+    service_account: jobset: of the pods.
+    spot: jobset: on GKE's spot nodes.
+    partition: slurm.
+    account: slurm.
+    time: slurm: limit, as D-HH:MM:SS.
+    python: slurm: the interpreter, seen from the folder of submission.
+  """
+
+  name: str
+  machine: Machine
+  config: str
+  workdir: str
+  arguments: tuple[str, ...] = ()
+  max_restarts: int = 20
+  grace_s: int = 120
+  image: str | None = None
+  claim: str | None = None
+  bucket: str | None = None
+  mount: str = "/shared"
+  service_account: str | None = None
+  spot: bool = False
+  partition: str | None = None
+  account: str | None = None
+  time: str | None = None
+  python: str = ".venv/bin/python"
+
+  def __post_init__(self):
+    # Pods add their indices to it, and 63 characters are a host name's.
+    if not re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", self.name):
+      raise ValueError(
+        f"name={self.name!r} must be up to 40 of a-z, 0-9 and -, from a letter"
+        " to a letter or digit."
+      )
+    for field in ("max_restarts", "grace_s"):
+      if (value := getattr(self, field)) < 0:
+        raise ValueError(f"{field}={value} must not be negative.")
+
+  @property
+  def train_arguments(self) -> list[str]:
+    """What `python -m` gets."""
+    return [
+      "bertjax.train",
+      f"--config={self.config}",
+      f"--workdir={self.workdir}",
+      *self.arguments,
+    ]
+
+
+_OF_KIND = {
+  "jobset": ("image", "claim", "bucket", "mount", "service_account", "spot"),
+  "slurm": ("partition", "account", "time", "python"),
+}
+
+
+def _refuse_others(kind: str, given: flags.FlagValues) -> None:
+  for other, names in _OF_KIND.items():
+    for name in names:
+      if other != kind and given[name].present:
+        raise ValueError(f"--{name} is for --kind={other}, not {kind}.")
+
+
+def main(argv: list[str]) -> None:
+  given = flags.FLAGS
+  with cli.clear_errors():
+    for name in ("kind", "topology", "name", "config", "workdir"):
+      if getattr(given, name) is None:
+        raise ValueError(f"--{name} is required.")
+    render = lookup(KINDS, given.kind, "kind")
+    _refuse_others(given.kind, given)
+    cli.check_output("output", given.output)
+    fields = {
+      f.name: given[f.name].value
+      for f in dataclasses.fields(Job)
+      if f.name in given and f.name != "name"
+    }
+    job = Job(
+      name=given.name,
+      machine=machine_of(hardware.parse(given.topology)),
+      arguments=tuple(argv[1:]),
+      **fields,
+    )
+    text = render(job)
+  if given.output is None:
+    sys.stdout.write(text)
+  else:
+    pathlib.Path(given.output).write_text(text, "utf-8")
+
+
+def _define_flags() -> None:
+  flags.DEFINE_enum("kind", None, sorted(KINDS), "What to write.")
+  flags.DEFINE_string("topology", None, "As v5e:4x4, 2xv5e:16x16 or h100:16.")
+  flags.DEFINE_string("name", None, "Of the job.")
+  flags.DEFINE_string("config", None, "Of bertjax.train.")
+  flags.DEFINE_string("workdir", None, "In a folder that all hosts share.")
+  flags.DEFINE_string("output", None, "File to write; by default it prints.")
+  flags.DEFINE_integer("max_restarts", 20, "After failures.")
+  flags.DEFINE_integer("grace_s", 120, "Seconds to save in after a signal.")
+  flags.DEFINE_string("image", None, "Container image.")
+  flags.DEFINE_string("claim", None, "Persistent volume claim to mount.")
+  flags.DEFINE_string("bucket", None, "Cloud Storage bucket to mount.")
+  flags.DEFINE_string("mount", "/shared", "Where.")
+  flags.DEFINE_string("service_account", None, "Of the pods.")
+  flags.DEFINE_bool("spot", False, "On GKE's spot nodes.")
+  flags.DEFINE_string("partition", None, "Of Slurm.")
+  flags.DEFINE_string("account", None, "Of Slurm.")
+  flags.DEFINE_string("time", None, "Limit, as 24:00:00.")
+  flags.DEFINE_string("python", ".venv/bin/python", "The interpreter.")
+
+
+if __name__ == "__main__":
+  _define_flags()
+  app.run(main)
