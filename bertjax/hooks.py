@@ -7,6 +7,7 @@ own, `when(step) -> bool`, separate from what runs.
 """
 
 import dataclasses
+import itertools
 import os
 import signal
 import threading
@@ -22,6 +23,9 @@ from jax.experimental import multihost_utils
 from bertjax.checkpoint import Checkpointer
 
 When = Callable[[int], bool]
+
+# Of all guards of this process: a step may come again in the next stage.
+_asks = itertools.count()
 
 
 def agreed(flag: bool) -> bool:
@@ -304,14 +308,15 @@ class PreemptionGuard:
       return None
     return signal.Signals(self._received).name
 
-  def requested(self, step: int = 0) -> bool:
-    """Whether to stop before `step`, for a signal that any process got.
+  def requested(self) -> bool:
+    """Whether to stop before this step, for a signal that any process got.
 
-    Every process must ask before each step. No device is waited for.
+    Every process must ask before each step. No device is waited for: JAX makes
+    all of them stop at the ask after the last one that any has made.
     """
     if jax.process_count() == 1:
       return self._received is not None
-    return multihost_utils.reached_preemption_sync_point(step)
+    return multihost_utils.reached_preemption_sync_point(next(_asks))
 
   def _handle(self, number: int, frame: Any) -> None:
     del frame

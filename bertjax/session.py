@@ -112,7 +112,7 @@ class Session:
 
   def stop(self, step: int) -> str | None:
     """Why to stop before `step`, or None."""
-    if self._guard.requested(step):
+    if self._guard.requested():
       return INTERRUPTED
     if step >= self._last:
       return f"{step} steps are done"

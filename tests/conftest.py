@@ -40,6 +40,7 @@ flags.FLAGS.mark_as_parsed()
 _LONGEST = (
   "train_test.py",
   "backends_test.py",
+  "hosts_test.py",
   "fine_tune_test.py",
   "tpu_kernels_test.py",
   "configs_test.py",

@@ -16,7 +16,7 @@ TIMES = ("step_time_s", "tokens_per_s", "slots_per_s", "mfu")
 # Runs the config it reads from standard input, with batches written down, and
 # what the workers of a compressed optimizer owe each other.
 _PROGRAM = """
-import hashlib, json, pathlib, sys
+import hashlib, json, os, pathlib, sys
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
@@ -29,13 +29,12 @@ real = loop.fit
 def rows(batch):
   found = {}
   for name in sorted(batch):
-    for shard in batch[name].addressable_shards:
-      for i, row in enumerate(np.asarray(shard.data)):
-        digest = found.setdefault(
-          (shard.index[0].start or 0) + i, hashlib.sha256())
-        if shard.replica_id == 0 or jax.process_count() > 1:
-          digest.update(name.encode() + row.tobytes())
-  return {i: digest.hexdigest() for i, digest in sorted(found.items())}
+    held = {shard.index[0].start or 0: np.asarray(shard.data)
+            for shard in batch[name].addressable_shards}
+    for start in sorted(held):
+      for i, row in enumerate(held[start], start):
+        found.setdefault(i, hashlib.sha256()).update(row.tobytes())
+  return {i: digest.hexdigest() for i, digest in found.items()}
 def debts(state):
   is_error = lambda x: isinstance(x, ErrorFeedback)
   for node in jax.tree.leaves(state.opt_state, is_leaf=is_error):
@@ -60,6 +59,8 @@ def fit(state, batches, step, **options):
   note_debts(f"to-{end}", state)
   return state, end, why
 loop.fit = fit
+if "UNREPORTED" in os.environ:  # plots cost more than the steps
+  train.report.write_report = lambda *args, **options: None
 with hosts.connected(
     hosts.place(), connect_timeout_s=120, heartbeat_timeout_s=10):
   train.train(json.load(sys.stdin), workdir)
@@ -83,11 +84,13 @@ def start(config, workdir, devices=1, **environment):
   return process
 
 
-def start_together(config, workdir, count, devices=1):
+def start_together(config, workdir, count, devices=1, **environment):
   """Processes that train together, as a job manifest starts them."""
   port = free_port()
-  return [start(config, workdir, devices, **place(port, count, i))
-          for i in range(count)]  # fmt: skip
+  return [
+    start(config, workdir, devices, **environment, **place(port, count, i))
+    for i in range(count)
+  ]
 
 
 def place(port, count, index):

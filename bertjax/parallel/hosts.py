@@ -84,7 +84,10 @@ def connected(
         where.process_id,
         connect_timeout_s,
       )
-    _initialize(where, connect_timeout_s, heartbeat_timeout_s)
+    found = _initialize(where, connect_timeout_s, heartbeat_timeout_s)
+  if not found:
+    yield
+    return
   print(
     f"Process {jax.process_index()} of {jax.process_count()}:"
     f" {jax.local_device_count()} of {jax.device_count()} devices.",
@@ -106,18 +109,34 @@ def connected(
   jax.distributed.shutdown()
 
 
-def _initialize(where: Place, connect_timeout_s: int, heartbeat_timeout_s: int):
+def _initialize(
+  where: Place, connect_timeout_s: int, heartbeat_timeout_s: int
+) -> bool:
+  """Connects; False on a TPU machine that knows nothing of other hosts."""
   on_platform = where.coordinator_address is None
-  jax.distributed.initialize(
-    coordinator_address=where.coordinator_address,
-    num_processes=where.num_processes,
-    process_id=where.process_id,
-    local_device_ids=where.local_device_ids,
-    # What `launchers` found is complete; JAX would show one GPU to a task.
-    cluster_detection_method=None if on_platform else "deactivate",
-    initialization_timeout=connect_timeout_s,
-    heartbeat_timeout_seconds=heartbeat_timeout_s,
-  )
+  try:
+    jax.distributed.initialize(
+      coordinator_address=where.coordinator_address,
+      num_processes=where.num_processes,
+      process_id=where.process_id,
+      local_device_ids=where.local_device_ids,
+      # What `launchers` found is complete; JAX would show one GPU to a task.
+      cluster_detection_method=None if on_platform else "deactivate",
+      initialization_timeout=connect_timeout_s,
+      heartbeat_timeout_seconds=heartbeat_timeout_s,
+    )
+  except (ValueError, OSError) as err:
+    # Neither GKE's variables nor Google's metadata server, as in notebooks.
+    if not on_platform:
+      raise
+    first_line = str(err).splitlines()[0][:200]
+    print(
+      f"This machine's TPU names no other host ({first_line}); it is taken for"
+      " the only one.",
+      file=sys.stderr,
+    )
+    return False
+  return True
 
 
 @contextlib.contextmanager
@@ -218,6 +237,8 @@ def _watch(done: threading.Event) -> None:
         file=sys.stderr,
         flush=True,
       )
+      if jax.process_index() == 0:
+        time.sleep(2 * _WATCH_S)
       _leave()
 
 
