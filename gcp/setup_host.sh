@@ -9,6 +9,7 @@ export DEBIAN_FRONTEND=noninteractive
 
 apt_install() {
   # A new machine is still upgrading itself.
+  sudo apt-get -o DPkg::Lock::Timeout=600 update -qq
   sudo apt-get -o DPkg::Lock::Timeout=600 install -y -qq "$@"
 }
 
@@ -34,7 +35,6 @@ if [[ -n $bucket ]] && ! mountpoint -q "$mount"; then
     curl -fsSL "$source/doc/apt-key.gpg" | sudo tee "$key" > /dev/null
     echo "deb [signed-by=$key] $source gcsfuse-$(lsb_release -cs) main" \
       | sudo tee /etc/apt/sources.list.d/gcsfuse.list > /dev/null
-    sudo apt-get update -qq
     apt_install gcsfuse
   fi
   sudo mkdir -p "$mount"

@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import pathlib
+import socket
 import sys
 import threading
 import time
@@ -73,27 +74,11 @@ def connected(
   ):
     if value < 1:
       raise ValueError(f"{name}={value} must be at least 1.")
-  if where is None:
+  if where is None or not _connect(
+    where, connect_timeout_s, heartbeat_timeout_s
+  ):
     yield
     return
-  with _told_if_slow(where):
-    if where.coordinator_address is not None:
-      rendezvous.meet(
-        where.coordinator_address,
-        where.num_processes,
-        where.process_id,
-        connect_timeout_s,
-      )
-    found = _initialize(where, connect_timeout_s, heartbeat_timeout_s)
-  if not found:
-    yield
-    return
-  print(
-    f"Process {jax.process_index()} of {jax.process_count()}:"
-    f" {jax.local_device_count()} of {jax.device_count()} devices.",
-    file=sys.stderr,
-    flush=True,
-  )
   global _expected
   _expected = expected
   done = threading.Event()
@@ -107,6 +92,30 @@ def connected(
     done.set()
     watcher.join()
   jax.distributed.shutdown()
+
+
+def _connect(
+  where: Place, connect_timeout_s: int, heartbeat_timeout_s: int
+) -> bool:
+  """Meets the others; False if there turn out to be none."""
+  with _told_if_slow(where):
+    if where.coordinator_address is not None:
+      rendezvous.meet(
+        where.coordinator_address,
+        where.num_processes,
+        where.process_id,
+        connect_timeout_s,
+      )
+    if not _initialize(where, connect_timeout_s, heartbeat_timeout_s):
+      return False
+  print(
+    f"Process {jax.process_index()} of {jax.process_count()} on"
+    f" {socket.gethostname()}: {jax.local_device_count()} of"
+    f" {jax.device_count()} devices.",
+    file=sys.stderr,
+    flush=True,
+  )
+  return True
 
 
 def _initialize(

@@ -125,7 +125,9 @@ class TwoProcessesTest(_Runs):
     self.assertIn("[MASK]", report)
     self.assertIn("step 60/60", self.ended[0])
     for line in self.ended[1].splitlines():
-      self.assertRegex(line, r"^(\[Gloo\]|Process 1 of 2: 1 of 2 devices)")
+      self.assertRegex(
+        line, r"^(\[Gloo\]|Process 1 of 2 on .*: 1 of 2 devices)"
+      )
 
 
 class ConnectedTest(parameterized.TestCase):
