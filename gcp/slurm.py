@@ -17,8 +17,8 @@ _BODY = """
 set -euo pipefail
 cd "${{SLURM_SUBMIT_DIR:?}}"
 
-first=$(scontrol show hostnames "${{SLURM_JOB_NODELIST:?}}" | head -n 1)
-export JAX_COORDINATOR_ADDRESS="$first:{port}"
+nodes=$(scontrol show hostnames "${{SLURM_JOB_NODELIST:?}}")
+export JAX_COORDINATOR_ADDRESS="${{nodes%%$'\\n'*}}:{port}"
 
 # Slurm warns this script of the limit, and this script the tasks.
 limit=0

@@ -242,7 +242,9 @@ class SlurmTest(parameterized.TestCase):
       f"while [ ! -e {self.folder}/cancelled ]; do sleep 0.05; done\nexit 143",
       restarts=99,
     )
+    deadline = time.monotonic() + 30
     while not (self.folder / "started").exists():
+      self.assertLess(time.monotonic(), deadline)
       time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)
     self.assertEqual(process.wait(), 143)
