@@ -1,9 +1,11 @@
 """The device mesh: one helper, four named axes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 AXES = ("data", "fsdp", "model", "seq")
@@ -24,10 +26,12 @@ def make_mesh(
     fsdp: shards of the batch that also shard the parameters.
     model: shards of heads, feed-forward width and vocabulary.
     seq: shards of the sequence length.
-    devices: what to lay out. One axis may be -1: whatever is left.
+    devices: what to lay out. One axis may be -1: whatever is left. Slices of
+      TPUs, between which the network is slow, part "data", or else "fsdp".
 
   Raises:
-    ValueError: the axes do not multiply to the number of devices.
+    ValueError: the axes do not multiply to the number of devices, or the slices
+      divide neither data nor fsdp.
   """
   devices = list(jax.devices() if devices is None else devices)
   sizes = dict(zip(AXES, (data, fsdp, model, seq)))
@@ -46,9 +50,31 @@ def make_mesh(
       f" must multiply to {len(devices)} (or leave one at -1 and make the"
       f" others divide {len(devices)})."
     )
-  return jax.make_mesh(
-    tuple(sizes.values()),
-    AXES,
-    axis_types=(AxisType.Auto,) * len(AXES),
-    devices=devices,
+  shape, axis_types = tuple(sizes.values()), (AxisType.Auto,) * len(AXES)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
+  return Mesh(_over_slices(sizes, slices, devices), AXES, axis_types=axis_types)
+
+
+def _over_slices(
+  sizes: Mapping[str, int], slices: int, devices: Sequence[jax.Device]
+) -> np.ndarray:
+  """The devices of several slices; the outermost steps of an axis are slices.
+
+  `jax.make_mesh` refuses them.
+  """
+  outer = [name for name in ("data", "fsdp") if sizes[name] % slices == 0]
+  if not outer:
+    raise ValueError(
+      f"mesh: data={sizes['data']}, fsdp={sizes['fsdp']}: the {slices} slices"
+      " of TPUs must divide one of them, for the network between slices is too"
+      " slow for the other axes."
+    )
+  across = {name: slices if name == outer[0] else 1 for name in sizes}
+  return mesh_utils.create_hybrid_device_mesh(
+    [sizes[name] // across[name] for name in sizes],
+    list(across.values()),
+    devices,
+    allow_split_physical_axes=True,
   )

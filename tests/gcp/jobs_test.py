@@ -16,7 +16,7 @@ from bertjax import hardware
 from bertjax.hardware.machines import machine_of
 from bertjax.parallel import launchers
 from gcp import jobs, jobset, slurm
-from tests.gcp.standins import Commands
+from tests.gcp.standins import SHELLCHECK, Commands
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _SCHEMA = yaml.safe_load(
@@ -200,7 +200,7 @@ class SlurmTest(parameterized.TestCase):
 
   def test_bash_and_shellcheck_find_nothing(self):
     subprocess.run(["bash", "-n", self.script], check=True)
-    subprocess.run(["shellcheck", self.script], check=True)
+    subprocess.run([SHELLCHECK, self.script], check=True)
     for line in self.script.read_text().splitlines():
       if line.startswith("#SBATCH"):
         self.assertRegex(line, r"^#SBATCH --[a-z-]+(=\S+)?$")

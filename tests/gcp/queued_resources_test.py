@@ -15,7 +15,7 @@ from bertjax import hardware
 from bertjax.hardware.machines import machine_of
 from gcp import tpu as tpu_lib
 from gcp.tpu import State, Tpu
-from tests.gcp.standins import Commands
+from tests.gcp.standins import SHELLCHECK, Commands
 
 _ROOT = pathlib.Path(__file__).parents[2]
 # `gcloud compute tpus queued-resources COMMAND --help`, of those used.
@@ -180,7 +180,7 @@ class SetupTest(absltest.TestCase):
 
   def test_shellcheck(self):
     script = _ROOT / "gcp" / "setup_host.sh"
-    subprocess.run(["shellcheck", script], check=True)
+    subprocess.run([SHELLCHECK, script], check=True)
 
 
 class WatchTest(parameterized.TestCase):

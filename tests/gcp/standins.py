@@ -1,9 +1,11 @@
 """Commands on PATH that write down how they were called."""
 
-import json
 import os
 import pathlib
+import sys
 from unittest import mock
+
+SHELLCHECK = pathlib.Path(sys.executable).with_name("shellcheck")
 
 
 class Commands:
@@ -11,24 +13,23 @@ class Commands:
 
   def __init__(self, folder: pathlib.Path):
     self.folder = folder
-    self._log = folder / "calls.jsonl"
+    self._log = folder / "calls"
     (folder / "bin").mkdir(parents=True)
 
   def add(self, name: str, body: str = "") -> None:
     """A command that notes its arguments, then runs `body` (bash)."""
     path = self.folder / "bin" / name
-    path.write_text(
-      "#!/bin/bash\n"
-      f"python3 -c 'import json, sys; print(json.dumps(sys.argv[1:]))'"
-      f' {name} "$@" >> "{self._log}"\n{body}\n'
-    )
+    # Separators of units and records: arguments may have several lines.
+    note = f"printf '%s\\x1f' {name} \"$@\"; printf '\\x1e'"
+    path.write_text(f'#!/bin/bash\n{{ {note}; }} >> "{self._log}"\n{body}\n')
     path.chmod(0o755)
 
   def calls(self) -> list[list[str]]:
     """Command and arguments of all calls, in order."""
     if not self._log.exists():
       return []
-    return [json.loads(line) for line in self._log.read_text().splitlines()]
+    records = self._log.read_text().split("\x1e")[:-1]
+    return [record.split("\x1f")[:-1] for record in records]
 
   def environment(self, **more: str) -> dict[str, str]:
     path = f"{self.folder / 'bin'}:{os.environ['PATH']}"

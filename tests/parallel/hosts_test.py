@@ -116,28 +116,36 @@ class TwoProcessesTest(_Runs):
       )
 
 
-# Collectives without end, to see what becomes of them.
-_COLLECTIVES = """
+# Programs without a model, which start in a second.
+_LIGHT = """
+import pathlib, sys
 import jax, numpy as np
 jax.config.update("jax_platforms", "cpu")
 from jax.experimental import multihost_utils
 from bertjax.parallel import hosts
+hosts._SHARED_S = 1.0
 with hosts.connected(
     hosts.place(), connect_timeout_s=60, heartbeat_timeout_s=5):
+"""
+_COLLECTIVES = """
   for i in range(10**6):
     multihost_utils.process_allgather(np.int32(i))
     if i == 9 and hosts.is_first():
       print("under way", flush=True)
 """
+_SHARED = """
+  hosts.check_shared(pathlib.Path(sys.argv[1]))
+  hosts.wait_for_all()
+"""
 
 
-class KillTest(parameterized.TestCase):
-  @parameterized.parameters(0, 1)
-  def test_the_other_process_ends_soon_with_a_reason(self, victim):
+class LightTest(parameterized.TestCase):
+  def _start(self, body, *arguments):
+    """Two processes; each gets one of the arguments."""
     port = processes.free_port()
     group = [
       subprocess.Popen(
-        [sys.executable, "-c", _COLLECTIVES],
+        [sys.executable, "-c", _LIGHT + body, *arguments[i : i + 1]],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -146,17 +154,39 @@ class KillTest(parameterized.TestCase):
       )
       for i in range(2)
     ]
-    self.assertEqual(group[0].stdout.readline(), "under way\n")
+    for process in group:
+      self.addCleanup(process.stdout.close)
+    return group
+
+  @parameterized.parameters(0, 1)
+  def test_after_a_kill_the_other_process_ends_soon_with_a_reason(self, victim):
+    group = self._start(_COLLECTIVES)
+    for line in group[0].stdout:  # Gloo talks, too
+      if line == "under way\n":
+        break
     group[victim].kill()
     errors, seconds = _ends(group)
-    for process in group:
-      process.stdout.close()
     self.assertLess(seconds, 30)  # five are given, on a machine with no load
     self.assertNotEqual(group[1 - victim].returncode, 0)
     # Its own line, or that of JAX's C++ when the coordinator is gone.
     self.assertRegex(
       errors[1 - victim], "another process is gone|another task died"
     )
+
+  def test_a_folder_that_only_one_process_sees_is_refused(self):
+    root = pathlib.Path(self.create_tempdir())
+    group = self._start(_SHARED, root / "mine", root / "yours")
+    errors, _ = _ends(group)
+    self.assertEqual([p.returncode for p in group], [1, 1])
+    for said in errors:
+      self.assertRegex(said, "yours: process 1 does not see .*all hosts share")
+
+  def test_a_shared_folder_is_left_empty(self):
+    root = pathlib.Path(self.create_tempdir()) / "new"
+    group = self._start(_SHARED, root, root)
+    errors, _ = _ends(group)
+    self.assertEqual([p.returncode for p in group], [0, 0], errors)
+    self.assertEmpty(list(root.iterdir()))
 
 
 class ConnectedTest(parameterized.TestCase):

@@ -1,7 +1,10 @@
 import jax
+import numpy as np
 from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 
+from bertjax import hardware
+from bertjax.hardware import topologies
 from bertjax.parallel import mesh as mesh_lib
 from bertjax.parallel import sharding
 
@@ -22,6 +25,27 @@ class MeshTest(parameterized.TestCase):
   def test_a_mesh_that_does_not_fit_is_refused(self, sizes, message):
     with self.assertRaisesRegex(ValueError, message):
       mesh_lib.make_mesh(**sizes)
+
+  @parameterized.parameters(
+    (dict(fsdp=4), (2, 4, 1, 1), "data"),
+    (dict(fsdp=2, model=2), (2, 2, 2, 1), "data"),
+    (dict(data=1, fsdp=-1, model=2), (1, 4, 2, 1), "fsdp"),
+  )
+  def test_slices_part_an_axis_of_the_batch(self, sizes, shape, axis):
+    topology = hardware.parse("2xv5e:2x2")
+    devices = topologies.devices(topology)
+    mesh = mesh_lib.make_mesh(**sizes, devices=devices)
+    self.assertEqual(mesh.devices.shape, shape)
+    self.assertCountEqual(mesh.devices.flat, devices)
+    halves = np.split(mesh.devices, 2, mesh_lib.AXES.index(axis))
+    for number, half in enumerate(halves):
+      self.assertEqual({d.slice_index for d in half.flat}, {number})
+    self.assertTrue(all("Auto" in str(t) for t in mesh.axis_types))
+
+  def test_slices_that_divide_no_axis_of_the_batch_are_refused(self):
+    devices = topologies.devices(hardware.parse("2xv5e:2x2"))
+    with self.assertRaisesRegex(ValueError, "data=1, fsdp=1: the 2 slices"):
+      mesh_lib.make_mesh(model=8, devices=devices)
 
   def test_a_dimension_that_does_not_divide_is_named(self):
     mesh = mesh_lib.make_mesh(model=4)
