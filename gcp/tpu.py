@@ -215,7 +215,9 @@ class Tpu:
     said = self._ssh(
       f"s=$(cat {_STATUS} 2>/dev/null || echo none);"
       f' if [ "$s" = {_RUNNING} ] && ! kill -0 -- "-$(cat {_PID})" 2>/dev/null;'
-      " then s=lost; fi; echo status=$s"
+      # It may have ended just now, and noted it.
+      f' then s=$(cat {_STATUS}); [ "$s" != {_RUNNING} ] || s=lost; fi;'
+      " echo status=$s"
     )
     return [
       line.removeprefix("status=")

@@ -4,10 +4,11 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import time
 
 from absl.testing import absltest
 
-from tests import optimized, tiny
+from tests import optimized, processes, tiny
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _CONFIG = """
@@ -104,6 +105,24 @@ class CommandsTest(absltest.TestCase):
     self.assertEqual(done.returncode, 1)
     self.assertNotIn("Traceback", done.stderr)
     self.assertRegex(done.stderr, "Error: optim.name='lamp' is unknown")
+
+  def test_a_coordinator_that_does_not_answer_is_one_line(self):
+    begin = time.monotonic()
+    done = _run(
+      "bertjax.train",
+      f"--config={self.config}",
+      f"--workdir={self.root / 'alone'}",
+      f"--coordinator_address=localhost:{processes.free_port()}",
+      "--num_processes=2",
+      "--process_id=1",
+      "--connect_timeout_s=1",
+    )
+    self.assertEqual(done.returncode, 1)
+    self.assertNotIn("Traceback", done.stderr)
+    self.assertRegex(
+      done.stderr, "Error: coordinator_address=.*process 0 did not answer"
+    )
+    self.assertLess(time.monotonic() - begin, 60)
 
   def test_imports_are_light(self):
     program = (

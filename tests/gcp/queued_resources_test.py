@@ -137,7 +137,11 @@ class HostsTest(absltest.TestCase):
     self._wait_for("7")
 
   def test_stop_lets_the_run_save_and_notes_its_status(self):
-    self._launch("trap 'sleep 0.3; exit 143' TERM; sleep 60 & wait")
+    self._launch(
+      "trap 'sleep 0.3; exit 143' TERM; touch ready; sleep 60 & wait"
+    )
+    while not (self.home / "bertjax" / "ready").exists():
+      time.sleep(0.05)
     self.tpu.stop()
     self._wait_for("143")
 
