@@ -24,6 +24,7 @@ from bertjax import loop, train
 from bertjax.parallel import elastic, hosts
 from bertjax.parallel.error_feedback import ErrorFeedback
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 workdir = pathlib.Path(sys.argv[1])
 real = loop.fit
 def rows(batch):
@@ -39,10 +40,13 @@ def debts(state):
   is_error = lambda x: isinstance(x, ErrorFeedback)
   for node in jax.tree.leaves(state.opt_state, is_leaf=is_error):
     if is_error(node):
-      node = hosts.whole(node)
-      return jax.tree.leaves(jax.tree.map(
-        lambda e, d: e.mean(0) + elastic.joined_servers(d, e.shape[1:]),
-        jax.device_get(node.worker.tree), jax.device_get(node.server)))
+      mesh = jax.tree.leaves(node)[0].sharding.mesh
+      owed = jax.jit(
+        lambda node: jax.tree.map(
+          lambda e, d: e.mean(0) + elastic.joined_servers(d, e.shape[1:]),
+          node.worker.tree, node.server),
+        out_shardings=NamedSharding(mesh, PartitionSpec()))
+      return [np.asarray(x) for x in jax.tree.leaves(owed(node))]
 def note_debts(name, state):
   owed = debts(state)
   if owed is not None and hosts.is_first():

@@ -1,1 +1,1 @@
-"""Meshes, sharding rules and collectives."""
+"""Meshes, sharding rules, collectives, and the processes of a run."""
