@@ -101,7 +101,8 @@ def pseudo_perplexity(
     # Every process reads all of the few rows, for how many copies they give is
     # known only then, and all processes must make the same passes.
     left = num_rows
-    for batch in data.dataset(split).evaluation_batches(data.batch_size):
+    whole = data.dataset(split).evaluation_batches(data.batch_size, None, 0, 1)
+    for batch in whole:
       batch = dict(batch, tokens=original_tokens(batch))
       for i in range(min(left, len(batch["tokens"]))):
         if (batch["segment_ids"][i] > 0).any():
