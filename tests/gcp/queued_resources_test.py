@@ -16,7 +16,7 @@ from absl.testing import absltest, parameterized
 from bertjax import hardware
 from bertjax.hardware.machines import machine_of
 from gcp import tpu as tpu_lib
-from gcp.tpu import State, Tpu
+from gcp.queued_resource import GcloudError, State, Tpu
 from tests.gcp.standins import SHELLCHECK, Commands
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -268,11 +268,11 @@ class WatchTest(parameterized.TestCase):
     self.assertEqual(self._actions(), ["launch"] * 2)
 
   def test_hosts_that_never_answer_end_it(self):
-    with self.assertRaisesRegex(tpu_lib.GcloudError, "ended with status 1"):
+    with self.assertRaisesRegex(GcloudError, "ended with status 1"):
       self._watch(["ACTIVE"], ["!ssh: no route"])
 
   def test_other_errors_of_gcloud_delete_nothing(self):
-    with self.assertRaisesRegex(tpu_lib.GcloudError, "PERMISSION_DENIED"):
+    with self.assertRaisesRegex(GcloudError, "PERMISSION_DENIED"):
       self._watch(["!PERMISSION_DENIED: not yours"], ["none"])
     self.assertEqual(self._actions(), [])
 
