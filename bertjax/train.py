@@ -30,7 +30,7 @@ from bertjax import experiment as experiment_lib
 from bertjax.config import Settings, settings, stage_configs
 from bertjax.experiment import Experiment
 from bertjax.hooks import Stopwatch
-from bertjax.parallel import hosts
+from bertjax.parallel import agreement, hosts
 from bertjax.records import flat, write_json
 from bertjax.session import INTERRUPTED, Session
 
@@ -161,15 +161,15 @@ def run(
   interrupted = end == INTERRUPTED
   if not interrupted:
     _report(experiment, workdir, state)
-  hosts.wait_for_all()  # the next stage reads what process 0 wrote
+  agreement.wait_for_all()  # the next stage reads what process 0 wrote
   return Result(state, step, reason, metrics, interrupted, watch.elapsed_s())
 
 
 def _check_together(experiment: Experiment, workdir: pathlib.Path) -> None:
   """Refuses processes that would train something else, or elsewhere."""
-  hosts.agree("config", dict(flat(experiment.settings.to_json())))
+  agreement.agree("config", dict(flat(experiment.settings.to_json())))
   data = experiment.data
-  hosts.agree(
+  agreement.agree(
     "data",
     {
       # Trained on each host alone, pieces of one count may be ordered anyhow.
@@ -177,7 +177,7 @@ def _check_together(experiment: Experiment, workdir: pathlib.Path) -> None:
       "rows": data.dataset().fingerprint(),
     },
   )
-  hosts.check_shared(workdir)
+  agreement.check_shared(workdir)
 
 
 def _health(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float]:

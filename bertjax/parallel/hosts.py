@@ -9,15 +9,13 @@ end within seconds and say why; should one vanish, within `heartbeat_timeout_s`.
 """
 
 import contextlib
-import json
 import os
-import pathlib
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -31,13 +29,9 @@ from bertjax.parallel.launchers import Place
 _FAILED = "bertjax/failed/"  # + process -> why, in the coordinator's store
 _WATCH_S = 1.0
 _NOTE_S = 30.0  # silence after which a person wonders
-# Of an answer that only waits for others to get there; heartbeats bound it.
-_LONG_MS = 24 * 3600 * 1000
-_SHARED_S = 60.0  # NFS may hide a new file for as long
 
 # Errors whose message says it all; None outside of `connected`.
 _expected: tuple[type[Exception], ...] | None = None
-_agreements = 0
 
 
 def place(**given: Any) -> Place | None:
@@ -190,7 +184,7 @@ def failing_together() -> Iterator[None]:
 
 
 def _end(err: BaseException, expected: tuple[type[Exception], ...]) -> None:
-  client, me, reason = _client(), jax.process_index(), _reason(err)
+  store, me, reason = client(), jax.process_index(), _reason(err)
   if isinstance(err, expected) or _lost_contact(str(err)):
     logging.debug("Traceback:", exc_info=True)
   else:
@@ -198,7 +192,7 @@ def _end(err: BaseException, expected: tuple[type[Exception], ...]) -> None:
   print(f"Error on process {me}: {reason}", file=sys.stderr, flush=True)
   # The coordinator may be what is gone.
   with contextlib.suppress(Exception):
-    client.key_value_set(f"{_FAILED}{me}", reason)
+    store.key_value_set(f"{_FAILED}{me}", reason)
     if me == 0:
       time.sleep(2 * _WATCH_S)  # its end would hide the reason from the others
   _leave()
@@ -226,11 +220,11 @@ def _lost_contact(text: str) -> bool:
 def _watch(done: threading.Event) -> None:
   """Ends this process when another one has said that it failed."""
   while not done.wait(_WATCH_S):
-    client = _client()
-    if client is None:
+    store = client()
+    if store is None:
       return
     try:
-      failed = client.key_value_dir_get(_FAILED)
+      failed = store.key_value_dir_get(_FAILED)
     except Exception:  # JAX itself ends a process that lost the coordinator
       continue
     others = [
@@ -257,7 +251,7 @@ def _leave() -> None:
   os._exit(1)
 
 
-def _client() -> Any:
+def client() -> Any:
   """The coordinator's key-value store, barriers included; None: no peers.
 
   JAX has no public name for it; Orbax takes it from here as well.
@@ -265,84 +259,6 @@ def _client() -> Any:
   from jax._src import distributed
 
   return distributed.global_state.client
-
-
-# -- agreeing ----------------------------------------------------------------
-
-
-def agree(what: str, facts: Mapping[str, Any]) -> None:
-  """Refuses to go on where a process has other facts than process 0.
-
-  Args:
-    what: is compared, for the message.
-    facts: JSON values by name; called by every process, in the same order.
-
-  Raises:
-    ValueError: naming what differs, on the process where it does.
-  """
-  global _agreements
-  client = _client()
-  if client is None or jax.process_count() == 1:
-    return
-  _agreements += 1
-  key = f"bertjax/agreed/{_agreements}"
-  mine = json.loads(json.dumps(facts))
-  if jax.process_index() == 0:
-    client.key_value_set(key, json.dumps(mine))
-    return
-  theirs = json.loads(client.blocking_key_value_get(key, _LONG_MS))
-  different = [
-    f"{name}: {mine.get(name)!r} here, {theirs.get(name)!r} on process 0"
-    for name in sorted({*mine, *theirs})
-    if mine.get(name) != theirs.get(name)
-  ]
-  if different:
-    raise ValueError(
-      f"{what}: process {jax.process_index()} differs from process 0"
-      f" ({'; '.join(different[:3])}). Run the same command with the same files"
-      " on every host."
-    )
-
-
-def check_shared(folder: pathlib.Path) -> None:
-  """Makes `folder`, and refuses one that not every process sees.
-
-  Raises:
-    ValueError: on a process that does not see what process 0 wrote.
-  """
-  global _agreements
-  client = _client()
-  if client is None or jax.process_count() == 1:
-    return
-  _agreements += 1
-  key = f"bertjax/shared/{_agreements}"
-  if jax.process_index() == 0:
-    folder.mkdir(parents=True, exist_ok=True)
-    sign = folder / f".shared-{os.getpid()}-{time.time_ns()}"
-    sign.touch()
-    client.key_value_set(key, sign.name)
-  name = client.blocking_key_value_get(key, _LONG_MS)
-  deadline = time.monotonic() + _SHARED_S
-  while not (folder / name).exists():
-    if time.monotonic() > deadline:
-      raise ValueError(
-        f"workdir={folder}: process {jax.process_index()} does not see what"
-        " process 0 wrote there. Name a folder on a file system that all hosts"
-        " share."
-      )
-    time.sleep(0.1)
-  client.wait_at_barrier(f"{key}/seen", _LONG_MS)
-  if jax.process_index() == 0:
-    sign.unlink()
-
-
-def wait_for_all() -> None:
-  """Until every process is here, and with it what process 0 writes to disk."""
-  global _agreements
-  client = _client()
-  if client is not None and jax.process_count() > 1:
-    _agreements += 1
-    client.wait_at_barrier(f"bertjax/all/{_agreements}", _LONG_MS)
 
 
 # -- what one process does for all -------------------------------------------

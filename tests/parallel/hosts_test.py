@@ -122,8 +122,8 @@ import pathlib, sys
 import jax, numpy as np
 jax.config.update("jax_platforms", "cpu")
 from jax.experimental import multihost_utils
-from bertjax.parallel import hosts
-hosts._SHARED_S = 1.0
+from bertjax.parallel import agreement, hosts
+agreement._SHARED_S = 1.0
 with hosts.connected(
     hosts.place(), connect_timeout_s=60, heartbeat_timeout_s=5):
 """
@@ -134,8 +134,8 @@ _COLLECTIVES = """
       print("under way", flush=True)
 """
 _SHARED = """
-  hosts.check_shared(pathlib.Path(sys.argv[1]))
-  hosts.wait_for_all()
+  agreement.check_shared(pathlib.Path(sys.argv[1]))
+  agreement.wait_for_all()
 """
 
 
