@@ -229,7 +229,7 @@ class ConnectedTest(parameterized.TestCase):
 class OtherRunsTest(_Runs):
   def test_a_model_axis_across_processes_and_a_signal_to_one_of_them(self):
     config = self.config_of(
-      mesh=dict(model=2), stop=dict(steps=2000), evals=dict()
+      mesh=dict(model=2), stop=dict(steps=400), evals=dict()
     )
     workdir = self.root / "model"
     group = processes.start_together(config, workdir, count=2)
