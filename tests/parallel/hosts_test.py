@@ -61,7 +61,7 @@ class _Runs(absltest.TestCase):
 
 
 class TwoProcessesTest(_Runs):
-  """A run of two, one of which is killed, and again to the end."""
+  """A run of two, one of which is killed; of one; and of two to the end."""
 
   @classmethod
   def setUpClass(cls):
@@ -82,6 +82,10 @@ class TwoProcessesTest(_Runs):
     processes.wait_for_step(group[0], cls.together, 6)
     group[1].kill()
     _ends(group)
+    between = processes.start(config, cls.together, devices=2)
+    processes.wait_for_step(between, cls.together, 10)
+    between.send_signal(signal.SIGTERM)
+    processes.finish(between)
     cls.ended = _finish(processes.start_together(config, cls.together, count=2))
 
   def test_every_value_is_that_of_one_process(self):
@@ -90,18 +94,18 @@ class TwoProcessesTest(_Runs):
       processes.values(self.together), processes.values(self.alone)
     )
     self.assertIn("pseudo/pseudo_perplexity", processes.rows(self.alone)[-1])
-    self.assertRegex(self.ended[0], r"Resuming at step (4|8|12|16|20)\.")
     a, b = load_params(self.together)[0], load_params(self.alone)[0]
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
   def test_each_process_reads_its_half_of_the_same_rows(self):
-    halves = [processes.held_rows(self.together, i) for i in (0, 1)]
-    for half, wanted in zip(halves, (range(4), range(4, 8))):
-      self.assertEqual({row for _, row, _ in half}, set(wanted))
+    read = [processes.held_rows(self.together, i) for i in (0, 1)]
     # What the kill undid was read twice, and the same again.
-    self.assertEqual(
-      {*halves[0], *halves[1]}, {*processes.held_rows(self.alone)}
-    )
+    self.assertEqual({*read[0], *read[1]}, {*processes.held_rows(self.alone)})
+    last = int(re.search(r"Resuming at step (\d+)\.", self.ended[0])[1])
+    self.assertBetween(last, 10, 23)
+    for held, wanted in zip(read, (range(4), range(4, 8))):
+      rows = {row for step, row, _ in held if step >= last}
+      self.assertEqual(rows, set(wanted))
 
   def test_process_0_alone_writes_and_talks(self):
     names = {p.name for p in self.together.iterdir()}
@@ -286,27 +290,22 @@ def _expected_rows(config, steps):
   return found
 
 
-class _Elastic(_Runs):
-  counts: tuple[int, ...]
-
-  def check(self):
+# TwoProcessesTest covers the order of data, tests/optim/onebit_test the errors.
+@pytest.mark.slow
+class ElasticTest(_Runs):
+  def test_order_of_data_and_errors_stay(self):
     config = self.config_of(
       optim=dict(name="onebit_adam", learning_rate=1e-2, freeze_step=2),
       evals=dict(),
       horizon=9,
     )
     workdir = self.root / "moved"
-    stops = [3 * (i + 1) for i in range(len(self.counts))]
-    for count, steps in zip(self.counts, stops):
+    for count, steps in zip((4, 2, 4), (3, 6, 9)):
       now = config | dict(stop=dict(steps=steps))
       _finish(processes.start_together(now, workdir, count, UNREPORTED="1"))
-    seen = [
-      row
-      for i in range(max(self.counts))
-      for row in processes.held_rows(workdir, i)
-    ]
-    self.assertCountEqual(seen, _expected_rows(config, stops[-1]))
-    for step in stops[:-1]:
+    seen = [row for i in range(4) for row in processes.held_rows(workdir, i)]
+    self.assertCountEqual(seen, _expected_rows(config, 9))
+    for step in (3, 6):
       before, after = (
         list(np.load(workdir / f"debts-{end}-{step}.npz").values())
         for end in ("to", "from")
@@ -314,21 +313,6 @@ class _Elastic(_Runs):
       self.assertGreater(max(np.abs(x).max() for x in before), 1e-3)
       for old, new in zip(before, after):
         np.testing.assert_allclose(old, new, rtol=1e-5, atol=1e-7)
-
-
-class TwoThenOneTest(_Elastic):
-  counts = (2, 1)
-
-  def test_order_of_data_and_errors_stay(self):
-    self.check()
-
-
-@pytest.mark.slow  # TwoThenOneTest covers the way down
-class FourTwoFourTest(_Elastic):
-  counts = (4, 2, 4)
-
-  def test_order_of_data_and_errors_stay(self):
-    self.check()
 
 
 if __name__ == "__main__":
