@@ -28,9 +28,7 @@ State = Mapping[str, Any]  # see `cache_shards.write_shard`
 MakeShards = Callable[[cache_shards.Job, pathlib.Path], Sequence[State]]
 
 
-def shards_in_order(
-  job: cache_shards.Job, folder: pathlib.Path
-) -> list[State]:
+def shards_in_order(job: cache_shards.Job, folder: pathlib.Path) -> list[State]:
   """Makes all shards one after the other; keeps those that are whole.
 
   Memory: one batch of documents, the lengths of all sentences, and about 100

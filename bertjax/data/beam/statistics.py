@@ -14,6 +14,7 @@ from bertjax.data import cache_shards
 from bertjax.data.beam import minhash
 from bertjax.data.beam.pipeline import Readers, check_readers, results, share
 
+_HASHES = minhash.MinHash()
 _SUMS = ("documents", "empty", "characters", "sentences", "tokens")
 
 
@@ -40,7 +41,7 @@ def corpus_statistics(
   readers: int = 1,
   options: PipelineOptions | None = None,
   threshold: float = 0.8,
-  hashes: minhash.MinHash = minhash.MinHash(),
+  hashes: minhash.MinHash = _HASHES,
 ) -> dict[str, int]:
   """Counts a split, before anything is cut or dropped.
 
@@ -100,7 +101,9 @@ def corpus_statistics(
   found = dict(results(build, options, scratch))
   full = found["documents"] - found["empty"]
   found["duplicates"] = full - found.pop("distinct")
-  return {name: found[name] for name in (*_SUMS, "duplicates", "near_duplicates")}
+  return {
+    name: found[name] for name in (*_SUMS, "duplicates", "near_duplicates")
+  }
 
 
 def _described(

@@ -11,7 +11,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from bertjax.data import cache_shards
 from bertjax.data.beam.pipeline import Readers, check_readers, results, share
 from bertjax.data.sources import Source
-from bertjax.data.tokenizers import Tokenizer, training
+from bertjax.data.tokenizers import Tokenizer, base, training
 
 _BLOCK = 1024  # documents that one reader takes at a time
 _WORDS = 1_000_000  # distinct words after which a reader passes counts on
@@ -93,7 +93,7 @@ def _counted(
     for example in examples:
       text = example["text"]
       facts["documents_read"] += 1
-      facts["bytes_read"] += len(text.encode("utf-8", "replace"))
+      facts["bytes_read"] += len(base.whole_characters(text).encode())
       counts.update(words(text))
       if len(counts) > _WORDS:
         yield from (((True, word), n) for word, n in counts.items())
