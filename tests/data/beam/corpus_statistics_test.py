@@ -32,9 +32,12 @@ class CorpusStatisticsTest(absltest.TestCase):
     plain = [
       f"{sentence_of(rng, 80)} {sentence_of(rng, 41 + i)}" for i in range(12)
     ]
-    # One word of some 130 more: overlaps of 0.9 and more.
-    near = [f"{plain[i]} {sentence_of(rng, 1)}" for i in (1, 2, 3)]
-    near.append(f"{plain[3]} {sentence_of(rng, 1)}")
+    # The 60th of some 130 words is another one: overlaps of 0.9 and more.
+    near = []
+    for i in (1, 2, 3, 3):
+      words = plain[i].split()
+      words[60] = f"w{rng.randrange(10**6)}"
+      near.append(" ".join(words))
     half = [f"{plain[4][: len(plain[4]) // 2]} {sentence_of(rng, 65)}"]
     cls.texts = [
       plain[0],
@@ -99,6 +102,13 @@ class CorpusStatisticsTest(absltest.TestCase):
       kept[tuple(text.split())] = mine
     self.assertEqual(near, 4)
     self.assertEqual(self.found["near_duplicates"], near)
+
+  def test_documents_that_share_a_key_are_compared(self):
+    """The planted ones overlap by 0.9 and more, not wholly."""
+    found = statistics.corpus_statistics(
+      job(self.texts), self.folder, threshold=1.0
+    )
+    self.assertEqual(found, self.found | {"near_duplicates": 0})
 
   def test_refuses_a_bad_threshold(self):
     with self.assertRaisesRegex(ValueError, r"threshold=1\.5 must be above 0"):

@@ -35,6 +35,10 @@ class MinHashTest(parameterized.TestCase):
     # Four standard deviations of 200 draws.
     self.assertAlmostEqual(np.mean(met), expected, delta=4 * 0.034)
 
+  def test_bands_of_equal_numbers_have_keys_of_their_own(self):
+    hashes = minhash.MinHash(num_hashes=12, bands=4)
+    self.assertLen(set(hashes.keys(np.zeros(12, np.uint32))), 4)
+
   def test_ngrams_of_short_and_long_texts(self):
     hashes = minhash.MinHash(ngram=3)
     self.assertEqual(hashes.ngrams("A  b\nc D"), {"a b c", "b c d"})
