@@ -20,13 +20,13 @@ CORE = [
   "numpy==2.4.6",
   "optax==0.2.8",
   "orbax-checkpoint==0.12.8",
-  "protobuf==7.36.2",
-  "pyarrow==26.0.1",
+  "protobuf==6.33.6",
+  "pyarrow==25.0.1",
   "pyyaml==6.0.4",
   "safetensors==0.8.0",
   "scikit-learn==1.9.1",
   "scipy==1.17.1",
-  "sentencepiece==0.2.3",
+  "sentencepiece==0.2.2",
   "tensorboardX==2.6.5",
   "tokenizers==0.23.3",
   "tqdm==4.70.1",
@@ -38,6 +38,9 @@ TFDS = [
   "tensorflow-datasets==4.9.10",
   "tensorflow-text==2.21.1",
 ]
+# It holds protobuf, pyarrow, beartype and (whose newest needs protobuf 7)
+# sentencepiece back, for everybody: one environment is tested.
+BEAM = ["apache-beam==2.77.0"]
 NOTEBOOKS = ["ipykernel==7.4.0", "jupytext==1.19.6", "nbmake==1.5.5"]
 # XLA's CUDA compiler and NVIDIA's assembler, without the runtime libraries. The
 # extra's name has a hyphen: older pips find no underscore in it.
@@ -49,9 +52,10 @@ GPU_COMPILER = [
 ]
 TEST = [
   *TFDS,
+  *BEAM,
   *NOTEBOOKS,
   *GPU_COMPILER,
-  "beartype==0.23.1",
+  "beartype==0.22.9",
   "hypothesis==6.170.15",
   "jsonschema==4.26.0",
   "keras==3.15.1",
@@ -81,6 +85,7 @@ setuptools.setup(
     "gpu": ["jax[cuda13]==0.10.2"],
     "gpu-compiler": GPU_COMPILER,
     "tfds": TFDS,
+    "beam": BEAM,
     "notebooks": NOTEBOOKS,
     "test": TEST,
   },

@@ -11,6 +11,7 @@ from absl.testing import absltest, parameterized
 
 from bertjax import config, experiment, hardware, stopping
 from bertjax.analysis import ANALYSES
+from bertjax.data.beam import __main__ as beam
 from bertjax.data.instances import INSTANCES
 from bertjax.data.masking import UNITS
 from bertjax.data.sources import (
@@ -107,7 +108,7 @@ class CommandsTest(parameterized.TestCase):
     for argument in arguments:
       name, _, value = argument.removeprefix("--").partition("=")
       if not argument.startswith("--"):
-        self.assertIn(name, {*predict.TASKS, *ANALYSES})
+        self.assertIn(name, {*predict.TASKS, *ANALYSES, *beam.COMMANDS})
       elif name.startswith("config."):
         self.assertIn("config", known)
         self.assertIn(name.split(".")[1], fields)

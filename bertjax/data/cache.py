@@ -25,6 +25,7 @@ from jaxtyping import Int, UInt
 from bertjax.data.sources import base
 
 FORMAT = 1
+DIGEST_BYTES = 16
 _READER = "readahead_buffer_size:0,max_parallelism:0"
 
 
@@ -110,7 +111,9 @@ def unpack_record(record: bytes) -> TokenizedDocument:
 
 def document_digest(document: TokenizedDocument, copy: int = 0) -> bytes:
   """Equal for documents of equal tokens; deliberate copies count as new."""
-  digest = hashlib.blake2b(document.tokens.astype("<i4"), digest_size=16)
+  digest = hashlib.blake2b(
+    document.tokens.astype("<i4"), digest_size=DIGEST_BYTES
+  )
   digest.update(copy.to_bytes(4, "little"))
   return digest.digest()
 
@@ -229,21 +232,24 @@ class TokenCache:
     return found
 
   def _read(self, shard: int, records: list[int]) -> list[bytes]:
-    from array_record.python import array_record_module
-
     path = self.path / shard_name(shard)
     # A reader must not be shared with a forked child: the file offset is one.
     key = (os.getpid(), shard)
     try:
       if key not in self._readers:
-        self._readers[key] = array_record_module.ArrayRecordReader(
-          str(path), _READER
-        )
+        self._readers[key] = open_shard(path)
       return self._readers[key].read(records)
     except (RuntimeError, ValueError, IndexError, OSError) as err:
       raise CorruptCacheError(
         f"cannot read {path}: {err}. Start again to have the cache rebuilt."
       ) from err
+
+
+def open_shard(path: pathlib.Path) -> Any:
+  """An `ArrayRecordReader` that reads no more than it is asked for."""
+  from array_record.python import array_record_module
+
+  return array_record_module.ArrayRecordReader(str(path), _READER)
 
 
 def _read_manifest(path: pathlib.Path) -> dict[str, Any]:

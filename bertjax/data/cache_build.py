@@ -1,40 +1,51 @@
 """Builds token caches, shard by shard; a killed build goes on where it was.
 
-Shard s holds what is left of the source's documents s*n .. (s+1)*n-1 once
-empty documents and exact duplicates of earlier ones are dropped. Given the
-digests of earlier documents a shard is a pure function of that range.
+What a shard is, `cache_shards` says; who makes the shards is a function, this
+process (`shards_in_order`) or a Beam pipeline (`data.beam.cache`).
 """
 
 import contextlib
-import itertools
 import json
 import os
 import pathlib
 import shutil
 import socket
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from absl import logging
 
 from bertjax import registry
 from bertjax.data import cache as cache_lib
+from bertjax.data import cache_shards
 from bertjax.data import sentences as sentences_lib
-from bertjax.data.cache import TokenCache, TokenizedDocument
+from bertjax.data.cache import TokenCache
 from bertjax.data.sources import base
 
-_WRITER = "group_size:1,uncompressed"  # one record a chunk: random access
-_BATCH = 256  # documents that are tokenised together
-_BATCH_CHARS = 4_000_000  # and no more text than this, so books fit too
+State = Mapping[str, Any]  # see `cache_shards.write_shard`
+# (job, folder) -> states of all shards in order, which the folder then holds.
+MakeShards = Callable[[cache_shards.Job, pathlib.Path], Sequence[State]]
 
 
-class _Labelled(NamedTuple):
-  """A document with what its example says of it."""
+def shards_in_order(job: cache_shards.Job, folder: pathlib.Path) -> list[State]:
+  """Makes all shards one after the other; keeps those that are whole.
 
-  document: TokenizedDocument
-  copy: int
-  component: int
+  Memory: one batch of documents, the lengths of all sentences, and about 100
+  bytes a document for finding duplicates.
+  """
+  seen: set[bytes] = set()
+  states, found = [], 0
+  for shard, examples in job.blocks():
+    state = cache_shards.finished_shard(folder, shard)
+    found += state is not None
+    if state is None:
+      state = job.write(folder, shard, examples, seen)
+    seen.update(cache_shards.digests_of(state))
+    states.append(state)
+  if found:
+    logging.info("%s: %d shards were there.", folder, found)
+  return states
 
 
 def build_cache(
@@ -47,15 +58,13 @@ def build_cache(
   max_tokens_per_document: int | None = None,
   documents_per_shard: int = 65_536,
   verify: str = "checksums",
+  make_shards: MakeShards = shards_in_order,
 ) -> TokenCache:
   """The token cache of a split: opened when it exists, built when it does not.
 
   Several processes may ask at once: one builds, the others wait for it. A
-  build that was interrupted goes on after its last finished shard. A corrupt
-  cache is rebuilt with a warning.
-
-  Memory: one batch of documents, the lengths of one shard's sentences, and
-  about 100 bytes a document for finding duplicates.
+  build that was interrupted keeps its finished shards. A corrupt cache is
+  rebuilt with a warning.
 
   Args:
     source: where documents come from.
@@ -66,6 +75,7 @@ def build_cache(
     max_tokens_per_document: longer documents are cut off and counted.
     documents_per_shard: documents of the source that one shard covers.
     verify: how to check an existing cache, see `TokenCache`.
+    make_shards: who makes the shards; the bytes do not depend on it.
 
   Raises:
     ValueError: unknown split or splitter, limits below 1, or no document.
@@ -78,17 +88,15 @@ def build_cache(
   ):
     if value is not None and value < 1:
       raise ValueError(f"{field}={value} must be at least 1.")
-  recipe = {
-    "format": cache_lib.FORMAT,
-    "source": source.name,
-    "source_fingerprint": source.fingerprint(),
-    "split": split,
-    "tokenizer": tokenizer.fingerprint(),
-    "splitter": splitter,
-    "splitter_version": sentences_lib.VERSION,
-    "max_tokens_per_document": max_tokens_per_document,
-    "documents_per_shard": documents_per_shard,
-  }
+  job = cache_shards.Job(
+    source,
+    split,
+    tokenizer,
+    splitter,
+    max_tokens_per_document,
+    documents_per_shard,
+  )
+  recipe = job.recipe()
   folder = pathlib.Path(cache_dir)
   folder.mkdir(parents=True, exist_ok=True)
   path = folder / f"tokens-{base.fingerprint_of(recipe)}"
@@ -101,7 +109,7 @@ def build_cache(
     partial = path.with_suffix(
       ".partial" if locked else f".partial-{socket.gethostname()}-{os.getpid()}"
     )
-    _build(source, split, tokenizer, splitter, recipe, partial)
+    _build(job, recipe, partial, make_shards)
     try:
       if path.exists():
         shutil.rmtree(path)  # corrupt: `_open` has said so
@@ -139,45 +147,32 @@ def _lock(path: pathlib.Path) -> Iterator[bool]:
     yield True  # closing the file releases the lock, and so does a kill
 
 
-def _build(source, split, tokenizer, splitter, recipe, partial) -> None:
+def _build(
+  job: cache_shards.Job,
+  recipe: Mapping[str, Any],
+  partial: pathlib.Path,
+  make_shards: MakeShards,
+) -> None:
   """Writes all files of a cache into `partial`."""
   partial.mkdir(exist_ok=True)
-  shards = _shards(source, split, tokenizer, splitter, recipe, partial)
+  for path in partial.glob(f"*{cache_shards.UNFINISHED}"):
+    path.unlink(missing_ok=True)  # of a build that was killed
+  shards = make_shards(job, partial)
   counts = {
     name: int(sum(int(shard[name]) for shard in shards))
-    for name in ("empty", "duplicates", "truncated")
+    for name in cache_shards.COUNTS
   }
   if not any(len(shard["document_lengths"]) for shard in shards):
     shutil.rmtree(partial)
     raise ValueError(
-      f"source {source.name!r} has no text in split {split!r}:"
+      f"source {job.source.name!r} has no text in split {job.split!r}:"
       f" {counts['empty']} documents, all of them empty. Check its paths,"
       " filters and fields."
     )
   sizes = _write_index(partial, shards)
   _write_manifest(partial, {**recipe, **sizes, **counts}, len(shards))
   for shard in range(len(shards)):
-    (partial / _state_name(shard)).unlink()
-
-
-def _shards(source, split, tokenizer, splitter, recipe, partial) -> list:
-  """Facts of all shards; those that a killed build finished are kept."""
-  split_text = sentences_lib.SPLITTERS[splitter]
-  size, limit = recipe["documents_per_shard"], recipe["max_tokens_per_document"]
-  seen: set[bytes] = set()
-  shards = []
-  while (done := _finished_shard(partial, len(shards))) is not None:
-    seen.update(row.tobytes() for row in done["digests"])
-    shards.append(done)
-  if shards:
-    logging.info("%s: going on after %d shards.", partial, len(shards))
-  examples = iter(source.examples(split))
-  examples = itertools.islice(examples, len(shards) * size, None)
-  while block := list(itertools.islice(examples, 1)):
-    rest = itertools.islice(examples, size - 1)
-    documents = _tokenized(itertools.chain(block, rest), tokenizer, split_text)
-    shards.append(_write_shard(partial, len(shards), documents, seen, limit))
-  return shards
+    (partial / cache_shards.state_name(shard)).unlink()
 
 
 def _write_index(
@@ -200,7 +195,7 @@ def _write_index(
       sentence_offsets=np.append(0, np.cumsum(joined("sentence_counts"))),
       shard_offsets=np.append(0, np.cumsum(per_shard)),
     )
-    _sync(f)
+    cache_shards.sync(f)
   return {
     "documents": len(lengths),
     "tokens": int(lengths.sum()),
@@ -226,100 +221,4 @@ def _write_manifest(
   manifest["checksum"] = base.fingerprint_of(manifest)
   with open(folder / "manifest.json", "w", encoding="utf-8") as f:
     json.dump(manifest, f, indent=2)
-    _sync(f)
-
-
-def _tokenized(
-  examples: Iterator[base.Example], tokenizer, splitter
-) -> Iterator[_Labelled]:
-  """The document of each example, tokenised in batches."""
-  batch: list[base.Example] = []
-  chars = 0
-
-  def flush():
-    texts = [example["text"] for example in batch]
-    documents = cache_lib.tokenize_documents(texts, tokenizer, splitter)
-    for example, document in zip(batch, documents):
-      copy, component = example.get("copy", 0), example.get("component", 0)
-      yield _Labelled(document, copy, component)
-
-  for example in examples:
-    batch.append(example)
-    chars += len(example["text"])
-    if len(batch) == _BATCH or chars > _BATCH_CHARS:
-      yield from flush()
-      batch, chars = [], 0
-  yield from flush()
-
-
-def _write_shard(
-  folder: pathlib.Path,
-  shard: int,
-  documents: Iterator[_Labelled],
-  seen: set[bytes],
-  max_tokens: int | None,
-) -> dict[str, Any]:
-  """Writes a shard, then its state, whose presence says that it is whole."""
-  from array_record.python import array_record_module
-
-  path = folder / cache_lib.shard_name(shard)
-  lengths, sentence_counts, sentence_lengths = [], [], []
-  digests, components = [], []
-  counts = {"empty": 0, "duplicates": 0, "truncated": 0}
-  writer = array_record_module.ArrayRecordWriter(str(path), _WRITER)
-  for document, copy, component in documents:
-    if not len(document.tokens):
-      counts["empty"] += 1
-      continue
-    if max_tokens is not None and len(document.tokens) > max_tokens:
-      counts["truncated"] += 1
-      document = cache_lib.truncate(document, max_tokens)
-    digest = cache_lib.document_digest(document, copy)
-    if digest in seen:
-      counts["duplicates"] += 1
-      continue
-    seen.add(digest)
-    writer.write(cache_lib.pack_record(document))
-    digests.append(np.frombuffer(digest, np.uint8))
-    components.append(component)
-    lengths.append(len(document.tokens))
-    sentence_counts.append(len(document.sentence_ends))
-    sentence_lengths.append(np.diff(document.sentence_ends, prepend=0))
-  writer.close()
-  state = {
-    "document_lengths": np.array(lengths, np.int64),
-    "document_sources": np.array(components, np.uint16),
-    "sentence_counts": np.array(sentence_counts, np.int64),
-    "sentence_lengths": np.concatenate(
-      [np.zeros(0, np.int32), *sentence_lengths]
-    ).astype(np.int32),
-    "digests": np.array(digests, np.uint8).reshape(-1, 16),
-    "sha256": np.array(cache_lib.sha256(path)),
-    **{name: np.array(count) for name, count in counts.items()},
-  }
-  with open(folder / "state.tmp", "wb") as f:
-    np.savez(f, **state)
-    _sync(f)
-  os.replace(folder / "state.tmp", folder / _state_name(shard))
-  return state
-
-
-def _finished_shard(folder: pathlib.Path, shard: int) -> dict[str, Any] | None:
-  """State of a shard that an interrupted build has finished, or None."""
-  try:
-    with np.load(folder / _state_name(shard)) as arrays:
-      state = {name: arrays[name] for name in arrays.files}
-    state["document_sources"]  # an earlier version did not record them
-    content = cache_lib.sha256(folder / cache_lib.shard_name(shard))
-  except (OSError, ValueError, KeyError):
-    return None
-  return state if content == str(state["sha256"]) else None
-
-
-def _state_name(shard: int) -> str:
-  return f"shard-{shard:05d}.state.npz"
-
-
-def _sync(file) -> None:
-  file.flush()
-  os.fsync(file.fileno())
+    cache_shards.sync(f)

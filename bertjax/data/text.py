@@ -8,7 +8,11 @@ import numpy as np
 
 from bertjax import registry
 from bertjax.data.cache import TokenCache
-from bertjax.data.cache_build import build_cache
+from bertjax.data.cache_build import (
+  MakeShards,
+  build_cache,
+  shards_in_order,
+)
 from bertjax.data.masked import MaskedData
 from bertjax.data.masking import Masking
 from bertjax.data.sources import SOURCES, Preprocessed, Source
@@ -18,7 +22,12 @@ from bertjax.data.tokenizers import Tokenizer
 
 
 class TextData(MaskedData):
-  """Documents, tokenised once and masked anew in every epoch."""
+  """Documents, tokenised once and masked anew in every epoch.
+
+  Attributes:
+    source: where documents come from.
+    splitter: key of `SPLITTERS`: how documents become sentences.
+  """
 
   def __init__(
     self,
@@ -73,7 +82,7 @@ class TextData(MaskedData):
       seed=seed,
       mask_seed=mask_seed,
     )
-    self._splitter = splitter
+    self.splitter = splitter
     self._cut = max_tokens_per_document
     self._cache_dir = cache_dir
     self._caches: dict[str, TokenCache] = {}
@@ -86,20 +95,28 @@ class TextData(MaskedData):
   def texts(self) -> Iterator[str]:
     return (e["text"] for e in self.source.examples(self.train_split))
 
-  def cache(self, split: str) -> TokenCache:
-    """The tokenised documents of a split."""
+  def cache(
+    self, split: str, make_shards: MakeShards = shards_in_order
+  ) -> TokenCache:
+    """The tokenised documents of a split; see `build_cache`."""
     if split not in self._caches:
-      self._caches[split] = self._cache_of(self.source, split)
+      self._caches[split] = self._cache_of(self.source, split, make_shards)
     return self._caches[split]
 
-  def _cache_of(self, source: Source, split: str) -> TokenCache:
+  def _cache_of(
+    self,
+    source: Source,
+    split: str,
+    make_shards: MakeShards = shards_in_order,
+  ) -> TokenCache:
     return build_cache(
       source,
       split,
       self.tokenizer,
-      self._splitter,
+      self.splitter,
       self._cache_dir,
       max_tokens_per_document=self._cut,
+      make_shards=make_shards,
     )
 
   def _size(self, source: Source, unit: str) -> int:

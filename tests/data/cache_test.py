@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from bertjax.data import cache as cache_lib
-from bertjax.data import cache_build, sentences
+from bertjax.data import cache_build, cache_shards, sentences
 
 _REPOSITORY = pathlib.Path(__file__).parents[2]
 
@@ -246,7 +246,7 @@ class TokenCacheTest(parameterized.TestCase):
   def test_bytes_do_not_depend_on_batches_or_folder(self):
     source = FakeSource(texts())
     one = self.build(source)
-    with mock.patch.object(cache_build, "_BATCH", 3):
+    with mock.patch.object(cache_shards, "_BATCH", 3):
       other = self.build(source, self.folder / "elsewhere")
     self.assertEqual(files_of(one), files_of(other))
 

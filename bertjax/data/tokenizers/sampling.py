@@ -9,7 +9,7 @@ from bertjax.data.tokenizers import base
 CHUNK_BYTES = 65_536  # a document is sampled in parts of about this size
 
 
-def _parts(text: str, limit: int) -> Iterator[str]:
+def parts(text: str, limit: int = CHUNK_BYTES) -> Iterator[str]:
   """Cuts a text into parts of at most `limit` characters, at spaces."""
   start = 0
   while len(text) - start > limit:
@@ -42,7 +42,7 @@ def sample_texts(
   facts = dict.fromkeys(("documents_read", "bytes_read"), 0)
   for text in texts:
     facts["documents_read"] += 1
-    for part in _parts(base.whole_characters(text), limit):
+    for part in parts(base.whole_characters(text), limit):
       size = len(part) if part.isascii() else len(part.encode())
       facts["bytes_read"] += size
       position += 1

@@ -31,6 +31,10 @@ from bertjax.data.tokenizers import (
   words,
 )
 
+# Documents, or how often each word of `words_of` occurs in them.
+Counted = list[str] | Mapping[str, int]
+Words = Callable[[str], list[str]]
+
 _ALPHABET = 1_000  # distinct characters kept, as BERT's own vocabularies
 
 
@@ -124,8 +128,62 @@ def _merge(
   return pieces, [tuple(pair) for pair in pairs]
 
 
+def _bert_words(
+  lowercase: bool, strip_accents: bool | None, **options: Any
+) -> Words:
+  del options  # of the merges
+  rules = words.WordRules(lowercase, strip_accents)
+  return lambda text: rules(text).split()
+
+
+def _byte_words(
+  lowercase: bool, add_prefix_space: bool, **options: Any
+) -> Words:
+  del options  # of the merges
+  cut = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+
+  def split(text: str) -> list[str]:
+    text = text.lower() if lowercase else text
+    return [word for word, _ in cut.pre_tokenize_str(text)]
+
+  return split
+
+
+# Kinds whose trainers need no more than how often each word occurs.
+WORDS: dict[str, Callable[..., Words]] = {
+  "wordpiece": _bert_words,
+  "bpe": _bert_words,
+  "byte_bpe": _byte_words,
+}
+
+
+def words_of(kind: str, options: Mapping[str, Any]) -> Words:
+  """How a document becomes the words that a training by counts counts.
+
+  Args:
+    kind: key of `WORDS`.
+    options: from `resolve`.
+
+  Raises:
+    ValueError: a kind that learns from more than words.
+  """
+  if kind not in WORDS:
+    raise ValueError(
+      f"kind={kind!r} cannot be trained from counts of words; choose from"
+      f" {', '.join(sorted(WORDS))}, or train it in process from a sample."
+    )
+  split = WORDS[kind](**options)
+
+  def document_words(text: str) -> list[str]:
+    parts = sampling.parts(base.whole_characters(text))
+    parts = _without(parts, options["user_tokens"])
+    return [word for part in parts if part.strip() for word in split(part)]
+
+  return document_words
+
+
 def _train_words(
-  texts: list[str],
+  texts: Counted,
   vocab_size: int,
   specials: base.Specials,
   user_tokens: Sequence[str],
@@ -137,10 +195,12 @@ def _train_words(
   **options: Any,
 ) -> words.WordTokenizer:
   """Pieces inside BERT's words; with their merges BPE, else WordPiece."""
-  rules = words.WordRules(**options)
-  counts = collections.Counter()
-  for text in texts:
-    counts.update(rules(text).split())
+  if not isinstance(texts, Mapping):
+    split, counts = _bert_words(**options), collections.Counter()
+    for text in texts:
+      counts.update(split(text))
+  else:
+    counts = texts
   counts = {w: n for w, n in counts.items() if len(w) <= max_word_chars}
   first, inside = _alphabet(counts, max_alphabet)
   pieces, merges = _merge(
@@ -163,7 +223,7 @@ def _train_words(
 
 
 def wordpiece(
-  texts: list[str],
+  texts: Counted,
   vocab_size: int,
   specials: base.Specials = base.BERT_SPECIALS,
   user_tokens: Sequence[str] = (),
@@ -190,7 +250,7 @@ def wordpiece(
 
 
 def bpe(
-  texts: list[str],
+  texts: Counted,
   vocab_size: int,
   specials: base.Specials = base.BERT_SPECIALS,
   user_tokens: Sequence[str] = (),
@@ -216,7 +276,7 @@ def bpe(
 
 
 def byte_bpe(
-  texts: list[str],
+  texts: Counted,
   vocab_size: int,
   specials: base.Specials = base.ROBERTA_SPECIALS,
   user_tokens: Sequence[str] = (),
@@ -227,11 +287,16 @@ def byte_bpe(
 ) -> base.Tokenizer:
   """Trains byte-level BPE; arguments as in `train_tokenizer`."""
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+  if isinstance(texts, Mapping):  # of words whose bytes are letters already
+    texts, cut = _repeated(texts), pre_tokenizers.WhitespaceSplit()
+  else:
+    texts = (text.lower() for text in texts) if lowercase else texts
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
   pieces, merges = _merge(
-    (text.lower() for text in texts) if lowercase else texts,
+    texts,
     [*specials.names(), *user_tokens, *alphabet],
     alphabet,
-    pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space),
+    cut,
     vocab_size=vocab_size,
     min_frequency=min_frequency,
     prefix=None,
@@ -410,12 +475,52 @@ def train_resolved(
         f"No text to train a {kind} vocabulary on: {facts['documents_read']}"
         " documents, all empty; check the source."
       )
-  trained = TRAINERS[kind](sample, **options)
+  facts |= {"max_bytes": max_bytes, "seed": seed}
+  return _trained(kind, sample, options, multiple, facts)
+
+
+def train_counted(
+  kind: str,
+  counts: Mapping[str, int],
+  options: Mapping[str, Any],
+  facts: Mapping[str, Any],
+) -> base.Tokenizer:
+  """The vocabulary of all documents whose words were counted.
+
+  Equals `train_resolved` where `max_bytes` holds them all.
+
+  Args:
+    kind: key of `WORDS`.
+    counts: how often each word of `words_of` occurs.
+    options: from `resolve`; `max_bytes` and `seed`, which are of a sample, do
+      not count.
+    facts: about the counting, for the tokenizer's `training`.
+
+  Raises:
+    ValueError: no word, or a vocabulary too small for the characters.
+  """
+  if not counts:
+    raise ValueError(
+      f"No word to train a {kind} vocabulary on; check the source."
+    )
+  options = dict(options)
+  for name in ("max_bytes", "seed"):
+    options.pop(name)
+  multiple = options.pop("pad_to_multiple")
+  return _trained(kind, counts, options, multiple, facts)
+
+
+def _trained(
+  kind: str,
+  texts: Counted,
+  options: Mapping[str, Any],
+  multiple: int,
+  facts: Mapping[str, Any],
+) -> base.Tokenizer:
+  trained = TRAINERS[kind](texts, **options)
   trained = extend.pad_vocabulary(trained, multiple)
   trained.training = {
     **facts,
-    "max_bytes": max_bytes,
-    "seed": seed,
     "options": {
       name: list(value) if isinstance(value, tuple) else value
       for name, value in options.items()

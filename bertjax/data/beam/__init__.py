@@ -1,0 +1,17 @@
+"""Corpora of any size by Apache Beam: caches, statistics, vocabularies.
+
+  python -m bertjax.data.beam cache --config=configs/bert.py:base
+
+A source is an iterator, so nobody knows where its millionth document stands.
+Each of `readers` workers therefore goes through the whole source, and works on
+every `readers`-th block of it: reading is paid for by each, all that is dear
+(tokenising, hashing, counting words) by one. Folders must lie where all
+workers see them under one path.
+"""
+
+try:
+  import apache_beam  # noqa: F401
+except ImportError as err:
+  raise ImportError(
+    "Beam pipelines need Apache Beam: pip install 'bertjax[beam]'."
+  ) from err

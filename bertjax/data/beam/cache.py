@@ -1,0 +1,177 @@
+"""Token caches by Apache Beam, the same bytes as in process.
+
+  reader r of R    tokenises shards r, r+R, ...  -> a draft of each
+  by digest        a document is kept by the first shard that holds it
+  by shard         the draft without what earlier shards keep -> the shard
+
+Drafts and shards are files that appear whole: a pipeline that was killed, or
+whose workers were, keeps all those that it finished when it is started again,
+by Beam or in process. A worker holds one batch of documents, and the digests
+and lengths of one shard.
+"""
+
+import collections
+import pathlib
+import shutil
+from collections.abc import Container, Iterable, Iterator
+from typing import Any
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+
+from bertjax.data import cache as cache_lib
+from bertjax.data import cache_shards
+from bertjax.data.beam.pipeline import (
+  Readers,
+  check_readers,
+  pipeline_options,
+  share,
+)
+
+_DRAFTS = "drafts"
+_READ = 256  # records at a time
+
+
+def make_shards(
+  job: cache_shards.Job,
+  folder: pathlib.Path,
+  *,
+  readers: int = 1,
+  options: PipelineOptions | None = None,
+) -> list[dict[str, Any]]:
+  """A `MakeShards` for `build_cache` whose work a Beam runner distributes.
+
+  Args:
+    job: what to make.
+    folder: of the unfinished cache; all workers must see it.
+    readers: workers that read and tokenise at the same time.
+    options: see `pipeline_options`.
+
+  Returns:
+    The states of all shards, without digests.
+
+  Raises:
+    ValueError: `readers` below 1.
+  """
+  check_readers(readers)
+  drafts = folder / _DRAFTS
+  drafts.mkdir(exist_ok=True)
+  for path in drafts.glob(f"*{cache_shards.UNFINISHED}"):
+    path.unlink(missing_ok=True)
+  # A mixture finds its factors once, here, and takes them along.
+  next(iter(job.source.examples(job.split)), None)
+  with beam.Pipeline(options=options or pipeline_options()) as pipeline:
+    shards = (
+      pipeline
+      | Readers(readers)
+      | "Tokenise" >> beam.FlatMap(_drafted, job, folder, readers)
+    )
+    repeated = (
+      shards
+      | "Digests" >> beam.FlatMap(_digests)
+      | "ByDigest" >> beam.GroupByKey()
+      | "Repeated" >> beam.FlatMap(_repeated)
+    )
+    numbers = shards | "Numbers" >> beam.Map(lambda shard: (shard[0], None))
+    _ = (
+      {"numbers": numbers, "seen": repeated}
+      | "ByShard" >> beam.CoGroupByKey()
+      | "Finish" >> beam.Map(_finish, folder)
+    )
+  shutil.rmtree(drafts)
+  return _states(folder)
+
+
+def _drafted(
+  reader: int, job: cache_shards.Job, folder: pathlib.Path, readers: int
+) -> Iterator[tuple[int, bytes]]:
+  """Writes the drafts of a reader's shards; (shard, joined digests) of each."""
+  drafts = folder / _DRAFTS
+  if not drafts.is_dir():
+    raise FileNotFoundError(
+      f"{drafts} is not there on this worker; cache_dir must be a folder that"
+      " all workers see under one path."
+    )
+  for shard, examples in share(job.blocks(), reader, readers):
+    state = cache_shards.finished_shard(folder, shard)
+    if state is None:
+      state = cache_shards.finished_shard(drafts, shard)
+    if state is None:
+      state = job.write(drafts, shard, examples, seen=())
+    yield shard, state["digests"].tobytes()
+
+
+def _digests(element: tuple[int, bytes]) -> Iterator[tuple[bytes, int]]:
+  shard, joined = element
+  size = cache_lib.DIGEST_BYTES
+  for start in range(0, len(joined), size):
+    yield joined[start : start + size], shard
+
+
+def _repeated(
+  element: tuple[bytes, Iterable[int]],
+) -> Iterator[tuple[int, bytes]]:
+  """(shard, digest) for each shard that holds what an earlier one keeps."""
+  digest, shards = element
+  first, *later = sorted(set(shards))
+  del first
+  for shard in later:
+    yield shard, digest
+
+
+def _finish(
+  element: tuple[int, dict[str, Iterable[Any]]], folder: pathlib.Path
+) -> int:
+  """Writes a shard from its draft, unless it is there."""
+  shard, grouped = element
+  drafts = folder / _DRAFTS
+  if cache_shards.finished_shard(folder, shard) is None:
+    draft = cache_shards.finished_shard(drafts, shard)
+    if draft is None:
+      raise FileNotFoundError(
+        f"the draft of shard {shard} in {drafts} is missing or damaged; start"
+        " again to have it made anew."
+      )
+    counts = collections.Counter(
+      {name: int(draft[name]) for name in cache_shards.COUNTS}
+    )
+    kept = _unseen(drafts, shard, draft, set(grouped["seen"]), counts)
+    cache_shards.write_shard(folder, shard, kept, counts)
+  for name in (cache_lib.shard_name(shard), cache_shards.state_name(shard)):
+    (drafts / name).unlink(missing_ok=True)
+  return shard
+
+
+def _unseen(
+  drafts: pathlib.Path,
+  shard: int,
+  draft: dict[str, Any],
+  seen: Container[bytes],
+  counts: collections.Counter[str],
+) -> Iterator[cache_shards.Kept]:
+  """The draft's documents, but for those that earlier shards keep."""
+  digests = cache_shards.digests_of(draft)
+  components = draft["document_sources"].tolist()
+  reader = cache_lib.open_shard(drafts / cache_lib.shard_name(shard))
+  for start in range(0, len(digests), _READ):
+    numbers = range(start, min(start + _READ, len(digests)))
+    for i, record in zip(numbers, reader.read(list(numbers))):
+      if digests[i] in seen:
+        counts["duplicates"] += 1
+        continue
+      document = cache_lib.unpack_record(record)
+      yield cache_shards.Kept(document, digests[i], components[i])
+
+
+def _states(folder: pathlib.Path) -> list[dict[str, Any]]:
+  """States of all shards; what only their making needed is left out."""
+  states = []
+  for shard in range(len(list(folder.glob(cache_shards.STATES)))):
+    state = cache_shards.finished_shard(folder, shard)
+    if state is None:
+      raise cache_lib.CorruptCacheError(
+        f"shard {shard} of {folder} is missing or damaged; start again to have"
+        " it made anew."
+      )
+    states.append({k: v for k, v in state.items() if k != "digests"})
+  return states

@@ -1,0 +1,83 @@
+"""What the pipelines share: options, readers, and results that come back."""
+
+import json
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import apache_beam as beam
+from apache_beam.options.pipeline_options import PipelineOptions
+
+# `DirectRunner` first tries a runner that it downloads.
+_LOCAL = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
+T = TypeVar("T")
+
+
+def pipeline_options(flags: Sequence[str] = ()) -> PipelineOptions:
+  """Beam's options from its flags; without `--runner` it runs in memory here.
+
+  Raises:
+    ValueError: a flag that Beam in memory would ignore; other runners may
+      have flags that only they know.
+  """
+  given = PipelineOptions(list(flags))
+  if "runner" in given.get_all_options(drop_default=True):
+    return given
+  known = given.get_all_options()
+  every = given.get_all_options(retain_unknown_options=True)
+  if unknown := sorted(every.keys() - known.keys()):
+    raise ValueError(
+      f"--{unknown[0]} is no flag of Apache Beam; flags of ours go before the"
+      " '--'."
+    )
+  return PipelineOptions([*flags, f"--runner={_LOCAL}"])
+
+
+def check_readers(readers: int) -> None:
+  """Raises ValueError for fewer than one."""
+  if readers < 1:
+    raise ValueError(f"readers={readers} must be at least 1.")
+
+
+class Readers(beam.PTransform):
+  """The numbers of all readers, each for a worker of its own."""
+
+  def __init__(self, readers: int):
+    super().__init__()
+    self._readers = readers
+
+  def expand(self, begin):
+    return begin | beam.Create(range(self._readers)) | beam.Reshuffle()
+
+
+def share(
+  blocks: Iterator[tuple[int, T]], reader: int, readers: int
+) -> Iterator[tuple[int, T]]:
+  """The (number, block) that one of the readers works on."""
+  return (block for block in blocks if block[0] % readers == reader)
+
+
+def results(
+  build: Callable[[beam.Pipeline], beam.PCollection],
+  options: PipelineOptions | None,
+  scratch: pathlib.Path,
+) -> Iterator[Any]:
+  """Runs a pipeline; yields its results one by one, in any order.
+
+  Args:
+    build: from a pipeline to a collection of JSON values.
+    options: see `pipeline_options`.
+    scratch: folder that all workers see, for a temporary one.
+  """
+  scratch.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(dir=scratch, prefix="beam-") as folder:
+    with beam.Pipeline(options=options or pipeline_options()) as pipeline:
+      _ = (
+        build(pipeline)
+        | "Encode" >> beam.Map(json.dumps)
+        | "Write" >> beam.io.WriteToText(f"{folder}/part")
+      )
+    for path in sorted(pathlib.Path(folder).glob("part*")):
+      with open(path, encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
