@@ -32,17 +32,8 @@ def parameters(size: str) -> Any:
   return abstract_params(objective, spec)[0]
 
 
-def numbers(size: str) -> int:
-  """How many parameters that are."""
-  return sum(leaf.size for leaf in jax.tree.leaves(parameters(size)))
-
-
 def average(devices: Sequence[Any], *, size: str) -> jax.stages.Lowered:
-  """One compressed average over all devices, lowered: for `compile_for`.
-
-  Of a vector as long as all parameters together, which compiles in a fraction
-  of the time that many tensors of odd lengths take.
-  """
+  """One compressed average over all devices, lowered: for `compile_for`."""
   count = len(devices)
   mesh = jax.make_mesh(
     (count,), ("data",), axis_types=(AxisType.Auto,), devices=devices
@@ -52,7 +43,7 @@ def average(devices: Sequence[Any], *, size: str) -> jax.stages.Lowered:
   def mean(momentum, errors):
     return workers.compressed_mean(momentum, errors, COMPRESSION)
 
-  params = {"all": jax.ShapeDtypeStruct((numbers(size),), jnp.float32)}
+  params = parameters(size)
   errors = jax.eval_shape(lambda: workers.no_errors(params, COMPRESSION))
   over, whole = PartitionSpec("data"), PartitionSpec()
   function = jax.shard_map(
@@ -86,7 +77,7 @@ def measure(folder: pathlib.Path, topology: str, size: str) -> dict[str, Any]:
     start = time.monotonic()
     program = hardware.compile_for(topology, average, size=size)
     collectives = hardware.read_collectives(program.module)
-    shapes = [(numbers(size),)]
+    shapes = [leaf.shape for leaf in jax.tree.leaves(parameters(size))]
     workers = program.topology.num_devices
     row = {
       "arm": topology,
