@@ -142,7 +142,10 @@ def convert(
   rounded = jax.tree.map(
     lambda x: np.asarray(x).astype(stored).astype(np.float32), model.params
   )
-  again = load_model(target, scan=model.spec["scan"])
+  # Published folders do not say how attention is computed, only what it is; to
+  # be equal bit for bit it must be computed alike.
+  how = {name: model.spec[name] for name in ("attend",) if name in model.spec}
+  again = load_model(target, scan=model.spec["scan"], **how)
   count = _compare_params(rounded, again.params, str(target))
   logits = _compare_outputs(
     dataclasses.replace(model, params=rounded), again, str(target)
