@@ -122,7 +122,7 @@ class BertTest(parameterized.TestCase):
     np.testing.assert_allclose(found, losses, rtol=1e-3)
     self.assertLess(losses[-1], losses[0])
 
-  @parameterized.parameters(("flash", "both"), ("tpu", "relative"))
+  @parameterized.parameters(("blockwise", "both"), ("tpu", "relative"))
   def test_relative_positions_train_alike(self, kernel, positions):
     more = dict(positions=positions, relative_buckets=8, relative_distance=20)
     found_grads, found = train(KERNELS[kernel], **more)
