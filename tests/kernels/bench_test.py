@@ -36,6 +36,12 @@ class BenchTest(absltest.TestCase):
       made.__module__, made.__qualname__ = "kernels.bench", name
       setattr(self, name, made)
 
+  def test_what_our_kernels_refuse_is_a_line_that_says_so(self):
+    row = dict(chip="v5e", shape="1 2 3 4", implementation="ours")
+    (line,) = bench.compared([row | dict(options="both", failed="too long")])
+    self.assertEqual(line["options"], "both")
+    self.assertEqual(line["ours: cycles"], "too long")
+
   def test_tiles_are_searched_on_one_chip(self):
     made = bench.Bench(self.folder)
     tiles, found = bench.best(made, None, "v6e", "stock_flash", _SIZES)
