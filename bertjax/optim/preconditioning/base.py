@@ -7,7 +7,7 @@ Everything that is not a linear layer, or was opted out, passes unchanged.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import flax.traverse_util
 import jax
@@ -27,6 +27,7 @@ RESCALES = ("sum", "joint", "kl", "none")
 _CAPTURED = ("token_count", "input_sum", "input_square")
 
 
+@runtime_checkable
 class Method(Protocol):
   """Curvature of one layer; leading stack axes are batched over."""
 
