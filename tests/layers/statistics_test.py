@@ -34,7 +34,7 @@ def _batch():
   )
   batch["labels"][:3, 1:] = -1  # microbatches weigh differently
   batch["segment_ids"][2, _LENGTH - _PADDED :] = 0
-  return {k: v.astype(np.int32) for k, v in batch.items()}
+  return {k: jnp.asarray(v, jnp.int32) for k, v in batch.items()}
 
 
 @functools.cache
