@@ -16,6 +16,7 @@ from bertjax.layers.flash import FlashAttend, mesh_sharding
 from bertjax.models import bert, left_to_right_bert
 from bertjax.objectives import masked_lm
 from bertjax.parallel.mesh import make_mesh
+from kernels.flash_attention.backend import RESIDUALS
 
 V, E, H, F, L, T = 53, 24, 3, 40, 2, 40
 REFERENCE = FlashAttend("reference", "bthd")
@@ -180,11 +181,20 @@ class BertTest(parameterized.TestCase):
     self.assertEqual(forward_kernels("attention"), L)
     self.assertEqual(forward_kernels("full"), 2 * L)
 
-  def test_remat_changes_no_gradient(self):
+  @parameterized.parameters("blockwise", "flash")
+  def test_remat_changes_no_gradient(self, attend):
     batch, options = batch_of(PACKED), dict(train=True, dropout_rate=0.1)
-    want = solve("blockwise", batch, **options)
-    found = solve("blockwise", batch, remat="attention", **options)
+    want = solve(attend, batch, **options)
+    found = solve(attend, batch, remat="attention", **options)
     assert_close(found, want)
+
+  @parameterized.parameters("reference", "blockwise")
+  def test_outputs_have_names_whoever_attends(self, backend):
+    attend, x = FlashAttend(backend, "bthd", "counter"), jnp.ones((1, 5, 2, 16))
+    gradient = jax.grad(lambda q: attend(q, x, x).sum())
+    jaxpr = str(jax.make_jaxpr(gradient)(x))
+    for name in RESIDUALS:
+      self.assertIn(f"name={name}", jaxpr)
 
 
 class LayoutTest(parameterized.TestCase):

@@ -241,6 +241,15 @@ class AllReduceTest(parameterized.TestCase):
     found = mean[0][0] if granularity == "layer" else [m[0] for m in mean]
     np.testing.assert_allclose(found, x[0], rtol=1e-6)
 
+  def test_what_pads_a_block_touches_no_scale(self):
+    # Seven numbers in blocks of at most three: three, three, one.
+    x = jnp.array([1.0, -1.0, 1.0, 2.0, 2.0, -2.0, 5.0])
+    compression = Compression(granularity=3, error_feedback=False)
+    mean, _, _ = compressed.compressed_all_reduce(
+      [x], None, None, axis=None, compression=compression
+    )
+    np.testing.assert_array_equal(mean[0], x)
+
   def test_feedback_makes_the_average_right_in_the_long_run(self):
     """1000 averages of one vector; without feedback they miss it for ever."""
     rng = np.random.default_rng(4)
