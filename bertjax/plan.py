@@ -5,14 +5,19 @@ r"""Plans a run on hardware that nobody here has: does it fit, how fast is it.
   python -m bertjax.plan --config=configs/fine_tune.py:mnli --topology=v5e:2x2 \
       --config.model.name=bert --config.model.size=base --vocab_size=30522 \
       --rows_per_epoch=392702
+  python -m bertjax.plan --config=... --topology=v5e:4x4 \
+      --sweep="mesh.fsdp=1,4 microbatches=1,2,4"
 
 Compiles the config's own training step with the accelerator's compiler, which
 needs no accelerator: minutes for a large model, nothing is downloaded or read.
 Times are estimates from the compiled program; `bertjax.hardware` says how, and
-what they leave out. A config with stages gets a page for each. How many steps
-`stop.epochs` are only the data know, or `--rows_per_epoch`.
+what they leave out. A config with stages gets a page for each, or a table with
+`--sweep`. How many steps `stop.epochs` are only the data know, or
+`--rows_per_epoch`.
 """
 
+import dataclasses
+import functools
 import json
 import pathlib
 import sys
@@ -22,9 +27,9 @@ from typing import Any
 from absl import app, flags
 
 from bertjax import cli, hardware
-from bertjax.config import Settings, settings, stage_configs
+from bertjax.config import Settings, plain, settings, stage_configs
 from bertjax.data.abstract import steps_of
-from bertjax.planning import advice, page
+from bertjax.planning import advice, page, sweep
 from bertjax.planning.outcome import Plan
 from bertjax.planning.step import lower_step
 from bertjax.registry import lookup
@@ -36,6 +41,7 @@ def plan(
   *,
   steps: int | None = None,
   vocab_size: int | None = None,
+  suggest: bool = True,
 ) -> Plan:
   """Compiles a stage's training step and reads what it costs.
 
@@ -44,6 +50,7 @@ def plan(
     topology: what to compile for, as "v5e:4x4".
     steps: that the stage takes; by default `stop.steps`; 0: unknown.
     vocab_size: of the tokenizer, if the config does not tell.
+    suggest: whether to look for what would fit, if this does not.
 
   Raises:
     ValueError: unknown topology, or a config that does not fit it.
@@ -57,8 +64,11 @@ def plan(
       topology, lower_step, settings=stage, vocab_size=vocab_size
     )
   except hardware.OutOfMemory as err:
+    found = Plan(topology, err.info, steps, err.needed)
+    if not suggest:
+      return found
     suggestion = advice.suggest(stage, topology, err, vocab_size)
-    return Plan(topology, err.info, steps, err.needed, suggestion=suggestion)
+    return dataclasses.replace(found, suggestion=suggestion)
   on_tpu = topology.chip.platform == "tpu"
   return Plan(
     topology=topology,
@@ -102,27 +112,57 @@ def main(argv: list[str]) -> None:
   if not given["config"].present or given.topology is None:
     raise app.UsageError("--config and --topology are required.")
   cli.quiet()
-  figures = {}
   with cli.clear_errors():
     if given.json != "-":
       cli.check_output("json", given.json)
-    found = stages(cli.config(), given.rows_per_epoch)
-    chosen = {name: rest for name, *rest in found}
-    if given.stage is not None:
-      chosen = {given.stage: lookup(chosen, given.stage, "stage")}
-    for name, (stage, steps) in chosen.items():
-      print(f"Compiling {name} for {given.topology}...", file=sys.stderr)
-      made = plan(
-        stage, given.topology, steps=steps, vocab_size=given.vocab_size
-      )
-      figures[name] = page.figures(made)
+    make = _pages if given.sweep is None else _tables
+    figures = {}
+    for name, page_text, found in make(plain(cli.config()), given):
+      figures[name] = found
       if given.json != "-":
-        print(page.render(made, name))
+        print(page_text)
   text = json.dumps(figures, indent=2)
   if given.json == "-":
     print(text)
   elif given.json is not None:
     pathlib.Path(given.json).write_text(text + "\n")
+
+
+# Of a stage: its name, what to print and what --json says.
+_Answer = tuple[str, str, Any]
+
+
+def _pages(config: Any, given: flags.FlagValues) -> Iterator[_Answer]:
+  for name in _chosen(config, given):
+    made = _planned(config, name, given)
+    yield name, page.render(made, name), page.figures(made)
+
+
+def _tables(config: Any, given: flags.FlagValues) -> Iterator[_Answer]:
+  tried = sweep.axes(given.sweep)
+  for name in _chosen(config, given):
+    make = functools.partial(_planned, name=name, given=given, suggest=False)
+    trials = list(sweep.trials(config, tried, make))
+    figures = sweep.figures(trials, page.figures)
+    yield name, sweep.render(trials, name), figures
+
+
+def _chosen(config: Any, given: flags.FlagValues) -> list[str]:
+  names = {name: name for name in stage_configs(config)}
+  if given.stage is None:
+    return list(names)
+  return [lookup(names, given.stage, "stage")]
+
+
+def _planned(
+  config: Any, name: str, given: flags.FlagValues, **options: Any
+) -> Plan:
+  found = {key: rest for key, *rest in stages(config, given.rows_per_epoch)}
+  stage, steps = found[name]
+  print(f"Compiling {name} for {given.topology}...", file=sys.stderr)
+  return plan(
+    stage, given.topology, steps=steps, vocab_size=given.vocab_size, **options
+  )
 
 
 def _define_flags() -> None:
@@ -137,6 +177,9 @@ def _define_flags() -> None:
   )
   flags.DEFINE_integer(
     "rows_per_epoch", None, "Examples to train on.", lower_bound=1
+  )
+  flags.DEFINE_string(
+    "sweep", None, 'Values to try, as "mesh.fsdp=1,4 microbatches=1,2".'
   )
   flags.DEFINE_string("json", None, "File for all figures; - prints them.")
 

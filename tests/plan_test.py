@@ -12,7 +12,7 @@ from absl.testing import absltest, parameterized
 from bertjax import hardware
 from bertjax.config import settings
 from bertjax.plan import Plan, plan, stages
-from bertjax.planning import advice, page
+from bertjax.planning import advice, links, page
 from bertjax.planning.step import StepFacts, lower_step
 from tests import tiny
 from tests.configs_test import _CONFIGS, _load
@@ -138,6 +138,8 @@ class CompiledPlanTest(absltest.TestCase):
       self.plan.tokens_per_s_per_chip, tokens / seconds / 4
     )
     self.assertAlmostEqual(self.plan.chip_hours, seconds * 4)
+    self.assertGreater(self.plan.compute_s, self.plan.exchange_s)
+    self.assertEqual(seconds, self.plan.compute_s)
     peak = 4 * 197e12 * seconds
     self.assertAlmostEqual(self.plan.mfu, self.plan.facts.model_flops / peak)
 
@@ -166,6 +168,75 @@ class CompiledPlanTest(absltest.TestCase):
       plan(settings(fields), "v5e:4x4")
 
 
+@unittest.skipUnless(
+  importlib.util.find_spec("libtpu"),
+  "libtpu is not installed: pip install 'bertjax[test]'",
+)
+class SlicesTest(absltest.TestCase):
+  def test_gradients_cross_slices_after_they_were_reduced_inside(self):
+    # So wide that the padding of tiles hardly counts.
+    model = dict(num_layers=1, emb_dim=128, mlp_dim=512)
+    fields = tiny.config(pathlib.Path("nowhere"), model=model)
+    made = plan(settings(fields), "2xv5e:2x2")
+    inside = {
+      links.axes(c, made.topology, made.facts.mesh)
+      for c in made.collectives
+      if c.slices == 1
+    }
+    self.assertEqual(inside, {("data",)})
+    across = [c for c in made.collectives if c.slices > 1]
+    self.assertEqual({c.group_size for c in across}, {2})
+    # Each chip exchanges a quarter of the gradients with its peer.
+    gradients = made.facts.parameters * 4
+    sent = sum(c.sent_bytes for c in across)
+    self.assertBetween(sent, 0.95 * gradients / 4, 2 * gradients / 4)
+    self.assertGreater(made.exchange_s, sent / 3.125e9)
+    self.assertRegex(page.render(made), r"all-reduce +slice ")
+
+
+class LinksTest(parameterized.TestCase):
+  def _all_reduce(self, *groups, slices=1):
+    return hardware.Collective(
+      "all-reduce", 4_000, groups, 3, "", "", slices=slices
+    )
+
+  def test_slices_part_data_or_fsdp(self):
+    two = hardware.parse("2xv5e:2x2")
+    pairs = self._all_reduce((0, 1), (2, 3))
+    for sizes, axes in (((4, 2), ("fsdp",)), ((2, 4), ()), ((1, 8), ())):
+      mesh = dict(zip(("data", "fsdp", "model", "seq"), (*sizes, 1, 1)))
+      self.assertEqual(links.axes(pairs, two, mesh), axes)
+    whole = self._all_reduce((0, 1, 2, 3))
+    mesh = dict(data=1, fsdp=8, model=1, seq=1)
+    self.assertEqual(links.axes(whole, two, mesh), ("fsdp",))
+    between = self._all_reduce((1, 2), slices=2)
+    self.assertEqual(links.axes(between, two, mesh), ("slice",))
+
+  @parameterized.parameters(
+    ("v5e", (0, 1, 2, 3), 1, 90e9),
+    ("v5e", (1, 2), 2, 3.125e9),
+    ("v5p", (1, 2, 3), 3, 6.25e9),
+    ("v6e", (1, 2), 2, 12.5e9),
+  )
+  def test_what_crosses_slices_takes_the_network(
+    self, chip, group, slices, bandwidth
+  ):
+    collective = self._all_reduce(group, slices=slices)
+    shape = "2x2x2" if chip == "v5p" else "2x2"
+    topology = hardware.parse(f"{max(2, slices)}x{chip}:{shape}")
+    n = len(group)
+    self.assertAlmostEqual(
+      links.seconds(topology, [collective] * 2),
+      2 * 3 * 4_000 * 2 * (n - 1) / n / bandwidth,
+    )
+
+  def test_a_network_that_is_not_published_gives_no_time(self):
+    v4 = hardware.parse("2xv4:2x2x2")
+    across = self._all_reduce((1, 2), slices=2)
+    self.assertIsNone(links.seconds(v4, [across]))
+    self.assertIsNotNone(links.seconds(v4, [self._all_reduce((0, 1))]))
+
+
 class AdviceTest(absltest.TestCase):
   def test_activations_ask_for_microbatches(self):
     # 16 kB of state, 84 kB of activations, room for 60: halving is enough.
@@ -183,6 +254,12 @@ class AdviceTest(absltest.TestCase):
     # 16 kB of state in 10 kB: a third is left to activations at fsdp=4.
     found = advice.candidates(_FACTS, 1, needed=17_000, available=10_000)
     self.assertEqual(next(found), dict(mesh=dict(data=2, fsdp=4)))
+
+  def test_recomputing_asks_for_few_rows_at_a_time(self):
+    found = advice.recomputing(_FACTS, 2, available=60_000)
+    remat = dict(model=dict(remat="full"))
+    self.assertEqual(list(found), [remat, dict(microbatches=8) | remat])
+    self.assertEmpty(list(advice.recomputing(_FACTS, 2, available=1_000)))
 
   def test_nothing_helps_a_state_that_is_too_large(self):
     found = advice.candidates(_FACTS, 1, needed=17_000, available=1_000)

@@ -21,6 +21,8 @@ class Chip:
     peak_flops: dense bfloat16 FLOP/s.
     ring_bandwidth: bytes per second that a chip sends around a ring of
       neighbours, both directions together.
+    network_bandwidth: bytes per second that a chip sends to another slice; 0:
+      not published.
     cores: that share the work of a device.
     matmul_cycles: for which one matrix instruction on a full register of
       packed operands occupies a matrix unit; 0: unknown.
@@ -36,6 +38,7 @@ class Chip:
   vmem_bytes: int
   peak_flops: float
   ring_bandwidth: float
+  network_bandwidth: float = 0
   cores: int = 1
   matmul_cycles: int = 0
 
@@ -57,9 +60,10 @@ _tpu = functools.partial(Chip, platform="tpu", matmul_cycles=16)
 
 # Data sheets (cloud.google.com/tpu/docs, nvidia.com); ring bandwidths are two
 # links of Austin et al. 2025, "How to Scale Your Model", and NVLink 4's 450
-# GB/s each way. matmul_cycles: a matrix unit of v4 and v5 takes one of the 16
-# rows of a bfloat16 register per cycle, that of v6e two. "H100" without further
-# words is the SXM form.
+# GB/s each way. network_bandwidth: 6.4 Tbit/s of a v5e pod of 256, 25.6 of a
+# v6e pod, 50 Gbit/s of a v5p chip. matmul_cycles: a matrix unit of v4 and v5
+# takes one of the 16 rows of a bfloat16 register per cycle, that of v6e two.
+# "H100" without further words is the SXM form.
 _ROWS = (
   _tpu(
     "v4",
@@ -83,6 +87,7 @@ _ROWS = (
     hbm_bytes=16 * _GIB,
     vmem_bytes=128 * _MIB,
     ring_bandwidth=90e9,
+    network_bandwidth=6.4e12 / 8 / 256,
   ),
   _tpu(
     "v5p",
@@ -95,6 +100,7 @@ _ROWS = (
     hbm_bytes=95 * _GIB,
     vmem_bytes=64 * _MIB,
     ring_bandwidth=180e9,
+    network_bandwidth=50e9 / 8,
   ),
   _tpu(
     "v6e",
@@ -106,6 +112,7 @@ _ROWS = (
     hbm_bytes=32 * _GIB,
     vmem_bytes=128 * _MIB,
     ring_bandwidth=180e9,
+    network_bandwidth=25.6e12 / 8 / 256,
     matmul_cycles=8,
   ),
   Chip(

@@ -36,6 +36,11 @@ _MESH = re.compile(
 _MESH_AXIS = re.compile(r"'([^']+)'=(\d+)")
 _MESH_PART = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
 _PAIRS = re.compile(r"\bsource_target_pairs=\{([0-9,{}]*)\}")
+# The program of a slice hands over to the host what crosses slices.
+_BETWEEN = re.compile(
+  r'_xla_megascale_target="\{([0-9,:]+)\}.*'
+  r'_xla_megascale_transfer_type="([A-Z_]+)"'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +51,14 @@ class Collective:
     kind: for example "all-reduce".
     operand_bytes: what one device puts in, each time.
     groups: devices that exchange with each other (for a collective-permute:
-      pairs of source and target), by their index in the mesh.
+      pairs of source and target), by their index in the mesh of a slice;
+      between slices: those.
     times: how often in one run.
     op_name: the JAX operation that it comes from.
     source: `file:line`.
     branch: of the conditionals around it, outermost first, which branch it
       stands in; () if it runs in any case.
+    slices: of TPUs that it joins; 1 if it stays inside one.
   """
 
   kind: str
@@ -61,6 +68,7 @@ class Collective:
   op_name: str
   source: str
   branch: tuple[int, ...] = ()
+  slices: int = 1
 
   @property
   def group_size(self) -> int:
@@ -120,11 +128,13 @@ def read_collectives(module: Module) -> list[Collective]:
       elif role == _FUSED and key in started:
         continue
       operands = [computation.by_name[name] for name in instruction.operands]
+      slices = _slices(instruction)
       found.append(
         Collective(
           kind=kind,
           operand_bytes=sum(operand.bytes for operand in operands),
-          groups=_groups(instruction, devices),
+          groups=(slices,) if slices else _groups(instruction, devices),
+          slices=max(1, len(slices)),
           times=executed.times,
           op_name=instruction.op_name,
           source=module.source(instruction),
@@ -135,8 +145,24 @@ def read_collectives(module: Module) -> list[Collective]:
 
 
 def _kind(instruction: Instruction) -> str | None:
+  between = _BETWEEN.search(instruction.attributes)
+  if instruction.opcode == "send" and between is not None:
+    kind = between[2].lower().replace("_", "-")
+    return kind if kind in _SENT else "collective-permute"
   kind = instruction.opcode.removesuffix("-start")
   return kind if kind in _SENT else None
+
+
+def _slices(instruction: Instruction) -> tuple[int, ...]:
+  """The slices that it joins; () if it stays inside one."""
+  between = _BETWEEN.search(instruction.attributes)
+  if between is None:
+    return ()
+  slices: list[int] = []
+  for part in between[1].split(","):
+    first, _, last = part.partition(":")
+    slices += range(int(first), int(last or first) + 1)
+  return tuple(slices)
 
 
 def _same(instruction: Instruction, executed: Executed) -> tuple:

@@ -57,6 +57,22 @@ def make_mesh(
   return Mesh(_over_slices(sizes, slices, devices), AXES, axis_types=axis_types)
 
 
+def sliced_axis(sizes: Mapping[str, int], slices: int) -> str:
+  """The axis whose outermost steps are slices of TPUs.
+
+  Raises:
+    ValueError: the slices divide neither data nor fsdp.
+  """
+  for name in ("data", "fsdp"):
+    if sizes[name] % slices == 0:
+      return name
+  raise ValueError(
+    f"mesh: data={sizes['data']}, fsdp={sizes['fsdp']}: the {slices} slices"
+    " of TPUs must divide one of them, for the network between slices is too"
+    " slow for the other axes."
+  )
+
+
 def _over_slices(
   sizes: Mapping[str, int], slices: int, devices: Sequence[jax.Device]
 ) -> np.ndarray:
@@ -64,14 +80,8 @@ def _over_slices(
 
   `jax.make_mesh` refuses them.
   """
-  outer = [name for name in ("data", "fsdp") if sizes[name] % slices == 0]
-  if not outer:
-    raise ValueError(
-      f"mesh: data={sizes['data']}, fsdp={sizes['fsdp']}: the {slices} slices"
-      " of TPUs must divide one of them, for the network between slices is too"
-      " slow for the other axes."
-    )
-  across = {name: slices if name == outer[0] else 1 for name in sizes}
+  parted = sliced_axis(sizes, slices)
+  across = {name: slices if name == parted else 1 for name in sizes}
   return mesh_utils.create_hybrid_device_mesh(
     [sizes[name] // across[name] for name in sizes],
     list(across.values()),

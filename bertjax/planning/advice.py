@@ -8,7 +8,7 @@ from bertjax import hardware
 from bertjax.config import Settings, merge
 from bertjax.planning.step import StepFacts, lower_step
 
-_TRIALS = 3  # each one compiles the step
+_TRIALS = 2  # of each kind; each one compiles the step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,8 @@ def suggest(
 ) -> Suggestion | None:
   """The smallest change that fits, found by compiling; None if none does.
 
-  More microbatches shrink activations, `mesh.fsdp` shrinks the state.
+  More microbatches and `model.remat` shrink activations, `mesh.fsdp` shrinks
+  the state.
 
   Args:
     stage: the config that does not fit.
@@ -44,7 +45,11 @@ def suggest(
   changes = candidates(
     error.info, stage.microbatches, error.needed or available, available
   )
-  for change in itertools.islice(changes, _TRIALS):
+  tried = [*itertools.islice(changes, _TRIALS)]
+  if stage.model.get("remat", "none") == "none":
+    rest = recomputing(error.info, stage.microbatches, available)
+    tried += itertools.islice(rest, _TRIALS)
+  for change in tried:
     try:
       program = hardware.compile_for(
         topology,
@@ -52,7 +57,7 @@ def suggest(
         settings=_changed(stage, change),
         vocab_size=vocab_size,
       )
-    except hardware.OutOfMemory:
+    except ValueError:  # too large still, or a model without remat
       continue
     return Suggestion(_fields(change), program.memory.total)
   return None
@@ -65,7 +70,8 @@ def candidates(
 
   Parameters, their gradients and the optimizer's state shrink with `mesh.fsdp`,
   which is raised only if they alone take most of the memory; the rest shrinks
-  with the number of microbatches.
+  with the number of microbatches. Where those do not suffice, a part of a row
+  per device is left, whose activations `model.remat` makes few.
 
   Args:
     facts: of the step that does not fit.
@@ -73,33 +79,78 @@ def candidates(
     needed: bytes per device.
     available: bytes per device.
   """
-  state = 2 * facts.parameter_bytes + facts.optimizer_bytes
-  mesh = dict(facts.mesh)
-  shards = 1
-  while state / shards > 0.7 * available and mesh["data"] % 2 == 0:
-    mesh["data"] //= 2
-    mesh["fsdp"] *= 2
-    shards *= 2
-  rows = facts.batch_size // (facts.mesh["data"] * facts.mesh["fsdp"])
-  for parts in range(1, rows // microbatches + 1):
-    if rows % (parts * microbatches):
+  mesh, held = _sharded(facts, available)
+  state = _state_bytes(facts)
+  for parts in _parts(facts, microbatches):
+    if held + max(needed - state, 0) / parts > available:
       continue
-    rest = max(needed - state, 0) / parts
-    if state / shards + rest > available:
-      continue
-    change: dict = {}
-    if shards > 1:
-      change["mesh"] = {axis: mesh[axis] for axis in ("data", "fsdp")}
-    if parts > 1:
-      change["microbatches"] = parts * microbatches
-    if change:
+    if change := _change(mesh, parts, microbatches):
       yield change
 
 
+def recomputing(
+  facts: StepFacts, microbatches: int, available: float
+) -> Iterator[dict]:
+  """Changes with `model.remat`: microbatches as they are, then one row each.
+
+  How much is computed again instead of kept is for the compiler to say.
+
+  Args:
+    facts: of the step that does not fit.
+    microbatches: that it has.
+    available: bytes per device.
+  """
+  mesh, held = _sharded(facts, available)
+  if held > available:
+    return
+  most = max(_parts(facts, microbatches))
+  for parts in dict.fromkeys((1, most)):
+    change = _change(mesh, parts, microbatches)
+    yield change | {"model": {"remat": "full"}}
+
+
+def _state_bytes(facts: StepFacts) -> float:
+  return 2 * facts.parameter_bytes + facts.optimizer_bytes
+
+
+def _sharded(
+  facts: StepFacts, available: float
+) -> tuple[dict[str, int] | None, float]:
+  """Axes of the mesh, if they should change, and bytes of the state on them."""
+  mesh, held = dict(facts.mesh), _state_bytes(facts)
+  while held > 0.7 * available and mesh["data"] % 2 == 0:
+    mesh["data"] //= 2
+    mesh["fsdp"] *= 2
+    held /= 2
+  changed = mesh["fsdp"] != facts.mesh["fsdp"]
+  return {k: mesh[k] for k in ("data", "fsdp")} if changed else None, held
+
+
+def _parts(facts: StepFacts, microbatches: int) -> list[int]:
+  """By what the microbatches may be multiplied."""
+  rows = facts.batch_size // (facts.mesh["data"] * facts.mesh["fsdp"])
+  return [
+    parts
+    for parts in range(1, rows // microbatches + 1)
+    if rows % (parts * microbatches) == 0
+  ]
+
+
+def _change(mesh: dict[str, int] | None, parts: int, microbatches: int) -> dict:
+  change: dict = {"mesh": mesh} if mesh else {}
+  if parts > 1:
+    change["microbatches"] = parts * microbatches
+  return change
+
+
 def _fields(change: dict) -> str:
-  flat = {f"mesh.{k}": v for k, v in change.get("mesh", {}).items()}
-  flat |= {k: v for k, v in change.items() if k != "mesh"}
-  return ", ".join(f"{name}={value}" for name, value in flat.items())
+  fields = []
+  for name, value in change.items():
+    if isinstance(value, dict):
+      fields += [f"{name}.{key}={inner}" for key, inner in value.items()]
+    else:
+      fields.append(f"{name}={value}")
+  return ", ".join(fields)
 
 
 def _changed(stage: Settings, change: dict) -> Settings:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from bertjax import hardware
+from bertjax.planning import links
 from bertjax.planning.advice import Suggestion
 from bertjax.planning.step import StepFacts
 
@@ -40,15 +41,21 @@ class Plan:
     return self.memory is not None
 
   @property
-  def step_s(self) -> float | None:
-    """Seconds of a step if its collectives hide behind its computation."""
+  def compute_s(self) -> float | None:
+    """Seconds of a step's computation."""
     return self.cost.seconds if self.cost else None
 
   @property
-  def exchange_s(self) -> float:
-    """Seconds that the collectives of a step take, by rings of neighbours."""
-    sent = sum(c.sent_bytes for c in self.collectives)
-    return sent / self.topology.chip.ring_bandwidth
+  def exchange_s(self) -> float | None:
+    """Seconds of a step's collectives; None if a bandwidth is unknown."""
+    return links.seconds(self.topology, self.collectives)
+
+  @property
+  def step_s(self) -> float | None:
+    """Seconds of a step in which the shorter of the two hides."""
+    if self.compute_s is None or self.exchange_s is None:
+      return None
+    return max(self.compute_s, self.exchange_s)
 
   @property
   def tokens_per_s_per_chip(self) -> float | None:
@@ -67,8 +74,15 @@ class Plan:
     return self.facts.model_flops / peak
 
   @property
-  def chip_hours(self) -> float | None:
+  def hours(self) -> float | None:
     """Of all steps, if their number is known."""
     if self.step_s is None or not self.steps:
       return None
-    return self.steps * self.step_s * self.topology.num_devices / 3600
+    return self.steps * self.step_s / 3600
+
+  @property
+  def chip_hours(self) -> float | None:
+    """The same, summed over chips."""
+    if self.hours is None:
+      return None
+    return self.hours * self.topology.num_devices

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from bertjax import hardware
+from bertjax.planning import links, units
 from bertjax.planning.outcome import Plan
 
 _TOP = 10
@@ -35,10 +36,11 @@ def figures(plan: Plan) -> dict[str, Any]:
     found["exchange_s"] = plan.exchange_s
   if plan.cost is not None:
     found |= {
+      "compute_s": plan.compute_s,
       "step_s": plan.step_s,
       "tokens_per_s_per_chip": plan.tokens_per_s_per_chip,
       "mfu": plan.mfu,
-      "hours": plan.steps * plan.step_s / 3600 if plan.steps else None,
+      "hours": plan.hours,
       "chip_hours": plan.chip_hours,
       "cycles": plan.cost.cycles,
       "compute_cycles": plan.cost.compute_cycles,
@@ -56,7 +58,7 @@ def _collectives(plan: Plan) -> list[dict[str, Any]]:
   """Summed by kind and mesh axes, the largest first."""
   groups = collections.defaultdict(list)
   for collective in plan.collectives:
-    axes = collective.axes(plan.facts.mesh)
+    axes = links.axes(collective, plan.topology, plan.facts.mesh)
     groups[collective.kind, axes].append(collective)
   rows = [
     {
@@ -102,22 +104,23 @@ def _memory_lines(plan: Plan) -> list[str]:
   capacity = plan.topology.chip.hbm_bytes
   needed = plan.needed_bytes
   verdict = "FITS" if plan.fits else "DOES NOT FIT"
-  total = "more than it has" if needed is None else _bytes(needed)
-  lines = [f"{verdict}: {total} of {_bytes(capacity)} per device"]
+  total = "more than it has" if needed is None else units.size(needed)
+  lines = [f"{verdict}: {total} of {units.size(capacity)} per device"]
   lines += [
-    f"  parameters   {_bytes(facts.parameter_bytes)}",
-    f"  optimizer    {_bytes(facts.optimizer_bytes)}",
-    f"  batch        {_bytes(facts.batch_bytes)}",
+    f"  parameters   {units.size(facts.parameter_bytes)}",
+    f"  optimizer    {units.size(facts.optimizer_bytes)}",
+    f"  batch        {units.size(facts.batch_bytes)}",
   ]
   if memory is not None:
     lines += [
-      f"  temporaries  {_bytes(memory.temporaries)}  (activations, gradients)",
-      f"  program      {_bytes(memory.code)}",
+      f"  temporaries  {units.size(memory.temporaries)}"
+      "  (activations, gradients)",
+      f"  program      {units.size(memory.code)}",
     ]
   elif plan.suggestion is not None:
     lines.append(
       f"would fit with {plan.suggestion.fields}"
-      f" ({_bytes(plan.suggestion.needed_bytes)})"
+      f" ({units.size(plan.suggestion.needed_bytes)})"
     )
   else:
     lines.append(
@@ -136,8 +139,8 @@ def _collective_lines(plan: Plan) -> list[str]:
     f"{head}{'put in':>12s}{'sent':>12s}",
     *(
       f"  {row['kind']:20s}{'+'.join(row['axes']) or '?':16s}"
-      f"{row['times']:7,}{_bytes(row['operand_bytes']):>12s}"
-      f"{_bytes(row['sent_bytes']):>12s}"
+      f"{row['times']:7,}{units.size(row['operand_bytes']):>12s}"
+      f"{units.size(row['sent_bytes']):>12s}"
       for row in rows
     ),
   ]
@@ -147,23 +150,41 @@ def _time_lines(plan: Plan) -> list[str]:
   cost, chip = plan.cost, plan.topology.chip
   busy = cost.mxu_cycles / cost.cycles
   memory_s = cost.hbm_bytes / chip.hbm_bandwidth
-  return [
-    f"step         {_time(plan.step_s)}, if its collectives hide behind it;"
-    f" they take {_time(plan.exchange_s)} on rings",
-    f"             matrix units busy {busy:.0%}; HBM"
-    f" {_bytes(cost.hbm_bytes)} = {_time(memory_s)}",
-    f"speed        {plan.tokens_per_s_per_chip:,.0f} tokens/s per chip,"
-    f" MFU {plan.mfu:.1%} ({plan.facts.model_flops:.3g} model FLOP per step)",
-    f"{plan.steps:,} steps  {plan.steps * plan.step_s / 3600:,.1f} hours,"
-    f" {plan.chip_hours:,.0f} chip-hours"
-    if plan.steps
-    else "epochs of unknown length (--rows_per_epoch)",
-    *(
-      [f"cycles of {len(cost.missing)} small operations are unknown"]
-      if cost.missing
-      else []
-    ),
+  lines = [
+    f"compute      {units.duration(plan.compute_s)}, matrix units busy"
+    f" {busy:.0%}; HBM {units.size(cost.hbm_bytes)} ="
+    f" {units.duration(memory_s)}",
+    *_speed_lines(plan),
   ]
+  if cost.missing:
+    lines.append(f"cycles of {len(cost.missing)} small operations are unknown")
+  return lines
+
+
+def _speed_lines(plan: Plan) -> list[str]:
+  if plan.step_s is None:
+    chip = plan.topology.chip.name
+    return [f"exchange     unknown, as is the network between {chip} slices"]
+  lines = []
+  if plan.collectives:
+    together = units.duration(plan.compute_s + plan.exchange_s)
+    lines += [
+      f"exchange     {units.duration(plan.exchange_s)} on rings",
+      f"step         {units.duration(plan.step_s)} if the shorter of the two"
+      f" hides; {together} if it does not",
+    ]
+  lines.append(
+    f"speed        {plan.tokens_per_s_per_chip:,.0f} tokens/s per chip,"
+    f" MFU {plan.mfu:.1%} ({plan.facts.model_flops:.3g} model FLOP per step)"
+  )
+  if plan.steps:
+    lines.append(
+      f"{plan.steps:,} steps  {plan.hours:,.1f} hours,"
+      f" {plan.chip_hours:,.0f} chip-hours"
+    )
+  else:
+    lines.append("epochs of unknown length (--rows_per_epoch)")
+  return lines
 
 
 def _top_lines(cost: hardware.Cost) -> list[str]:
@@ -172,7 +193,7 @@ def _top_lines(cost: hardware.Cost) -> list[str]:
     share = row.estimate / cost.cycles
     lines.append(
       f"{share:6.1%}{row.times:6,}{max(row.cycles or 0, row.mxu_cycles):10,.0f}"
-      f"{_bytes(row.hbm_bytes):>11s}  {_operation(row)}"
+      f"{units.size(row.hbm_bytes):>11s}  {_operation(row)}"
     )
   return lines
 
@@ -200,16 +221,3 @@ def _kernel_lines(plan: Plan) -> list[str]:
     )
   lines.append("There is no model of a GPU's time.")
   return lines
-
-
-def _bytes(size: float) -> str:
-  for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-    if size >= unit:
-      return f"{size / unit:.2f} {name}"
-  return f"{size:.0f} B"
-
-
-def _time(seconds: float) -> str:
-  if seconds >= 1:
-    return f"{seconds:.2f} s"
-  return f"{seconds * 1e3:.3g} ms"

@@ -1,0 +1,170 @@
+"""Plans a config under many settings and puts the fastest first.
+
+    --sweep="mesh.fsdp=1,4,16 microbatches=1,2,4"
+
+Every combination is compiled, one after the other.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from bertjax import grid
+from bertjax.planning import units
+from bertjax.planning.outcome import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+  """One combination.
+
+  Attributes:
+    values: of the fields that are tried, by path.
+    plan: what compiling it told; None if the config refuses it.
+    refusal: why it does.
+  """
+
+  values: Mapping[str, Any]
+  plan: Plan | None = None
+  refusal: str = ""
+
+  @property
+  def speed(self) -> float:
+    """By which trials are ordered: tokens per second; 0 if it does not run."""
+    if self.plan is None or not self.plan.fits:
+      return 0
+    return self.plan.tokens_per_s_per_chip or 0
+
+  @property
+  def verdict(self) -> str:
+    """One or two words, or the refusal."""
+    if self.plan is None:
+      return self.refusal
+    return "fits" if self.plan.fits else "does not fit"
+
+
+def axes(text: str) -> dict[str, list[Any]]:
+  """What `--sweep` says: by the path of a field, the values to try.
+
+  Args:
+    text: "mesh.fsdp=1,4 microbatches=1,2".
+
+  Raises:
+    ValueError: it says something else.
+  """
+  found: dict[str, list[Any]] = {}
+  for word in text.split():
+    path, equals, values = word.partition("=")
+    tried = [yaml.safe_load(value) for value in values.split(",") if value]
+    if not (path and equals and tried):
+      raise ValueError(
+        f"sweep: {word!r} names no field with values to try; write"
+        ' --sweep="mesh.fsdp=1,4 microbatches=1,2".'
+      )
+    found[path] = tried
+  if not found:
+    raise ValueError('sweep is empty; write --sweep="microbatches=1,2".')
+  return found
+
+
+def trials(
+  config: Mapping[str, Any],
+  tried: Mapping[str, Sequence[Any]],
+  plan: Callable[[Mapping[str, Any]], Plan],
+) -> Iterator[Trial]:
+  """Plans every combination; one that the config refuses is a trial as well.
+
+  Args:
+    config: the stage.
+    tried: from `axes`.
+    plan: of a config.
+
+  Raises:
+    ValueError: the config refuses every combination.
+  """
+  refused = []
+  points = grid.points({**config, "grid": _nested(tried)})
+  for point in points:
+    try:
+      yield Trial(point.values, plan(point.config))
+    except ValueError as err:
+      refused.append(str(err))
+      yield Trial(point.values, refusal=refused[-1])
+  if len(refused) == len(points):
+    raise ValueError(f"sweep: no combination is possible; {refused[0]}")
+
+
+def _nested(tried: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+  tree: dict[str, Any] = {}
+  for path, values in tried.items():
+    *folders, name = path.split(".")
+    node = tree
+    for folder in folders:
+      node = node.setdefault(folder, {})
+    node[name] = list(values)
+  return tree
+
+
+def best_first(found: Sequence[Trial]) -> list[Trial]:
+  """By speed; what does not fit after that by need, what is refused last."""
+
+  def rank(trial: Trial):
+    needed = math.inf if trial.plan is None else trial.plan.needed_bytes
+    return -trial.speed, math.inf if needed is None else needed
+
+  return sorted(found, key=rank)
+
+
+def render(found: Sequence[Trial], name: str = "") -> str:
+  """A table, the fastest first.
+
+  Args:
+    found: the trials of one stage.
+    name: of the stage; "" for a config without stages.
+  """
+  rows = [[*found[0].values, *_COLUMNS, ""]]
+  for trial in best_first(found):
+    values = [str(value) for value in trial.values.values()]
+    rows.append([*values, *_cells(trial), trial.verdict])
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  lines = [
+    "  ".join(cell.rjust(width) for cell, width in zip(row[:-1], widths))
+    + f"  {row[-1]}"
+    for row in rows
+  ]
+  return "\n".join([f"{name or 'sweep'}, the fastest first", *lines, ""])
+
+
+_COLUMNS = ("needs", "compute", "exchange", "tokens/s/chip", "MFU")
+
+
+def _cells(trial: Trial) -> list[str]:
+  plan = trial.plan
+  needed = plan.needed_bytes if plan is not None else None
+  cells = ["" if needed is None else units.size(needed)]
+  if plan is None or plan.step_s is None:
+    return cells + [""] * (len(_COLUMNS) - 1)
+  return [
+    *cells,
+    units.duration(plan.compute_s),
+    units.duration(plan.exchange_s),
+    f"{plan.tokens_per_s_per_chip:,.0f}",
+    f"{plan.mfu:.1%}",
+  ]
+
+
+def figures(found: Sequence[Trial], of: Callable[[Plan], Any]) -> list[Any]:
+  """The table as JSON values, the fastest first.
+
+  Args:
+    found: the trials of one stage.
+    of: what to say of a plan, as `page.figures`.
+  """
+  return [
+    {"values": dict(trial.values), "verdict": trial.verdict}
+    | ({} if trial.plan is None else {"plan": of(trial.plan)})
+    for trial in best_first(found)
+  ]

@@ -1,0 +1,115 @@
+"""A sweep plans every combination and puts the fastest first."""
+
+import json
+
+from absl.testing import absltest, parameterized
+
+from bertjax import hardware
+from bertjax.planning import sweep
+from bertjax.planning.outcome import Plan
+from bertjax.planning.step import StepFacts
+
+_FACTS = StepFacts(
+  mesh=dict(data=4, fsdp=1, model=1, seq=1),
+  batch_size=8,
+  seq_len=16,
+  vocab_size=50,
+  parameters=1000,
+  parameter_bytes=4_000,
+  optimizer_bytes=8_000,
+  batch_bytes=640,
+  model_flops=4e9,
+)
+_MEMORY = hardware.Memory(1, 1, 0, 1, 0)
+
+
+def _plan(config):
+  """Each microbatch takes 1 ms more; a whole batch does not fit."""
+  parts, fsdp = config["microbatches"], config["mesh"]["fsdp"]
+  if fsdp == 3:
+    raise ValueError("mesh: fsdp=3 does not divide 4 devices.")
+  topology = hardware.parse("v5e:2x2")
+  if parts == 1:
+    return Plan(topology, _FACTS, 10, 20e9 / fsdp)
+  row = hardware.Row(
+    name="dot",
+    opcode="fusion",
+    times=parts,
+    cycles=1_500_000,
+    mxu_cycles=0,
+    hbm_bytes=0,
+    vmem_bytes=0,
+    estimate=parts * 1.5e6,
+    op_name="",
+    source="",
+  )
+  return Plan(
+    topology,
+    _FACTS,
+    10,
+    9e9 / fsdp,
+    memory=_MEMORY,
+    cost=hardware.Cost(topology.chip, [row]),
+  )
+
+
+class SweepTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    tried = sweep.axes("mesh.fsdp=1,3 microbatches=1,4,2")
+    config = dict(seed=0, mesh=dict(data=-1), microbatches=7)
+    self.trials = list(sweep.trials(config, tried, _plan))
+
+  def test_fast_then_large_then_refused(self):
+    order = [
+      (trial.values["mesh.fsdp"], trial.values["microbatches"])
+      for trial in sweep.best_first(self.trials)
+    ]
+    self.assertEqual(order[:3], [(1, 2), (1, 4), (1, 1)])
+    self.assertCountEqual(order[3:], [(3, 1), (3, 4), (3, 2)])
+
+  def test_table(self):
+    lines = sweep.render(self.trials, "phase1").splitlines()
+    self.assertLen(lines, 2 + 6)
+    self.assertIn("microbatches", lines[1])
+    # 8 x 16 tokens on 4 chips in 2 ms.
+    self.assertRegex(lines[2], r"1 +2 +8\.38 GiB +2 ms .* 16,000 .* fits$")
+    self.assertRegex(lines[4], r"1 +1 +18\.63 GiB +does not fit$")
+    self.assertEndsWith(lines[5], "mesh: fsdp=3 does not divide 4 devices.")
+
+  def test_figures_are_json(self):
+    found = sweep.figures(self.trials, lambda plan: plan.step_s)
+    found = json.loads(json.dumps(found))
+    self.assertEqual(
+      found[0],
+      {
+        "values": {"mesh.fsdp": 1, "microbatches": 2},
+        "verdict": "fits",
+        "plan": 0.002,
+      },
+    )
+    self.assertNotIn("plan", found[-1])
+
+  @parameterized.parameters("", "microbatches", "microbatches=", "=3", "a b=1")
+  def test_words_that_name_no_values(self, text):
+    with self.assertRaisesRegex(ValueError, "sweep.*microbatches=1,2"):
+      sweep.axes(text)
+
+  def test_values_are_those_of_yaml(self):
+    self.assertEqual(
+      sweep.axes("model.remat=none,full model.scan=true,false rate=1.0e-3"),
+      {
+        "model.remat": ["none", "full"],
+        "model.scan": [True, False],
+        "rate": [1e-3],
+      },
+    )
+
+  def test_no_combination_at_all_is_an_error(self):
+    tried = sweep.axes("mesh.fsdp=3 microbatches=1,2")
+    with self.assertRaisesRegex(ValueError, "no combination.*fsdp=3"):
+      list(sweep.trials(dict(mesh=dict(data=-1)), tried, _plan))
+
+
+if __name__ == "__main__":
+  absltest.main()
