@@ -48,6 +48,17 @@ class Sharding(NamedTuple):
     last = () if self.sequence is None else (self.sequence,)
     return (*self.batch, *self.heads, *last)
 
+  @property
+  def needed(self) -> bool:
+    """Whether a kernel has to be kept from the partitioner.
+
+    It has to where nothing is split as well, if an enclosing `shard_map` left
+    it axes of the mesh.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    left = set(mesh.axis_names) - set(mesh.manual_axes)
+    return bool(self.axes) or bool(mesh.manual_axes and left)
+
 
 def _specs(extras: Extras, layout: str, sharding: Sharding):
   """PartitionSpecs of an array laid out like q, of lse, and of the extras."""
