@@ -7,10 +7,12 @@ import pathlib
 import unittest
 
 import jax
+import pytest
 from absl.testing import absltest, parameterized
 
 from bertjax import hardware
 from bertjax.config import settings
+from bertjax.parallel import wire
 from bertjax.plan import Plan, plan, stages
 from bertjax.planning import advice, links, page
 from bertjax.planning.step import StepFacts, lower_step
@@ -194,7 +196,45 @@ class SlicesTest(absltest.TestCase):
     self.assertRegex(page.render(made), r"all-reduce +slice ")
 
 
+@unittest.skipUnless(
+  importlib.util.find_spec("libtpu"),
+  "libtpu is not installed: pip install 'bertjax[test]'",
+)
+@pytest.mark.slow  # sharded_test lowers such kernels, LinksTest has the rest
+class CompressedTest(absltest.TestCase):
+  def test_kernels_compile_inside_the_workers(self):
+    fields = tiny.config(
+      pathlib.Path("nowhere"),
+      model=dict(num_layers=1, attend="flash"),
+      optim=dict(name="onebit_adam", learning_rate=1e-3, freeze_step=2),
+    )
+    made = plan(settings(fields), "v5e:2x2")
+    full, compressed = links.ways(made.collectives)
+    gradients = made.facts.parameters * 4
+    sent = [sum(c.sent_bytes for c in way) for way in (full, compressed)]
+    self.assertGreaterEqual(sent[0], 1.5 * gradients)
+    # Whole lines of bits, of which these few parameters fill a part.
+    shapes = [(made.facts.parameters,)]
+    self.assertAlmostEqual(
+      sent[1], wire.compressed_bytes(shapes, 4), delta=0.2 * sent[1]
+    )
+    self.assertEqual(made.exchange_s, max(made.exchanges_s))
+    self.assertIn("in other steps", page.render(made))
+
+
 class LinksTest(parameterized.TestCase):
+  def test_a_step_takes_one_branch_of_a_conditional(self):
+    always, skip, full, compressed, rest = (
+      hardware.Collective("all-reduce", 1, (), 1, "", "", branch=branch)
+      for branch in ((), (1,), (1, 0), (1, 1), (0, 0, 2))
+    )
+    self.assertEqual(
+      links.ways([always, skip, full, compressed, rest]),
+      [[always, rest], [always, skip, full], [always, skip, compressed]],
+    )
+    self.assertEqual(links.ways([always]), [[always]])
+    self.assertEqual(links.ways([]), [[]])
+
   def _all_reduce(self, *groups, slices=1):
     return hardware.Collective(
       "all-reduce", 4_000, groups, 3, "", "", slices=slices

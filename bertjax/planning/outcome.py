@@ -46,9 +46,16 @@ class Plan:
     return self.cost.seconds if self.cost else None
 
   @property
+  def exchanges_s(self) -> list[float | None]:
+    """Seconds of the collectives of each of `links.ways`."""
+    ways = links.ways(self.collectives)
+    return [links.seconds(self.topology, way) for way in ways]
+
+  @property
   def exchange_s(self) -> float | None:
-    """Seconds of a step's collectives; None if a bandwidth is unknown."""
-    return links.seconds(self.topology, self.collectives)
+    """Those of the longest; None if a bandwidth is unknown."""
+    found = [seconds for seconds in self.exchanges_s if seconds is not None]
+    return max(found) if len(found) == len(self.exchanges_s) else None
 
   @property
   def step_s(self) -> float | None:

@@ -34,6 +34,7 @@ def figures(plan: Plan) -> dict[str, Any]:
     found["memory"] = dataclasses.asdict(plan.memory)
     found["collectives"] = _collectives(plan)
     found["exchange_s"] = plan.exchange_s
+    found["exchanges_s"] = plan.exchanges_s
   if plan.cost is not None:
     found |= {
       "compute_s": plan.compute_s,
@@ -168,8 +169,11 @@ def _speed_lines(plan: Plan) -> list[str]:
   lines = []
   if plan.collectives:
     together = units.duration(plan.compute_s + plan.exchange_s)
+    others = [s for s in plan.exchanges_s if s < plan.exchange_s]
+    shorter = [f"; in other steps {units.duration(s)}" for s in others]
     lines += [
-      f"exchange     {units.duration(plan.exchange_s)} on rings",
+      f"exchange     {units.duration(plan.exchange_s)} on rings"
+      + "".join(shorter),
       f"step         {units.duration(plan.step_s)} if the shorter of the two"
       f" hides; {together} if it does not",
     ]

@@ -289,5 +289,33 @@ class MergeTest(parameterized.TestCase):
       np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+class ManualTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (("data", "model", "seq"), Sharding()),  # nothing is left to split
+    (("data",), Sharding(heads=("model",))),
+    (("data", "seq"), Sharding()),  # what is left splits nothing
+  )
+  def test_kernels_lower_where_axes_are_split_by_hand(self, manual, sharding):
+    spec = jax.sharding.PartitionSpec(manual)
+
+    def local(q, k, v):
+      def loss(q):
+        return flash_attention(q, k, v, sharding=sharding, backend="tpu").sum()
+
+      return jax.grad(loss)(q)
+
+    split = jax.shard_map(
+      local,
+      in_specs=(spec,) * 3,
+      out_specs=spec,
+      axis_names=set(manual),
+      check_vma=False,
+    )
+    arrays = [jax.ShapeDtypeStruct((8, 128, 2, 64), jnp.float32)] * 3
+    with jax.set_mesh(MESH):
+      lowered = jax.jit(split).trace(*arrays).lower(lowering_platforms=("tpu",))
+    self.assertIn("tpu_custom_call", lowered.as_text())
+
+
 if __name__ == "__main__":
   absltest.main()
