@@ -3,14 +3,17 @@
 import contextlib
 import json
 import pathlib
+import platform
 import sys
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
 from bertjax.checkpoint import CheckpointError
+from bertjax.config import cache_path
 from bertjax.hardware import CompilerMissing
 from bertjax.metrics.accumulator import NonFiniteError
 from bertjax.parallel import hosts
@@ -142,6 +145,18 @@ def check_output(name: str, path: str | None) -> None:
     raise ValueError(f"--{name}={path} is a folder; name a file.")
   if not (folder := pathlib.Path(path).absolute().parent).is_dir():
     raise ValueError(f"--{name}={path}: there is no folder {folder}.")
+
+
+def keep_compiled() -> None:
+  """Lets programs that took long to compile be read from disk the next time.
+
+  They lie beside the token caches, by machine: a program for one CPU may not
+  run on another. JAX_COMPILATION_CACHE_DIR names another folder, and
+  JAX_ENABLE_COMPILATION_CACHE=false keeps nothing.
+  """
+  if jax.config.jax_compilation_cache_dir is None:
+    folder = cache_path() / "compiled" / platform.node()
+    jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def quiet() -> None:

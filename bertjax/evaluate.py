@@ -130,6 +130,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1 or not _MODEL.value:
     raise app.UsageError("Usage: python -m bertjax.evaluate --model=FOLDER")
   cli.quiet()
+  cli.keep_compiled()
   with cli.clear_errors():
     values = evaluate(
       _MODEL.value,

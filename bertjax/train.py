@@ -236,6 +236,7 @@ def main(argv: list[str]) -> None:
   if _WORKDIR.value is None and not _DRY_RUN.value:
     raise app.UsageError("--workdir is required, except with --dry_run.")
   cli.quiet()
+  cli.keep_compiled()
   with cli.clear_errors(), cli.connected():
     result = train(cli.config(), _WORKDIR.value or "", dry_run=_DRY_RUN.value)
     if hosts.is_first():

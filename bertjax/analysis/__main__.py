@@ -74,6 +74,7 @@ def main(argv: list[str]) -> None:
       f"Usage: python -m bertjax.analysis {'|'.join(ANALYSES)} --model=FOLDER"
     )
   cli.quiet()
+  cli.keep_compiled()
   with cli.clear_errors():
     source = cli.json_object("source", f.source)
     for folder in f.model:

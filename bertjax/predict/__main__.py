@@ -212,6 +212,7 @@ def main(argv: list[str]) -> None:
       f"Usage: python -m bertjax.predict TASK --model=FOLDER ...\n{tasks}"
     )
   cli.quiet()
+  cli.keep_compiled()
   with cli.clear_errors():
     _, fields, command = lookup(TASKS, argv[1], "task")
     cli.check_output("output", f.output)
