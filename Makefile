@@ -2,7 +2,8 @@
 # make test         the default test suite
 # make typecheck    annotations against what the tests of parts call them with
 # make lint         ruff
-# make bench        speed against PyTorch, and of reading; prints ratios
+# make bench        speed against PyTorch, of reading, compiling, and on paper
+#                   of a TPU (10 min); a line in benchmarks/history.jsonl
 # make bench-kernels  kernels against the stock ones, compiled, not run (30 min)
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -45,8 +46,7 @@ lint: $(VENV)/test
 	$(RUN) -m ruff format --check .
 
 bench: $(VENV)/test
-	$(RUN) -m benchmarks.reading
-	$(RUN) -m benchmarks.step
+	$(RUN) -m benchmarks
 
 bench-kernels: $(VENV)/test
 	$(RUN) -m kernels.bench

@@ -107,7 +107,8 @@ def main():
       )
   if args.json:
     with open(args.json, "w") as file:
-      json.dump(rows, file, indent=2)
+      named = {f"{row['mode']} {row['unit']}": row for row in rows}
+      json.dump(named, file, indent=2)
 
 
 if __name__ == "__main__":

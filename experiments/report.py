@@ -4,7 +4,8 @@ r"""One table of what all experiments found.
 
 Reads `<paper>/result.json` of every experiment and prints Markdown: paper,
 claim, published and measured effect, verdict (reproduced, partly, not) and
-minutes. FOLDER is that of the experiments by default.
+minutes. FOLDER is that of the experiments by default. Below stand the headlines
+of the benchmarks by commit, as `make bench` has collected them.
 """
 
 import collections
@@ -13,6 +14,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from benchmarks import history
 from experiments import tables
 from experiments.outcome import RESULT, VERDICTS
 
@@ -61,12 +63,19 @@ def report(folder: pathlib.Path) -> str:
   return f"{tables.markdown(found)}\n\nClaims: {verdicts}."
 
 
+def speed() -> str:
+  """The benchmarks' table by commit; "" before the first `make bench`."""
+  lines = history.table(history.read())
+  return f"Speed by commit:\n\n{tables.markdown(lines)}" if lines else ""
+
+
 def main(arguments: Sequence[str]) -> None:
   """Command line: the folder, if it is another one."""
   if len(arguments) > 1:
     raise SystemExit("usage: python -m experiments.report [FOLDER]")
   default = pathlib.Path(__file__).parent
   print(report(pathlib.Path(arguments[0]) if arguments else default))
+  print(f"\n{speed()}".rstrip())
 
 
 if __name__ == "__main__":

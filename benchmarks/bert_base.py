@@ -1,0 +1,167 @@
+"""BERT-base training steps and forward passes, ours and PyTorch's.
+
+PyTorch runs as its users run it: `transformers`, SDPA attention, bfloat16
+autocast, the faster of its AdamW implementations, logits of all positions. Ours
+has bfloat16 and logits of the masked positions. Both: dropout 0.1 and AdamW.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bertjax import optim, train_state, train_step
+from bertjax.loading import cast_matrices
+from bertjax.models import bert
+from bertjax.objectives import masked_lm
+from bertjax.parallel.mesh import make_mesh
+from bertjax.parallel.sharding import put_batch
+
+VOCABULARY = 30_522
+Batch = Mapping[str, np.ndarray]
+Call = Callable[[], None]
+
+
+def ours(
+  batches: Sequence[Batch],
+  *,
+  size: str = "base",
+  scan: bool = False,
+  prng: str = "threefry2x32",
+) -> tuple[Call, Call]:
+  """A pass of training steps, and one of forward passes to hidden states.
+
+  Args:
+    batches: of one shape, as the objective takes them.
+    size: of the BERT.
+    scan: the stack of layers.
+    prng: generator of dropout.
+  """
+  spec = {
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    for name, x in batches[0].items()
+  }
+  mesh = make_mesh(devices=jax.devices()[:1])
+  encoder = bert(
+    vocab_size=VOCABULARY, size=size, scan=scan, dtype=jnp.bfloat16
+  )
+  objective = masked_lm(encoder=encoder)
+  params, axes = train_state.abstract_params(objective, spec)
+  optimizer = optim.build_optimizer(
+    dict(name="adamw", learning_rate=1e-4, weight_decay=0.01),
+    total_steps=1000,
+    params=params,
+    logical_axes=axes,
+  )
+  key = jax.random.key(0, impl=prng)
+  _, shardings = train_state.state_shardings(
+    objective, optimizer.transform, spec, mesh, key
+  )
+  state = train_state.init_state(objective, optimizer.transform, spec, key)
+  step = train_step.compile_step(objective, optimizer, mesh, shardings, spec)
+  held = {"state": jax.device_put(state, shardings)}
+  put = [put_batch(dict(batch), mesh) for batch in batches]
+  cast = jax.device_put(
+    cast_matrices(jax.device_get(state.params), jnp.bfloat16)
+  )
+  encode = jax.jit(
+    lambda p, b: objective.apply({"params": p}, b, method="encode")
+  )
+
+  def train() -> None:
+    for batch in put:
+      held["state"], metrics = step(held["state"], batch)
+    jax.block_until_ready(metrics["loss"])
+
+  def infer() -> None:
+    for batch in put:
+      hidden = encode(cast, batch)
+    jax.block_until_ready(hidden)
+
+  return train, infer
+
+
+def theirs(
+  batches: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], threads: int
+) -> tuple[Call, Call]:
+  """The same of `transformers` on PyTorch.
+
+  Args:
+    batches: (tokens, mask of what is no padding, labels or -100) [b, t] each.
+    threads: of PyTorch.
+  """
+  import torch
+  from transformers import BertConfig, BertForMaskedLM
+
+  torch.manual_seed(0)
+  torch.set_num_threads(threads)
+  config = BertConfig(attn_implementation="sdpa")
+  model = BertForMaskedLM(config)
+  # One pass over each tensor; `foreach` and the plain loop take several.
+  optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+  put = [
+    tuple(torch.from_numpy(np.asarray(x, np.int64)) for x in batch)
+    for batch in batches
+  ]
+
+  def train() -> None:
+    model.train()
+    for tokens, mask, labels in put:
+      optimizer.zero_grad()
+      with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
+      loss.backward()
+      optimizer.step()
+
+  def infer() -> None:
+    model.eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+      for tokens, mask, _ in put:
+        model.bert(input_ids=tokens, attention_mask=mask)
+
+  return train, infer
+
+
+def alternate(
+  first: Call, second: Call, rounds: int
+) -> tuple[list[float], list[float]]:
+  """Seconds of both, taken in turn after one untimed round."""
+  times: tuple[list[float], list[float]] = ([], [])
+  for number in range(rounds + 1):
+    for call, seconds in zip((first, second), times):
+      start = time.perf_counter()
+      call()
+      if number:
+        seconds.append(time.perf_counter() - start)
+  return times
+
+
+def compare(
+  tokens: int, mine: Call, other: Call, rounds: int
+) -> dict[str, float]:
+  """Tokens per second of both, and the median of the rounds' own ratios.
+
+  Args:
+    tokens: real ones of a call.
+    mine: ours.
+    other: PyTorch's.
+    rounds: timed ones.
+  """
+  a, b = alternate(mine, other, rounds)
+  return {
+    "bertjax_tokens_per_s": tokens / statistics.median(a),
+    "pytorch_tokens_per_s": tokens / statistics.median(b),
+    "ratio": statistics.median(y / x for x, y in zip(a, b)),
+  }
+
+
+def show(name: str, found: Mapping[str, float]) -> None:
+  """Prints one comparison."""
+  print(
+    f"{name:14s} bertjax {found['bertjax_tokens_per_s']:8,.0f} tokens/s"
+    f"  pytorch {found['pytorch_tokens_per_s']:8,.0f}"
+    f"  ratio {found['ratio']:.2f}"
+  )

@@ -1,0 +1,43 @@
+"""BERT-large's training step on one v5e chip, as its compiler plans it.
+
+  python -m benchmarks.tpu [--batch_size=8]
+
+Phase 2 of configs/bert.py (512 tokens, dropout 0.1 everywhere) with LAMB. The
+estimate is that of `python -m bertjax.plan`, which says what it leaves out.
+"""
+
+import argparse
+import json
+import pathlib
+from typing import Any
+
+from bertjax.config import merge, settings, stage_configs
+from bertjax.plan import plan
+from bertjax.planning import page
+from configs import bert
+
+
+def measure(batch_size: int) -> dict[str, Any]:
+  """Figures of `bertjax.plan`."""
+  stage = stage_configs(bert.get_config("large"))["phase2"]
+  stage["optim"] = {"name": "lamb", "learning_rate": 1e-3}
+  changes = {"data": {"batch_size": batch_size}, "init_from": None}
+  made = plan(
+    settings(merge(stage, changes)), "v5e:1x1", vocab_size=30_522, suggest=False
+  )
+  print(page.render(made, f"BERT-large, LAMB, batch {batch_size}"))
+  return page.figures(made)
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(prog="python -m benchmarks.tpu")
+  parser.add_argument("--batch_size", type=int, default=8)
+  parser.add_argument("--json", help="file for all figures")
+  options = parser.parse_args()
+  found = measure(options.batch_size)
+  if options.json:
+    pathlib.Path(options.json).write_text(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+  main()
