@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 
 from kernels.flash_attention.options import Extras
-from kernels.flash_attention.tpu import sparse
 from kernels.flash_attention.tpu.launch import Operand
 from kernels.flash_attention.tpu.problem import KERNEL_DTYPES, Problem
 from kernels.flash_attention.tpu.tiles import Tiles
@@ -95,6 +94,23 @@ def _bias(bias: jax.Array, tiles: Tiles) -> Operand:
   return Operand(bias, block, index)
 
 
+def _blocks(extras: Extras, problem: Problem, tiles: Tiles) -> Operand:
+  """The block mask within tiles, int32 [1|h, column blocks, queries]."""
+  rows, columns = problem.block
+  mask = jnp.asarray(extras.block_mask).astype(jnp.int32)
+  mask = jnp.repeat(mask.swapaxes(1, 2), rows, axis=2)
+  blocks = -(-tiles.s_pad // columns)
+  missing = (blocks - mask.shape[1], max(tiles.t_pad - mask.shape[2], 0))
+  mask = jnp.pad(mask, [(0, 0), (0, missing[0]), (0, missing[1])])
+  mask = mask[:, :, : tiles.t_pad]
+  heads = mask.shape[0]
+  return Operand(
+    mask,
+    (1, blocks, tiles.t),
+    lambda b, group, visit: (group if heads > 1 else 0, 0, visit.i),
+  )
+
+
 def shared(
   extras: Extras, problem: Problem, tiles: Tiles
 ) -> dict[str, Operand]:
@@ -109,7 +125,7 @@ def shared(
     slopes = jnp.atleast_2d(extras.alibi_slopes).astype(jnp.float32)
     inputs["slopes"] = Operand(slopes)
   if problem.finer:
-    inputs["blocks"] = sparse.within(extras, problem, tiles)
+    inputs["blocks"] = _blocks(extras, problem, tiles)
   if problem.options.dropout_rate:
     seed = jax.lax.bitcast_convert_type(extras.seed, jnp.int32)
     inputs["seed"] = Operand(seed)

@@ -1,4 +1,4 @@
-"""Block masks: as tiles to visit, and as masks within tiles.
+"""Block masks as tiles to visit; within tiles they are operands.
 
 A tile is a multiple of 128 positions each way, as the lanes want. A mask of
 larger blocks is refined to tiles. A mask of smaller blocks makes a tile visited
@@ -12,9 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.flash_attention.capabilities import Sides
-from kernels.flash_attention.options import Extras
-from kernels.flash_attention.tpu.launch import Operand
-from kernels.flash_attention.tpu.problem import LANES, Problem
+from kernels.flash_attention.tpu.problem import LANES
 from kernels.flash_attention.tpu.tiles import Tiles
 
 _SUBLANES = 8
@@ -68,20 +66,3 @@ def by_tile(mask: Any, block: tuple[int, int], tiles: Tiles) -> tuple[Any, Any]:
     whole = xp.pad(whole, missing, constant_values=True)
     whole = whole.reshape(shape).all(axis + 1)
   return some, whole
-
-
-def within(extras: Extras, problem: Problem, tiles: Tiles) -> Operand:
-  """The mask for use within tiles, int32 [1|h, column blocks, queries]."""
-  rows, columns = problem.block
-  mask = jnp.asarray(extras.block_mask).astype(jnp.int32)
-  mask = jnp.repeat(mask.swapaxes(1, 2), rows, axis=2)
-  blocks = -(-tiles.s_pad // columns)
-  missing = (blocks - mask.shape[1], max(tiles.t_pad - mask.shape[2], 0))
-  mask = jnp.pad(mask, [(0, 0), (0, missing[0]), (0, missing[1])])
-  mask = mask[:, :, : tiles.t_pad]
-  heads = mask.shape[0]
-  return Operand(
-    mask,
-    (1, blocks, tiles.t),
-    lambda b, group, visit: (group if heads > 1 else 0, 0, visit.i),
-  )

@@ -16,6 +16,7 @@ from kernels.flash_attention import (
   zigzag,
 )
 from kernels.flash_attention.options import Extras, Options, sizes
+from kernels.flash_attention.relative import Relative
 from kernels.flash_attention.ring import merge
 from tests.kernels.flash_attention.cases import DIFFERENTIABLE, normal
 
@@ -153,11 +154,44 @@ class ShardedTest(parameterized.TestCase):
     diagonal[0, 0, 7] = True  # device 0 needs what it holds in turn 1
     self.assertEqual(ring._turns(diagonal, 4), (True, True, False, False))
 
-  def test_blocks_that_shards_cut_are_refused(self):
+  @parameterized.parameters(RING, GATHER)
+  def test_blocks_that_shards_cut_are_refused(self, *sharding):
     with self.assertRaisesRegex(
       ValueError, r"\(16, 16\) does not divide.*2 dev"
     ):
-      solve({"block_mask": np.ones((3, 3), bool)}, RING)
+      solve({"block_mask": np.ones((3, 3), bool)}, Sharding(*sharding))
+
+  @parameterized.product(
+    call=(ring.ring_attention, ring.gathered_attention),
+    given=(
+      (
+        Extras(bias=jnp.zeros((1, 1, 1, T // 2))),
+        f"bias has shape .*, {T // 2}.; on every device .* all {T} keys",
+      ),
+      (
+        Extras(relative=Relative(bias=jnp.zeros((1, 1, T - 1)))),
+        f"relative_bias has {T - 1} entries; .* all {2 * T - 1}",
+      ),
+      (Extras(offset=jnp.int32(0)), "offset is set by the ring itself"),
+    ),
+  )
+  def test_devices_refuse_what_does_not_span_all_of_them(self, call, given):
+    extras, message = given
+
+    def local(x):
+      return call(blockwise, "seq", x, x, x, extras, Options(scale=1.0))
+
+    split = jax.sharding.PartitionSpec(None, "seq")
+    with (
+      jax.set_mesh(MESH),
+      self.assertRaisesRegex(ValueError, message),
+    ):
+      jax.eval_shape(
+        jax.shard_map(
+          local, in_specs=split, out_specs=(split, split), check_vma=False
+        ),
+        jax.ShapeDtypeStruct((B, T, H, D), jnp.float32),
+      )
 
 
 ZIGZAG = RING._replace(placement="zigzag")
@@ -264,6 +298,21 @@ class ZigzagTest(parameterized.TestCase):
   def test_what_it_cannot_do_is_named(self, options, sharding, message):
     with self.assertRaisesRegex(ValueError, message):
       solve(options, sharding)
+
+  @parameterized.parameters((50, 50), (48, 44))
+  def test_parts_that_are_not_alike_are_refused(self, queries, keys):
+    q, k = (
+      jax.ShapeDtypeStruct((B, n, H, D), jnp.float32) for n in (queries, keys)
+    )
+    attend = functools.partial(
+      flash_attention, causal=True, sharding=ZIGZAG, backend="blockwise"
+    )
+    message = rf"a multiple of 4 for 2 devices, not \({queries}, {keys}\)"
+    with (
+      jax.set_mesh(MESH),
+      self.assertRaisesRegex(ValueError, message),
+    ):
+      jax.eval_shape(attend, q, k, k)
 
 
 class MergeTest(parameterized.TestCase):
