@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
-import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
@@ -26,13 +25,6 @@ When = Callable[[int], bool]
 
 # Of all guards of this process: a step may come again in the next stage.
 _asks = itertools.count()
-
-
-def agreed(flag: bool) -> bool:
-  """Process 0's `flag` on every process: clocks differ, decisions may not."""
-  if jax.process_count() == 1:
-    return flag
-  return bool(multihost_utils.broadcast_one_to_all(np.int32(flag)))
 
 
 # -- when --------------------------------------------------------------------
@@ -50,29 +42,6 @@ class Every:
 
   def __call__(self, step: int) -> bool:
     return step > 0 and step % self.steps == 0
-
-
-class EverySeconds:
-  """Once `seconds` have passed since it last said yes, or was first asked."""
-
-  def __init__(
-    self, seconds: float, clock: Callable[[], float] = time.monotonic
-  ):
-    if seconds <= 0:
-      raise ValueError(f"EverySeconds({seconds}): seconds must be positive.")
-    self._seconds = seconds
-    self._clock = clock
-    self._last: float | None = None
-
-  def __call__(self, step: int) -> bool:
-    del step
-    now = self._clock()
-    if self._last is None:
-      self._last = now
-    due = agreed(now - self._last >= self._seconds)
-    if due:
-      self._last = now
-    return due
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ from bertjax.experiment import Experiment
 from bertjax.handover import initial_state
 from bertjax.metrics import logger, meters, progress, writers
 from bertjax.optim import adapt
-from bertjax.parallel import hosts
+from bertjax.parallel import agreement, hosts
 from bertjax.parallel.sharding import feed, put_batch
 
 INTERRUPTED = "signal"
@@ -179,7 +179,7 @@ class Session:
   def _restore(self) -> dict[str, Any]:
     """Sets `start` and `state`; the saved position, {} for a fresh run."""
     experiment = self._experiment
-    if not hooks_lib.agreed(bool(self._checkpointer.steps())):
+    if not agreement.told(len(self._checkpointer.steps())):
       self.state = initial_state(experiment)
       self.start = int(self.state.step)
       return {}

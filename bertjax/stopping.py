@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from bertjax import registry
-from bertjax.hooks import agreed
+from bertjax.parallel import agreement
 
 # Evaluations in the order of their steps: (step, values by name).
 History = Sequence[tuple[int, Mapping[str, float]]]
@@ -79,12 +79,16 @@ class MaxWallClock:
   """After `wall_clock_s` seconds."""
 
   wall_clock_s: float
+  _alarm: agreement.Alarm = dataclasses.field(
+    default_factory=agreement.Alarm, init=False, repr=False, compare=False
+  )
 
   def __post_init__(self):
     _positive("wall_clock_s", self.wall_clock_s)
 
   def __call__(self, progress: Progress) -> str | None:
-    if agreed(progress.elapsed_s >= self.wall_clock_s):
+    left_s = self.wall_clock_s - progress.elapsed_s
+    if self._alarm(progress.step, left_s):
       return f"{progress.elapsed_s:.0f} s of {self.wall_clock_s:g} s are used"
     return None
 

@@ -51,21 +51,9 @@ class WhenTest(parameterized.TestCase):
     when = hooks.Once(4)
     self.assertEqual([s for s in range(6, 11) if when(s)], [6])
 
-  def test_every_seconds_counts_from_its_last_yes(self):
-    clock = Clock()
-    when = hooks.EverySeconds(10, clock)
-    due = []
-    for second in (0, 9, 10, 19, 21, 30, 31):
-      clock.now = 100.0 + second
-      if when(0):
-        due.append(second)
-    self.assertEqual(due, [10, 21, 31])
-
   def test_bad_intervals_are_refused(self):
     with self.assertRaisesRegex(ValueError, r"Every\(0\)"):
       hooks.Every(0)
-    with self.assertRaisesRegex(ValueError, r"EverySeconds\(-1\)"):
-      hooks.EverySeconds(-1)
 
 
 class HookTest(absltest.TestCase):

@@ -1,4 +1,4 @@
-"""Processes that must agree before they train: on what, and on where."""
+"""Processes that must agree: on what they train, on where, and until when."""
 
 import json
 import os
@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from bertjax.parallel import hosts
 
@@ -92,3 +94,50 @@ def wait_for_all() -> None:
   if client is not None and jax.process_count() > 1:
     _agreements += 1
     client.wait_at_barrier(f"bertjax/all/{_agreements}", _LONG_MS)
+
+
+def told(value: int) -> int:
+  """Process 0's `value` on every process; waits for the devices."""
+  if jax.process_count() == 1:
+    return value
+  return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+class Alarm:
+  """Whether time is up by the clock of process 0, asked before every step.
+
+  Being told waits for the devices, as a step need not. So with each answer
+  process 0 tells after how many steps it wants to be asked again: half as many
+  as the time that is left will last, `_MOST` at most.
+  """
+
+  _MOST = 32
+
+  def __init__(self):
+    self._next = 0
+    self._asked: tuple[int, float] | None = None
+
+  def __call__(self, step: int, left_s: float) -> bool:
+    """The same on all processes.
+
+    Args:
+      step: that comes next; every process asks before the same ones.
+      left_s: seconds that are left by this process's clock.
+    """
+    if jax.process_count() == 1:
+      return left_s <= 0
+    if step < self._next:
+      return False
+    steps = told(self._steps(step, left_s))
+    self._next = step + steps
+    return steps == 0
+
+  def _steps(self, step: int, left_s: float) -> int:
+    """Until the next ask; 0: time is up."""
+    if left_s <= 0:
+      return 0
+    before, self._asked = self._asked, (step, left_s)
+    if before is None or before[1] <= left_s:
+      return 1
+    each_s = (before[1] - left_s) / (step - before[0])
+    return min(max(1, int(left_s / each_s / 2)), self._MOST)
