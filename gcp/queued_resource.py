@@ -1,9 +1,11 @@
 """A queued resource of TPUs and the hosts that come of it, by gcloud."""
 
+import collections
 import enum
 import pathlib
 import shlex
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 
@@ -14,6 +16,7 @@ _HOME = "bertjax"  # the checkout, in the home folder of each host
 _LOG, _STATUS, _PID = (f"{_HOME}-run.{end}" for end in ("log", "status", "pid"))
 MOUNT = "/mnt/shared"
 RUNNING = "running"
+_LAST_WORDS = 10  # lines of gcloud's that an error repeats
 
 
 class GcloudError(RuntimeError):
@@ -85,19 +88,23 @@ class Tpu:
     if self._dry_run:
       print(shlex.join(command))
       return ""
-    done = subprocess.run(
-      command,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE if quiet else None,
-      text=True,
-      check=False,
-    )
-    if done.returncode:
-      raise GcloudError(
-        f"{shlex.join(command[:6])} ended with status {done.returncode}."
-        f" {(done.stderr or '').strip()}".strip()
+    with tempfile.TemporaryFile("w+") as out:
+      process = subprocess.Popen(
+        command, stdout=out, stderr=subprocess.PIPE, text=True
       )
-    return done.stdout
+      words: collections.deque[str] = collections.deque(maxlen=_LAST_WORDS)
+      with process:
+        for line in process.stderr:
+          words.append(line)
+          if not quiet:  # it may take minutes
+            print(line, end="", file=sys.stderr, flush=True)
+      if process.returncode:
+        raise GcloudError(
+          f"{shlex.join(command[:6])} ended with status {process.returncode}:"
+          f" {''.join(words).strip() or 'it did not say why'}"
+        )
+      out.seek(0)
+      return out.read()
 
   def _ssh(self, command: str, *, first: bool = False) -> str:
     """Runs a command on all hosts of all slices at once, or on the first."""

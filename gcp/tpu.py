@@ -24,7 +24,7 @@ from bertjax import cli, hardware
 from bertjax.hardware.machines import machine_of
 from gcp.queued_resource import MOUNT, RUNNING, GcloudError, State, Tpu
 
-_MOST_UNREACHABLE = 10  # looks in a row at hosts that do not answer
+_MOST_FAILURES = 10  # of gcloud, in a row
 
 
 def watch(
@@ -48,10 +48,11 @@ def watch(
     poll_s: seconds between two looks.
 
   Raises:
-    GcloudError: a command failed.
+    GcloudError: a command failed before anything had worked, or again and
+      again.
     RuntimeError: the run failed too often.
   """
-  restarts, unreachable, ready = 0, 0, False
+  restarts, failures, ready, worked = 0, 0, False, False
 
   def restart(why: str) -> None:
     nonlocal restarts
@@ -61,35 +62,34 @@ def watch(
     print(f"{why}; restart {restarts} of {max_restarts}.", flush=True)
 
   while True:
-    state = tpu.state()
-    if state is State.ABSENT:
-      ready = False
-      tpu.create(**create)
-    elif state is State.GONE:
-      restart("The TPUs were taken away")
-      tpu.delete()
-      continue
-    elif state is State.ACTIVE:
-      try:
-        found = set(tpu.statuses())
-      except GcloudError as err:  # so it is while TPUs are taken away
-        unreachable += 1
-        if unreachable > _MOST_UNREACHABLE:
-          raise
-        print(err, file=sys.stderr, flush=True)
-        time.sleep(poll_s)
+    try:
+      state = tpu.state()
+      if state is State.ABSENT:
+        ready = False
+        tpu.create(**create)
+      worked = True
+      if state is State.GONE:
+        restart("The TPUs were taken away")
+        tpu.delete()
         continue
-      unreachable = 0
-      if found == {"0"}:
-        return
-      if found == {"none"}:
-        if not ready:
-          tpu.setup(bucket)
-          ready = True
-        tpu.launch(arguments)
-      elif not found & {RUNNING}:
-        restart(f"The run ended with status {', '.join(sorted(found))}")
-        tpu.launch(arguments)
+      if state is State.ACTIVE:
+        found = set(tpu.statuses())
+        if found == {"0"}:
+          return
+        if found == {"none"}:
+          if not ready:
+            tpu.setup(bucket)
+            ready = True
+          tpu.launch(arguments)
+        elif not found & {RUNNING}:
+          restart(f"The run ended with status {', '.join(sorted(found))}")
+          tpu.launch(arguments)
+      failures = 0
+    except GcloudError as err:  # so it is while TPUs are taken away
+      failures += 1
+      if not worked or failures > _MOST_FAILURES:
+        raise
+      print(err, file=sys.stderr, flush=True)
     time.sleep(poll_s)
 
 

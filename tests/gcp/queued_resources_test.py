@@ -7,6 +7,7 @@ import pathlib
 import re
 import shlex
 import subprocess
+import sys
 import tarfile
 import time
 from unittest import mock
@@ -96,6 +97,81 @@ class DryRunTest(parameterized.TestCase):
       Tpu("bert", _machine("h100:8"), zone="z")
 
 
+_EXISTS = "ERROR: (gcloud) ALREADY_EXISTS: Resource 'bert' already exists"
+_QUOTA = "ERROR: (gcloud) RESOURCE_EXHAUSTED: Quota limit 'TPUV5s' exceeded"
+
+
+class ErrorTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.commands = Commands(pathlib.Path(self.create_tempdir()) / "standins")
+    self.tpu = Tpu("bert", _machine("v5e:4x4"), zone="z")
+
+  def _failing(self, command, words, status=1):
+    """gcloud fails at one command, after more words than are repeated."""
+    self.commands.add(
+      "gcloud",
+      f'if [ "$4" = {command} ]; then seq 100 >&2; echo "{words}" >&2;'
+      f" exit {status}; fi",
+    )
+    return self.commands.on_path()
+
+  @parameterized.parameters(
+    ("create", _QUOTA, lambda t: t.create()),
+    ("create", _EXISTS, lambda t: t.create(spot=True)),
+    ("describe", "PERMISSION_DENIED", lambda t: t.state()),
+    ("scp", "No space left on device", lambda t: t.setup()),
+    ("ssh", "no route to host", lambda t: t.setup()),
+    ("ssh", "no route to host", lambda t: t.launch(["--config=c"])),
+    ("ssh", "no route to host", lambda t: t.statuses()),
+    ("ssh", "no route to host", lambda t: t.logs()),
+    ("ssh", "no route to host", lambda t: t.stop()),
+    ("delete", "FAILED_PRECONDITION", lambda t: t.delete()),
+  )
+  def test_a_command_that_fails_ends_it_with_gclouds_words(
+    self, command, words, call
+  ):
+    said = io.StringIO()
+    with (
+      self._failing(command, words, status=3),
+      contextlib.redirect_stderr(said),
+      self.assertRaises(GcloudError) as caught,
+    ):
+      call(self.tpu)
+    self.assertRegex(str(caught.exception), f" {command} .* with status 3:")
+    self.assertEndsWith(str(caught.exception), f"\n100\n{words}")
+    self.assertLess(len(str(caught.exception)), 300)
+    # They were shown as they came, but for those of a look.
+    shown = "" if command == "describe" else f"100\n{words}\n"
+    self.assertEndsWith(said.getvalue(), shown)
+    self.assertEqual(self.commands.calls()[-1][4], command)  # and no more
+
+  def test_gcloud_that_says_nothing(self):
+    self.commands.add("gcloud", "exit 2")
+    with (
+      self.commands.on_path(),
+      self.assertRaisesRegex(GcloudError, "status 2: it did not say why"),
+    ):
+      self.tpu.delete()
+
+  def test_an_error_is_the_last_line_and_the_status(self):
+    with self._failing("create", _QUOTA):
+      done = subprocess.run(
+        [sys.executable, "-m", "gcp.tpu", "create", "--name=bert",
+         "--topology=v5e:4x4", "--zone=z"],
+        cwd=_ROOT,
+        env=self.commands.environment(JAX_PLATFORMS="cpu"),
+        capture_output=True,
+        text=True,
+        check=False,
+      )  # fmt: skip
+    self.assertEqual(done.returncode, 1)
+    self.assertIn("Error: gcloud compute tpus queued-resources create bert",
+                  done.stderr)  # fmt: skip
+    self.assertEndsWith(done.stderr, f"{_QUOTA}\n")
+    self.assertNotIn("Traceback", done.stderr)
+
+
 class HostsTest(absltest.TestCase):
   """What is sent to a host does there what it should."""
 
@@ -149,6 +225,7 @@ class HostsTest(absltest.TestCase):
 
   def test_a_run_that_vanished_is_lost(self):
     self._launch("sleep 60")
+    self._wait_for("running")
     pid = int((self.home / "bertjax-run.pid").read_text())
     subprocess.run(["kill", "-KILL", "--", f"-{pid}"], check=True)
     self._wait_for("lost")
@@ -198,11 +275,15 @@ class WatchTest(parameterized.TestCase):
     self.enter_context(contextlib.redirect_stdout(self.said))
     self.enter_context(contextlib.redirect_stderr(self.said))
 
-  def _watch(self, states, statuses, max_restarts=5):
-    """Runs `watch`; states and statuses are the answers in turn, the last
-    ones again and again."""
-    for name, answers in (("describe", states), ("statuses", statuses)):
-      (self.commands.folder / name).write_text("\n".join(answers) + "\n")
+  def _watch(self, states, statuses, max_restarts=5, **others):
+    """Runs `watch`; answers in turn, the last ones again and again.
+
+    Those that begin with an exclamation mark are errors.
+    """
+    answers = {name: [""] for name in ("create", "scp", "delete")}
+    answers |= {"describe": states, "statuses": statuses} | others
+    for name, lines in answers.items():
+      (self.commands.folder / name).write_text("\n".join(lines) + "\n")
     self.commands.add(
       "gcloud",
       f"cd {self.commands.folder}\n"
@@ -213,7 +294,7 @@ class WatchTest(parameterized.TestCase):
       "  for word in $answer; do echo $2$word; done\n"
       "}\n"
       'case "$4 $*" in\n'
-      "  describe*) take describe ;;\n"
+      "  describe*|create*|scp*|delete*) take $4 ;;\n"
       "  ssh*echo\\ status*) take statuses status= ;;\n"
       "esac",
     )
@@ -270,6 +351,36 @@ class WatchTest(parameterized.TestCase):
   def test_hosts_that_never_answer_end_it(self):
     with self.assertRaisesRegex(GcloudError, "ended with status 1"):
       self._watch(["ACTIVE"], ["!ssh: no route"])
+
+  def test_a_preemption_while_hosts_are_set_up_is_one_like_others(self):
+    found = self._watch(
+      ["!NOT_FOUND: no", *["ACTIVE"] * 2, "SUSPENDED", "!NOT_FOUND: gone",
+       "!UNAVAILABLE: try again", "ACTIVE"],
+      ["none none"] * 2 + ["none none", "0 0"],
+      scp=["!ssh: connection closed", "!ssh: no route", ""],
+    )  # fmt: skip
+    self.assertEqual(found, ["create", "delete", "create", "setup", "launch"])
+    for words in ("connection closed", "restart 1 of 5", "UNAVAILABLE"):
+      self.assertIn(words, self.said.getvalue())
+
+  @parameterized.parameters(_QUOTA, _EXISTS)
+  def test_a_first_request_that_is_refused_ends_it(self, words):
+    with self.assertRaisesRegex(GcloudError, re.escape(words)):
+      self._watch(["!NOT_FOUND: no"], ["none"], create=[f"!{words}"])
+    self.assertEqual(self._actions(), ["create"])
+
+  def test_a_later_request_that_is_refused_is_made_again(self):
+    found = self._watch(
+      ["FAILED", *["!NOT_FOUND: no"] * 3, "ACTIVE"],
+      ["none none", "0 0"],
+      create=[f"!{_QUOTA}", f"!{_EXISTS}", ""],
+    )
+    self.assertEqual(found, ["delete", *["create"] * 3, "setup", "launch"])
+
+  def test_setting_up_is_not_tried_for_ever(self):
+    with self.assertRaisesRegex(GcloudError, " scp .*: no disk"):
+      self._watch(["ACTIVE"], ["none none"], scp=["!no disk"])
+    self.assertEqual(self._actions(), [])
 
   def test_other_errors_of_gcloud_delete_nothing(self):
     with self.assertRaisesRegex(GcloudError, "PERMISSION_DENIED"):
