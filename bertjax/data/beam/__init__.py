@@ -3,10 +3,12 @@
   python -m bertjax.data.beam cache --config=configs/bert.py:base
 
 A source is an iterator, so nobody knows where its millionth document stands.
-Each of `readers` workers therefore goes through the whole source, and works on
-every `readers`-th block of it: reading is paid for by each, all that is dear
-(tokenising, hashing, counting words) by one. Folders must lie where all
-workers see them under one path.
+Of a source that has parts, such as files, `readers` workers count the documents
+of each, then read the part of the corpus that is theirs. Other sources, and a
+single file, are gone through by each of them, who works on every `readers`-th
+block: reading is paid for by each, all that is dear (tokenising, hashing,
+counting words) by one. Folders must lie where all workers see them under one
+path.
 """
 
 try:

@@ -1,6 +1,6 @@
 """Token caches by Apache Beam, the same bytes as in process.
 
-  reader r of R    tokenises shards r, r+R, ...  -> a draft of each
+  reader           tokenises some of the shards  -> a draft of each
   by digest        a document is kept by the first shard that holds it
   by shard         the draft without what earlier shards keep -> the shard
 
@@ -21,12 +21,8 @@ from apache_beam.options.pipeline_options import PipelineOptions
 
 from bertjax.data import cache as cache_lib
 from bertjax.data import cache_shards
-from bertjax.data.beam.pipeline import (
-  Readers,
-  check_readers,
-  pipeline_options,
-  share,
-)
+from bertjax.data.beam.pipeline import pipeline_options
+from bertjax.data.beam.reading import Share, Shares
 
 _DRAFTS = "drafts"
 _READ = 256  # records at a time
@@ -53,7 +49,7 @@ def make_shards(
   Raises:
     ValueError: `readers` below 1.
   """
-  check_readers(readers)
+  shares = Shares(job.source, job.split, readers)
   drafts = folder / _DRAFTS
   drafts.mkdir(exist_ok=True)
   for path in drafts.glob(f"*{cache_shards.UNFINISHED}"):
@@ -62,9 +58,7 @@ def make_shards(
   next(iter(job.source.examples(job.split)), None)
   with beam.Pipeline(options=options or pipeline_options()) as pipeline:
     shards = (
-      pipeline
-      | Readers(readers)
-      | "Tokenise" >> beam.FlatMap(_drafted, job, folder, readers)
+      pipeline | shares | "Tokenise" >> beam.FlatMap(_drafted, job, folder)
     )
     repeated = (
       shards
@@ -83,7 +77,7 @@ def make_shards(
 
 
 def _drafted(
-  reader: int, job: cache_shards.Job, folder: pathlib.Path, readers: int
+  share: Share, job: cache_shards.Job, folder: pathlib.Path
 ) -> Iterator[tuple[int, bytes]]:
   """Writes the drafts of a reader's shards; (shard, joined digests) of each."""
   drafts = folder / _DRAFTS
@@ -92,7 +86,8 @@ def _drafted(
       f"{drafts} is not there on this worker; cache_dir must be a folder that"
       " all workers see under one path."
     )
-  for shard, examples in share(job.blocks(), reader, readers):
+  blocks = share.blocks(job.source, job.split, job.documents_per_shard)
+  for shard, examples in blocks:
     state = cache_shards.finished_shard(folder, shard)
     if state is None:
       state = cache_shards.finished_shard(drafts, shard)

@@ -1,17 +1,16 @@
-"""What the pipelines share: options, readers, and results that come back."""
+"""What the pipelines share: options, and results that come back."""
 
 import json
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
 # `DirectRunner` first tries a runner that it downloads.
 _LOCAL = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
-T = TypeVar("T")
 
 
 def pipeline_options(flags: Sequence[str] = ()) -> PipelineOptions:
@@ -32,30 +31,6 @@ def pipeline_options(flags: Sequence[str] = ()) -> PipelineOptions:
       " '--'."
     )
   return PipelineOptions([*flags, f"--runner={_LOCAL}"])
-
-
-def check_readers(readers: int) -> None:
-  """Raises ValueError for fewer than one."""
-  if readers < 1:
-    raise ValueError(f"readers={readers} must be at least 1.")
-
-
-class Readers(beam.PTransform):
-  """The numbers of all readers, each for a worker of its own."""
-
-  def __init__(self, readers: int):
-    super().__init__()
-    self._readers = readers
-
-  def expand(self, begin):
-    return begin | beam.Create(range(self._readers)) | beam.Reshuffle()
-
-
-def share(
-  blocks: Iterator[tuple[int, T]], reader: int, readers: int
-) -> Iterator[tuple[int, T]]:
-  """The (number, block) that one of the readers works on."""
-  return (block for block in blocks if block[0] % readers == reader)
 
 
 def results(

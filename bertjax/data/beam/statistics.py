@@ -12,7 +12,8 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from bertjax.data import cache as cache_lib
 from bertjax.data import cache_shards
 from bertjax.data.beam import minhash
-from bertjax.data.beam.pipeline import Readers, check_readers, results, share
+from bertjax.data.beam.pipeline import results
+from bertjax.data.beam.reading import Share, Shares
 
 _HASHES = minhash.MinHash()
 _SUMS = ("documents", "empty", "characters", "sentences", "tokens")
@@ -65,16 +66,14 @@ def corpus_statistics(
   Raises:
     ValueError: `readers` below 1, or a threshold outside (0, 1].
   """
-  check_readers(readers)
+  shares = Shares(job.source, job.split, readers)
   if not 0 < threshold <= 1:
     raise ValueError(f"threshold={threshold} must be above 0 and at most 1.")
   next(iter(job.source.examples(job.split)), None)  # see `cache.make_shards`
 
   def build(pipeline: beam.Pipeline) -> beam.PCollection:
     facts = (
-      pipeline
-      | Readers(readers)
-      | "Describe" >> beam.FlatMap(_described, job, readers, hashes)
+      pipeline | shares | "Describe" >> beam.FlatMap(_described, job, hashes)
     )
     sums = (
       facts
@@ -107,9 +106,10 @@ def corpus_statistics(
 
 
 def _described(
-  reader: int, job: cache_shards.Job, readers: int, hashes: minhash.MinHash
+  share: Share, job: cache_shards.Job, hashes: minhash.MinHash
 ) -> Iterator[_Facts]:
-  for shard, examples in share(job.blocks(), reader, readers):
+  blocks = share.blocks(job.source, job.split, job.documents_per_shard)
+  for shard, examples in blocks:
     examples, texts = itertools.tee(examples)
     pairs = zip(texts, job.tokenized(examples))
     first = shard * job.documents_per_shard

@@ -8,8 +8,8 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from bertjax.data import cache_shards
-from bertjax.data.beam.pipeline import Readers, check_readers, results, share
+from bertjax.data.beam.pipeline import results
+from bertjax.data.beam.reading import Share, Shares
 from bertjax.data.sources import Source
 from bertjax.data.tokenizers import Tokenizer, base, training
 
@@ -47,7 +47,7 @@ def train_vocabulary(
     ValueError: a kind that needs more than counts; an option that does not
       fit; no word.
   """
-  check_readers(readers)
+  shares = Shares(source, split, readers)
   resolved = training.resolve(kind, options, "data.tokenizer")
   training.words_of(kind, resolved)  # refuses other kinds
   for name in ("max_bytes", "seed"):
@@ -58,13 +58,13 @@ def train_vocabulary(
       )
   next(iter(source.examples(split)), None)  # see `cache.make_shards`
 
-  def counted(reader: int) -> Iterator[tuple[tuple[bool, str], int]]:
-    return _counted(reader, source, split, kind, resolved, readers)
+  def counted(share: Share) -> Iterator[tuple[tuple[bool, str], int]]:
+    return _counted(share, source, split, kind, resolved)
 
   def build(p: beam.Pipeline) -> beam.PCollection:
     return (
       p
-      | Readers(readers)
+      | shares
       | "Count" >> beam.FlatMap(counted)  # Beam cannot check a protocol's type
       | "Add" >> beam.CombinePerKey(sum)
     )
@@ -78,18 +78,16 @@ def train_vocabulary(
 
 
 def _counted(
-  reader: int,
+  share: Share,
   source: Source,
   split: str,
   kind: str,
   options: Mapping[str, Any],
-  readers: int,
 ) -> Iterator[tuple[tuple[bool, str], int]]:
   """((True, word), count) and ((False, name of a fact), count)."""
   words = training.words_of(kind, options)
-  blocks = cache_shards.blocks(source.examples(split), _BLOCK)
   counts, facts = collections.Counter(), dict.fromkeys(_FACTS, 0)
-  for _, examples in share(blocks, reader, readers):
+  for _, examples in share.blocks(source, split, _BLOCK):
     for example in examples:
       text = example["text"]
       facts["documents_read"] += 1

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import json
 import unicodedata
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 Example = dict[str, Any]
+Part = Callable[[], Iterator[Example]]  # reads it from its beginning
 
 
 @runtime_checkable
@@ -18,6 +20,8 @@ class Source(Protocol):
   A text example is `{"id": str, "text": str}`, one document; a source may add
   features. An optional `copy` counts deliberate repetitions of one document; an
   optional `component`, below 65536, numbers the part of a mixture it is of.
+
+  A source may have a method `parts(split)`, see the function of that name.
   """
 
   name: str
@@ -38,6 +42,18 @@ def check_split(source: Source, split: str) -> None:
       f"split={split!r} is unknown to source {source.name!r}; choose from"
       f" {', '.join(source.splits)}."
     )
+
+
+def parts(source: Source, split: str) -> Sequence[Part]:
+  """Parts of a split that can be read one without the others.
+
+  In their order they hold what `source.examples(split)` does, so that several
+  workers may read one corpus. A source tells its parts by a method
+  `parts(split)`; without one it is a single part.
+  """
+  if hasattr(source, "parts"):
+    return source.parts(split)
+  return [functools.partial(source.examples, split)]
 
 
 def fingerprint_of(*parts: Any) -> str:
@@ -102,6 +118,10 @@ def measured(source: Source, measure: Measure) -> Source:
   return source.measured(measure) if hasattr(source, "measured") else source
 
 
+# What it makes of an example depends on no other one.
+Change = Callable[[Iterable[Example]], Iterator[Example]]
+
+
 class Derived:
   """A source made from another one; `_source` is what it reads."""
 
@@ -118,6 +138,17 @@ class Derived:
     twin = copy.copy(self)
     twin._source = measured(self._source, measure)
     return twin
+
+  def _changed(self, change: Change, split: str) -> Sequence[Part]:
+    """The parts of a split of what is read, each changed by itself."""
+    return [
+      functools.partial(_changed, change, part)
+      for part in parts(self._source, split)
+    ]
+
+
+def _changed(change: Change, part: Part) -> Iterator[Example]:
+  return change(part())
 
 
 Assign = Callable[[Example], str | None]
@@ -155,12 +186,15 @@ class AssignedSplit(Derived):
 
   def examples(self, split: str) -> Iterator[Example]:
     check_split(self, split)
-    mine = (
-      example
-      for example in self._source.examples(self._of)
-      if self._assign(example) == split
-    )
+    mine = self._mine(split, self._source.examples(self._of))
     return nonempty(mine, self.name, split)
+
+  def parts(self, split: str) -> Sequence[Part]:
+    check_split(self, split)
+    return self._changed(functools.partial(self._mine, split), self._of)
+
+  def _mine(self, split: str, examples: Iterable[Example]) -> Iterator[Example]:
+    return (example for example in examples if self._assign(example) == split)
 
 
 class HashSplit(AssignedSplit):

@@ -143,15 +143,18 @@ class FileSource:
 
   def examples(self, split: str) -> Iterator[base.Example]:
     """`id` = "file:record", the file's path below the folder of all files."""
+    read = (example for part in self.parts(split) for example in part())
+    return base.nonempty(read, self.name, split)
+
+  def parts(self, split: str) -> Sequence[base.Part]:
+    """One a file."""
     base.check_split(self, split)
+    return [functools.partial(self._of, path) for path in self._files[split]]
 
-    def read():
-      for path in self._files[split]:
-        for record in self._records(path):
-          key = record.id or f"{self._id(path)}:{record.key}"
-          yield {"id": key, "text": record.text, **record.features}
-
-    return base.nonempty(read(), self.name, split)
+  def _of(self, path: str) -> Iterator[base.Example]:
+    for record in self._records(path):
+      key = record.id or f"{self._id(path)}:{record.key}"
+      yield {"id": key, "text": record.text, **record.features}
 
   def _records(self, path: str) -> Iterator[Record]:
     try:

@@ -6,7 +6,7 @@ pass over a split, so that one may remember what it has seen.
 
 import functools
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bertjax import registry
@@ -135,6 +135,8 @@ FILTERS: dict[str, Callable[..., Rule]] = {
   "matches": matches,
   "script": script,
 }
+# What they say of an example depends on earlier ones.
+_REMEMBERING = ("dedupe",)
 _VERSION = 1  # of the rules above; part of the fingerprint
 
 
@@ -168,13 +170,18 @@ class Filtered(base.Derived):
     )
 
   def examples(self, split: str) -> Iterator[Example]:
-    asked = [make() for make in self._make]
-    kept = (
-      example
-      for example in self._source.examples(split)
-      if all(rule(example) for rule in asked)
-    )
+    kept = self._kept(self._source.examples(split))
     return base.nonempty(kept, self.name, split)
+
+  def parts(self, split: str) -> Sequence[base.Part]:
+    """Those of the source; a rule that remembers must see all of them."""
+    if any(spec["name"] in _REMEMBERING for spec in self._specs):
+      return [functools.partial(self.examples, split)]
+    return self._changed(self._kept, split)
+
+  def _kept(self, examples: Iterable[Example]) -> Iterator[Example]:
+    asked = [make() for make in self._make]
+    return (e for e in examples if all(rule(e) for rule in asked))
 
 
 def named(items: Any) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Several corpora as one: each document repeated, or left out, by a factor."""
 
 import copy
+import functools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -163,15 +164,35 @@ class Mixture:
     `component` is the position too; of nested mixtures the outermost counts.
     """
     base.check_split(self, split)
+    mixed = (
+      example
+      for i, source in self._with(split)
+      for example in self._repeated(
+        i, split, functools.partial(source.examples, split)
+      )
+    )
+    return base.nonempty(mixed, self.name, split)
 
-    def mixed():
-      # Held-out splits stay as they are: weighting them changes the question.
-      factors = self.factors() if split == "train" else [1] * len(self._sources)
-      for i, (source, factor) in enumerate(zip(self._sources, factors)):
-        if split in source.splits:
-          for example in source.examples(split):
-            key = f"{i}/{example['id']}"
-            for copy in range(copies(factor, key)):
-              yield {**example, "id": key, "copy": copy, "component": i}
+  def parts(self, split: str) -> Sequence[base.Part]:
+    """Those of all sources."""
+    base.check_split(self, split)
+    return [
+      functools.partial(self._repeated, i, split, part)
+      for i, source in self._with(split)
+      for part in base.parts(source, split)
+    ]
 
-    return base.nonempty(mixed(), self.name, split)
+  def _with(self, split: str) -> list[tuple[int, base.Source]]:
+    """Positions and sources of those that have the split."""
+    every = enumerate(self._sources)
+    return [(i, source) for i, source in every if split in source.splits]
+
+  def _repeated(
+    self, i: int, split: str, part: base.Part
+  ) -> Iterator[base.Example]:
+    # Held-out splits stay as they are: weighting them changes the question.
+    factor = self.factors()[i] if split == "train" else 1
+    for example in part():
+      key = f"{i}/{example['id']}"
+      for number in range(copies(factor, key)):
+        yield {**example, "id": key, "copy": number, "component": i}

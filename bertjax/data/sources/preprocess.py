@@ -9,7 +9,7 @@ import functools
 import html
 import re
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bertjax import registry
@@ -153,5 +153,13 @@ class Preprocessed(base.Derived):
     )
 
   def examples(self, split: str) -> Iterator[base.Example]:
-    for example in self._source.examples(split):
+    return self._applied(self._source.examples(split))
+
+  def parts(self, split: str) -> Sequence[base.Part]:
+    return self._changed(self._applied, split)
+
+  def _applied(
+    self, examples: Iterable[base.Example]
+  ) -> Iterator[base.Example]:
+    for example in examples:
       yield {**example, "text": self._function(example["text"])}

@@ -1,3 +1,4 @@
+import collections
 import functools
 import json
 import pathlib
@@ -7,8 +8,10 @@ import sys
 import tempfile
 import textwrap
 import time
+import tracemalloc
 from unittest import mock
 
+import numpy as np
 from absl.testing import absltest, parameterized
 
 from bertjax.data import (
@@ -20,6 +23,7 @@ from bertjax.data import (
 )
 from bertjax.data.beam import cache as beam_cache
 from bertjax.data.beam.pipeline import pipeline_options
+from bertjax.data.sources import files
 from tests.data import cache_test
 
 _REPOSITORY = pathlib.Path(__file__).parents[3]
@@ -49,6 +53,13 @@ class UnluckyTokenizer(cache_test.FakeTokenizer):
     if any("Unlucky" in text for text in texts):
       raise RuntimeError("no luck")
     return super().encode_batch(texts)
+
+
+class LongTokenizer(cache_test.FakeTokenizer):
+  """Makes 100,000 tokens of each sentence, no two alike."""
+
+  def encode_batch(self, texts):
+    return [np.arange(int(t), int(t) + 100_000, dtype=np.int32) for t in texts]
 
 
 def corpus():
@@ -113,6 +124,37 @@ class BeamCacheTest(parameterized.TestCase):
     self.assertEqual(files_of(cache), self.alone(source, tokenizer))
     self.assertGreater(cache.duplicates, 0)
     self.assertEqual(set(cache.document_sources), {0, 1})
+
+  def test_files_are_shared_among_readers(self):
+    written = [text for text in cache_test.texts(40) for _ in range(2)]
+    for i in range(4):
+      lines = (json.dumps({"text": t}) + "\n" for t in written[20 * i :][:20])
+      (self.folder / f"{i}.jsonl").write_text("".join(lines))
+    source = sources.SOURCES["jsonl"](f"{self.folder}/*.jsonl")
+    with mock.patch.object(
+      files, "open_binary", wraps=files.open_binary
+    ) as opened:
+      cache = self.build(source, readers=4)
+    self.assertEqual(files_of(cache), self.alone(source))
+    self.assertEqual(cache.duplicates, 40)
+    # To be counted and to be read; the first by whether there is anything.
+    counts = collections.Counter(call.args[0] for call in opened.mock_calls)
+    self.assertEqual(
+      [counts[f"{self.folder}/{i}.jsonl"] for i in range(4)], [3, 2, 2, 2]
+    )
+
+  def test_memory_is_bounded_by_a_shard(self):
+    source = cache_test.FakeSource(map(str, range(100)))
+    self.build(source, readers=2, folder=self.folder / "first")  # imports
+    tracemalloc.start()
+    try:
+      cache = self.build(source, LongTokenizer(), readers=2)
+      _, peak = tracemalloc.get_traced_memory()
+    finally:
+      tracemalloc.stop()
+    self.assertEqual(cache.num_tokens, 100 * 100_000)
+    shard = 5 * 100_000 * np.dtype(np.int32).itemsize
+    self.assertLess(peak, 6 * shard)  # of 20; each reader has two at hand
 
   def test_failed_pipeline_keeps_its_drafts(self):
     written = corpus()

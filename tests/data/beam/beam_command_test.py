@@ -18,15 +18,16 @@ class BeamCommandTest(absltest.TestCase):
     super().setUp()
     self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     written = cache_test.texts(12)
-    lines = (json.dumps({"text": text}) + "\n" for text in written)
-    (self.folder / "texts.jsonl").write_text("".join(lines))
+    for name, part in (("a", written[:5]), ("b", written[5:])):
+      lines = (json.dumps({"text": text}) + "\n" for text in part)
+      (self.folder / f"{name}.jsonl").write_text("".join(lines))
     self.words = sum(len(text.split()) for text in written)
 
   def settings(self, tokenizer):
     return config.settings(
       dict(
         data=dict(
-          source=dict(name="jsonl", paths=f"{self.folder}/texts.jsonl"),
+          source=dict(name="jsonl", paths=f"{self.folder}/*.jsonl"),
           tokenizer=tokenizer,
           preprocess=["unicode_nfkc"],
           seq_len=16,
