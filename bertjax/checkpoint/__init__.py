@@ -15,8 +15,9 @@ missing byte; the manifest does, and `restore` then falls back to the previous
 checkpoint, says so, and leaves the damaged one where it is.
 """
 
-from bertjax.checkpoint.checkpointer import Checkpointer, Restored, load_params
+from bertjax.checkpoint.checkpointer import Checkpointer, Restored
 from bertjax.checkpoint.disk import CheckpointError, DamagedError, verify
+from bertjax.checkpoint.parameters import load_params
 
 __all__ = [
   "CheckpointError",

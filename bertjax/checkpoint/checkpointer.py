@@ -1,13 +1,11 @@
-"""Saving and restoring the state of a run; the only user of Orbax."""
+"""Saving and restoring the state of a run, by Orbax."""
 
 import dataclasses
 import errno
 import json
-import math
-import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,8 +15,7 @@ from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
 
-from bertjax import rules
-from bertjax.checkpoint import disk
+from bertjax.checkpoint import contents, disk
 
 # (saved shapes by path name, wanted abstract state) -> the abstract state to
 # read, and a function that makes the wanted state of it.
@@ -86,7 +83,7 @@ class Checkpointer:
       raise ValueError(f"keep_every={keep_every} must be at least 1, or None.")
     if best_mode not in ("max", "min"):
       raise ValueError(f"best_mode={best_mode!r} must be 'max' or 'min'.")
-    self.folder = _absolute(workdir) / "checkpoints"
+    self.folder = disk.absolute(workdir) / "checkpoints"
     self._keep = keep
     self._keep_every = keep_every
     self._best_metric = best_metric
@@ -134,10 +131,10 @@ class Checkpointer:
       {
         "format": disk.FORMAT,
         "step": step,
-        "arrays": _describe(state),
-        "metrics": _jsonable(metrics or {}, "metrics"),
-        "iterator_state": _jsonable(iterator_state, "iterator_state"),
-        "config": _jsonable(config, "config"),
+        "arrays": contents.describe(state),
+        "metrics": contents.jsonable(metrics or {}, "metrics"),
+        "iterator_state": contents.jsonable(iterator_state, "iterator_state"),
+        "config": contents.jsonable(config, "config"),
       }
     )
     target = self.folder / str(step)
@@ -145,7 +142,7 @@ class Checkpointer:
       return False
     # Every process must have looked before the first one changes anything.
     _barrier(f"bertjax_save_{step}")
-    needed = sum(_nbytes(x) for x in jax.tree.leaves(state))
+    needed = sum(contents.nbytes(x) for x in jax.tree.leaves(state))
     if jax.process_index() == 0:
       try:
         self._make_room(step, needed)
@@ -320,7 +317,7 @@ class Checkpointer:
     return _told(best)
 
   def _best_step(self) -> int | None:
-    return _best_step(self.folder, self._best_metric, self._best_sign)
+    return disk.best_step(self.folder, self._best_metric, self._best_sign)
 
   def restore(
     self,
@@ -362,10 +359,14 @@ class Checkpointer:
     if adapt is not None:
       shapes = {name: tuple(shape) for name, shape, _ in meta["arrays"]}
       abstract_state, finish = adapt(shapes, abstract_state)
-    _refuse_foreign(meta["arrays"], _describe(abstract_state), path)
+    contents.refuse_foreign(
+      meta["arrays"], contents.describe(abstract_state), path
+    )
     state = self._orbax.restore(
       path / disk.STATE,
-      args=ocp.args.StandardRestore(jax.tree.map(_placed, abstract_state)),
+      args=ocp.args.StandardRestore(
+        jax.tree.map(contents.placed, abstract_state)
+      ),
     )
     if finish is not None:
       state = finish(state)
@@ -394,167 +395,6 @@ class Checkpointer:
     except disk.DamagedError:
       return False
     return True
-
-
-def load_params(
-  path: epath.PathLike, step: int | None = None
-) -> tuple[Any, dict[str, Any]]:
-  """Parameters as nested dicts of numpy arrays, and the config they had.
-
-  Needs neither a mesh nor a model, and reads no optimizer state.
-
-  Args:
-    path: a workdir, its `checkpoints` folder, or one checkpoint in it.
-    step: which checkpoint; by default the best by the run's own
-      `keep.best_metric`, or else the newest intact one.
-
-  Raises:
-    FileNotFoundError: there is no checkpoint.
-    CheckpointError: all of them, or the best, are damaged.
-  """
-  path = _absolute(path)
-  if (path / disk.MANIFEST).exists() and path.name.isdecimal():
-    path, step = path.parent, int(path.name)
-  workdir = path.parent if path.name == "checkpoints" else path
-  folder = workdir / "checkpoints"
-  steps = disk.committed_steps(folder)[::-1]
-  if step is None and steps:
-    step = _selected_step(folder, steps)
-  if step is not None:
-    steps = tuple(s for s in steps if s == step)
-  if not steps:
-    which = "" if step is None else f" of step {step}"
-    raise FileNotFoundError(f"There is no checkpoint{which} in {folder}.")
-  chosen, skipped = disk.first_intact(folder, steps)
-  disk.report(folder, chosen, skipped)
-  meta = disk.read_json(folder / str(chosen) / disk.META)
-  item: dict[str, Any] = {}
-  for name, shape, dtype in meta["arrays"]:
-    if name.startswith("params/"):
-      *parents, leaf = name.split("/")
-      node = item
-      for parent in parents:
-        node = node.setdefault(parent, {})
-      node[leaf] = jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype))
-  as_numpy = jax.tree.map(
-    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item
-  )
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-    tree = orbax.restore(
-      folder / str(chosen) / disk.STATE,
-      args=ocp.args.PyTreeRestore(
-        item=item, restore_args=as_numpy, partial_restore=True
-      ),
-    )
-  return tree["params"], meta["config"]
-
-
-def _selected_step(folder: epath.Path, steps: Iterable[int]) -> int | None:
-  """The best step by the config in the newest readable checkpoint."""
-  for step in steps:
-    try:
-      meta = disk.read_json(folder / str(step) / disk.META)
-    except disk.DamagedError:
-      continue
-    keep = meta["config"].get("keep", {})
-    sign = -1.0 if keep.get("best_mode") == "min" else 1.0
-    return _best_step(folder, keep.get("best_metric"), sign)
-  return None
-
-
-def _best_step(
-  folder: epath.Path, metric: str | None, sign: float
-) -> int | None:
-  """The step whose saved metric is best; the later one of equals."""
-  if metric is None:
-    return None
-  scores = {}
-  for step in disk.committed_steps(folder):
-    try:
-      metrics = disk.read_json(folder / str(step) / disk.META)["metrics"]
-    except disk.DamagedError:
-      continue
-    value = metrics.get(metric, math.nan)
-    if not math.isnan(value):
-      scores[step] = sign * value
-  return max(scores, key=lambda s: (scores[s], s)) if scores else None
-
-
-def _absolute(path: epath.PathLike) -> epath.Path:
-  """Orbax refuses relative paths; a URL stays as it is."""
-  url = "://" in os.fspath(path)
-  return epath.Path(path) if url else epath.Path(path).absolute()
-
-
-def _describe(tree: Any) -> list[list[Any]]:
-  """`[name, shape, dtype]` of every leaf; also works on abstract trees."""
-  described = []
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    name = rules.path_name(path)
-    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-      raise ValueError(
-        f"state: {name!r} is a {type(leaf).__name__}; a checkpoint holds"
-        " arrays, so wrap it in jnp.asarray."
-      )
-    described.append([name, list(leaf.shape), str(leaf.dtype)])
-  return described
-
-
-def _refuse_foreign(
-  saved: list[list[Any]], wanted: list[list[Any]], path: epath.Path
-) -> None:
-  """Raises ValueError naming the first array that differs, parameters first."""
-  have = {name: (tuple(shape), dtype) for name, shape, dtype in saved}
-  want = {name: (tuple(shape), dtype) for name, shape, dtype in wanted}
-  ordered = [name for name, *_ in wanted] + [
-    name for name, *_ in saved if name not in want
-  ]
-  ordered.sort(key=lambda name: not name.startswith("params/"))  # stable
-  for name in ordered:
-    if have.get(name) == want.get(name):
-      continue
-    if name not in have:
-      shape, dtype = want[name]
-      detail = f"this model has it as {dtype}{list(shape)}, the checkpoint not"
-    elif name not in want:
-      shape, dtype = have[name]
-      detail = f"the checkpoint has it as {dtype}{list(shape)}, this model not"
-    else:
-      detail = (
-        f"{have[name][1]}{list(have[name][0])} in the checkpoint,"
-        f" {want[name][1]}{list(want[name][0])} in this model"
-      )
-    raise ValueError(
-      f"{path} belongs to another model: {name!r} differs ({detail})."
-      " Use the config of that run, or another workdir. Nothing was changed."
-    )
-
-
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-  sharding = getattr(leaf, "sharding", None)
-  if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _nbytes(x: Any) -> int:
-  """Bytes of an array; a key array does not tell its own on every version."""
-  if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-    x = jax.random.key_data(x)
-  return math.prod(x.shape) * np.dtype(x.dtype).itemsize
-
-
-def _jsonable(values: Mapping[str, Any], field: str) -> dict[str, Any]:
-  """`values` as JSON would give them back (tuples become lists)."""
-  if hasattr(values, "to_dict"):  # ml_collections.ConfigDict
-    values = values.to_dict()
-  try:
-    return json.loads(json.dumps(dict(values)))
-  except TypeError as err:
-    raise ValueError(
-      f"{field} holds something that JSON cannot ({err}); use numbers,"
-      " strings, lists and dicts."
-    ) from err
 
 
 def _told(step: int | None) -> int | None:

@@ -5,6 +5,8 @@ last. Orbax and TensorStore do not notice every flipped or missing byte.
 """
 
 import json
+import math
+import os
 import zlib
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +27,12 @@ class CheckpointError(RuntimeError):
 
 class DamagedError(CheckpointError):
   """One checkpoint directory does not hold what its manifest promises."""
+
+
+def absolute(path: epath.PathLike) -> epath.Path:
+  """Orbax refuses relative paths; a URL stays as it is."""
+  url = "://" in os.fspath(path)
+  return epath.Path(path) if url else epath.Path(path).absolute()
 
 
 def verify(path: epath.PathLike) -> None:
@@ -100,6 +108,24 @@ def committed_steps(folder: epath.Path) -> tuple[int, ...]:
   return tuple(
     sorted(int(p.name) for p in step_folders(folder) if not is_unfinished(p))
   )
+
+
+def best_step(
+  folder: epath.Path, metric: str | None, sign: float
+) -> int | None:
+  """The step whose saved metric is best; the later one of equals."""
+  if metric is None:
+    return None
+  scores = {}
+  for step in committed_steps(folder):
+    try:
+      metrics = read_json(folder / str(step) / META)["metrics"]
+    except DamagedError:
+      continue
+    value = metrics.get(metric, math.nan)
+    if not math.isnan(value):
+      scores[step] = sign * value
+  return max(scores, key=lambda s: (scores[s], s)) if scores else None
 
 
 def manifest_of(path: epath.Path) -> dict[str, Any]:

@@ -131,18 +131,6 @@ def by_field(
   return _grouped(source, field, fractions, seed, of, str)
 
 
-def by_document(
-  fractions: Mapping[str, float],
-  field: str = "document",
-  seed: int = 0,
-  of: str = "train",
-  *,
-  source: Source,
-) -> base.HashSplit:
-  """`by_field` for sentences or passages that name their document."""
-  return _grouped(source, field, fractions, seed, of, str)
-
-
 def by_host(
   fractions: Mapping[str, float],
   field: str = "url",
@@ -326,11 +314,17 @@ class RenamedSplits(base.Derived):
     for old in self._names[split]:
       yield from self._source.examples(old)
 
+  def parts(self, split: str) -> Sequence[base.Part]:
+    base.check_split(self, split)
+    olds = self._names[split]
+    return [part for old in olds for part in base.parts(self._source, old)]
+
 
 SPLITS: dict[str, Callable[..., Source]] = {
   "given": given,
   "random": random,
-  "by_document": by_document,
+  # Of sentences or passages that name their document.
+  "by_document": functools.partial(by_field, field="document"),
   "by_field": by_field,
   "by_host": by_host,
   "by_value": by_value,

@@ -1,0 +1,77 @@
+"""The parameters in a checkpoint, for who has neither its model nor a mesh."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from bertjax.checkpoint import disk
+
+
+def load_params(
+  path: epath.PathLike, step: int | None = None
+) -> tuple[Any, dict[str, Any]]:
+  """Parameters as nested dicts of numpy arrays, and the config they had.
+
+  Needs neither a mesh nor a model, and reads no optimizer state.
+
+  Args:
+    path: a workdir, its `checkpoints` folder, or one checkpoint in it.
+    step: which checkpoint; by default the best by the run's own
+      `keep.best_metric`, or else the newest intact one.
+
+  Raises:
+    FileNotFoundError: there is no checkpoint.
+    CheckpointError: all of them, or the best, are damaged.
+  """
+  path = disk.absolute(path)
+  if (path / disk.MANIFEST).exists() and path.name.isdecimal():
+    path, step = path.parent, int(path.name)
+  workdir = path.parent if path.name == "checkpoints" else path
+  folder = workdir / "checkpoints"
+  steps = disk.committed_steps(folder)[::-1]
+  if step is None and steps:
+    step = _selected_step(folder, steps)
+  if step is not None:
+    steps = tuple(s for s in steps if s == step)
+  if not steps:
+    which = "" if step is None else f" of step {step}"
+    raise FileNotFoundError(f"There is no checkpoint{which} in {folder}.")
+  chosen, skipped = disk.first_intact(folder, steps)
+  disk.report(folder, chosen, skipped)
+  meta = disk.read_json(folder / str(chosen) / disk.META)
+  item: dict[str, Any] = {}
+  for name, shape, dtype in meta["arrays"]:
+    if name.startswith("params/"):
+      *parents, leaf = name.split("/")
+      node = item
+      for parent in parents:
+        node = node.setdefault(parent, {})
+      node[leaf] = jax.ShapeDtypeStruct(shape, jax.numpy.dtype(dtype))
+  as_numpy = jax.tree.map(
+    lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item
+  )
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+    tree = orbax.restore(
+      folder / str(chosen) / disk.STATE,
+      args=ocp.args.PyTreeRestore(
+        item=item, restore_args=as_numpy, partial_restore=True
+      ),
+    )
+  return tree["params"], meta["config"]
+
+
+def _selected_step(folder: epath.Path, steps: Iterable[int]) -> int | None:
+  """The best step by the config in the newest readable checkpoint."""
+  for step in steps:
+    try:
+      meta = disk.read_json(folder / str(step) / disk.META)
+    except disk.DamagedError:
+      continue
+    keep = meta["config"].get("keep", {})
+    sign = -1.0 if keep.get("best_mode") == "min" else 1.0
+    return disk.best_step(folder, keep.get("best_metric"), sign)
+  return None
