@@ -1,7 +1,6 @@
 """Runs in processes of their own, to be killed, and what they wrote."""
 
 import csv
-import hashlib
 import json
 import os
 import pathlib
@@ -13,59 +12,19 @@ import time
 # What a run's row may differ in: the machine's speed.
 TIMES = ("step_time_s", "tokens_per_s", "slots_per_s", "mfu")
 
-# Runs the config it reads from standard input, with batches written down, and
-# what the workers of a compressed optimizer owe each other.
+# Runs the config it reads from standard input, with notes taken.
 _PROGRAM = """
-import hashlib, json, os, pathlib, sys
+import json, os, pathlib, sys
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
-from bertjax import loop, train
-from bertjax.parallel import elastic, hosts
-from bertjax.parallel.error_feedback import ErrorFeedback
-import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from bertjax import train
+from bertjax.parallel import hosts
+from tests import noted
 workdir = pathlib.Path(sys.argv[1])
-real = loop.fit
-def rows(batch):
-  found = {}
-  for name in sorted(batch):
-    held = {shard.index[0].start or 0: np.asarray(shard.data)
-            for shard in batch[name].addressable_shards}
-    for start in sorted(held):
-      for i, row in enumerate(held[start], start):
-        found.setdefault(i, hashlib.sha256()).update(row.tobytes())
-  return {i: digest.hexdigest() for i, digest in found.items()}
-def debts(state):
-  is_error = lambda x: isinstance(x, ErrorFeedback)
-  for node in jax.tree.leaves(state.opt_state, is_leaf=is_error):
-    if is_error(node):
-      mesh = jax.tree.leaves(node)[0].sharding.mesh
-      owed = jax.jit(
-        lambda node: jax.tree.map(
-          lambda e, d: e.mean(0) + elastic.joined_servers(d, e.shape[1:]),
-          node.worker.tree, node.server),
-        out_shardings=NamedSharding(mesh, PartitionSpec()))
-      return [np.asarray(x) for x in jax.tree.leaves(owed(node))]
-def note_debts(name, state):
-  owed = debts(state)
-  if owed is not None and hosts.is_first():
-    np.savez(workdir / f"debts-{name}.npz", *owed)
-def fit(state, batches, step, **options):
-  def noted():
-    for number, batch in enumerate(batches, options["start"]):
-      held = rows(batch)
-      with open(workdir / f"rows-{jax.process_index()}.txt", "a") as file:
-        file.writelines(f"{number} {i} {d}\\n" for i, d in held.items())
-      yield batch
-  note_debts(f"from-{options['start']}", state)
-  state, end, why = real(state, noted(), step, **options)
-  note_debts(f"to-{end}", state)
-  return state, end, why
-loop.fit = fit
 if "UNREPORTED" in os.environ:  # plots cost more than the steps
   train.report.write_report = lambda *args, **options: None
-with hosts.connected(
+with noted.noting(workdir), hosts.connected(
     hosts.place(), connect_timeout_s=120, heartbeat_timeout_s=10):
   train.train(json.load(sys.stdin), workdir)
 """
@@ -151,13 +110,3 @@ def held_rows(workdir, process=0):
   text = (workdir / f"rows-{process}.txt").read_text()
   lines = (line.split() for line in text.splitlines())
   return [(int(step), int(row), digest) for step, row, digest in lines]
-
-
-def batches(workdir):
-  """Digests of the batches that a lone process read, in order."""
-  found = held_rows(workdir)
-  starts = [i for i, (_, row, _) in enumerate(found) if row == 0]
-  return [
-    hashlib.sha256("".join(d for *_, d in found[a:b]).encode()).hexdigest()
-    for a, b in zip(starts, [*starts[1:], len(found)])
-  ]

@@ -66,3 +66,13 @@ def config(folder: pathlib.Path, **changes: Any) -> dict[str, Any]:
     cache_dir=str(folder / "cache"),
   )
   return merge(base, changes)
+
+
+def small(folder: pathlib.Path, **changes: Any) -> dict[str, Any]:
+  """`config` with as little as possible to trace, for runs in processes."""
+  less = dict(
+    model=dict(attend="reference"),
+    objective=dict(pair_task=None),
+    data=dict(instances=dict(name="packed")),
+  )
+  return config(folder, **merge(less, changes))

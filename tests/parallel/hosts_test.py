@@ -1,7 +1,6 @@
 """Runs of several real processes against the run of one."""
 
 import contextlib
-import hashlib
 import io
 import os
 import pathlib
@@ -20,9 +19,9 @@ from absl.testing import absltest, parameterized
 
 from bertjax import experiment
 from bertjax.checkpoint import load_params
-from bertjax.config import merge, settings
+from bertjax.config import settings
 from bertjax.parallel import hosts, launchers
-from tests import processes, tiny
+from tests import noted, processes, tiny
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -51,17 +50,11 @@ class _Runs(absltest.TestCase):
 
   @classmethod
   def config_of(cls, **changes):
-    # As little as possible to trace.
-    small = dict(
-      model=dict(attend="reference"),
-      objective=dict(pair_task=None),
-      data=dict(instances=dict(name="packed")),
-    )
-    return tiny.config(cls.root, **merge(small, changes))
+    return tiny.small(cls.root, **changes)
 
 
-class TwoProcessesTest(_Runs):
-  """A run of two, one of which is killed; of one; and of two to the end."""
+class ProcessesTest(_Runs):
+  """Runs of one process, of two of which one is killed once, and of four."""
 
   @classmethod
   def setUpClass(cls):
@@ -79,14 +72,22 @@ class TwoProcessesTest(_Runs):
     processes.finish(processes.start(config, cls.alone, devices=2))
     cls.together = cls.root / "together"
     group = processes.start_together(config, cls.together, count=2)
-    processes.wait_for_step(group[0], cls.together, 6)
+    processes.wait_for_step(group[0], cls.together, 9)  # 4 is on disk
     group[1].kill()
-    _ends(group)
-    between = processes.start(config, cls.together, devices=2)
-    processes.wait_for_step(between, cls.together, 10)
-    between.send_signal(signal.SIGTERM)
-    processes.finish(between)
+    cls.left, cls.seconds = _ends(group)
     cls.ended = _finish(processes.start_together(config, cls.together, count=2))
+    cls.four = cls.root / "four"
+    config = config | dict(
+      mesh=dict(data=2, model=2), samples=[], evals={}, stop=dict(steps=400)
+    )
+    group = processes.start_together(config, cls.four, count=4, UNREPORTED="1")
+    processes.wait_for_step(group[0], cls.four, 3)
+    group[2].send_signal(signal.SIGTERM)
+    cls.stopped = _finish(group)
+
+  def test_the_process_that_is_left_ends_soon_and_says_why(self):
+    self.assertLess(self.seconds, 60)  # ten are given, with no load
+    self.assertRegex(self.left[0], "another process is gone|another task died")
 
   def test_every_value_is_that_of_one_process(self):
     # Two summands add up to the same bits in either order.
@@ -102,7 +103,7 @@ class TwoProcessesTest(_Runs):
     # What the kill undid was read twice, and the same again.
     self.assertEqual({*read[0], *read[1]}, {*processes.held_rows(self.alone)})
     last = int(re.search(r"Resuming at step (\d+)\.", self.ended[0])[1])
-    self.assertBetween(last, 10, 23)
+    self.assertBetween(last, 4, 23)
     for held, wanted in zip(read, (range(4), range(4, 8))):
       rows = {row for step, row, _ in held if step >= last}
       self.assertEqual(rows, set(wanted))
@@ -118,6 +119,31 @@ class TwoProcessesTest(_Runs):
       self.assertRegex(
         line, r"^(\[Gloo\]|Process 1 of 2 on .*: 1 of 2 devices)"
       )
+
+  def test_a_signal_to_one_of_four_stops_all_at_the_same_step(self):
+    stop = int(re.search(r"Stopped at step (\d+): signal", self.stopped[0])[1])
+    self.assertBetween(stop, 3, 399)
+    self.assertTrue((self.four / "checkpoints" / str(stop)).exists())
+    for process in range(4):
+      held = processes.held_rows(self.four, process)
+      self.assertEqual({step for step, *_ in held}, set(range(stop)))
+
+  def test_four_over_data_and_model_are_the_run_of_one(self):
+    stop = len(processes.rows(self.four))
+    expected = processes.held_rows(self.alone)
+    for process in range(4):
+      # Two of them hold half of the model each, for the same half of the rows.
+      first = process // 2 * 4
+      self.assertEqual(
+        [x for x in processes.held_rows(self.four, process) if x[0] < 24],
+        [x for x in expected if x[0] < stop and first <= x[1] < first + 4],
+      )
+    losses, whole = (
+      [float(row["loss"]) for row in processes.rows(folder)]
+      for folder in (self.four, self.alone)
+    )
+    count = min(stop, 5)  # after that training amplifies how sums are rounded
+    np.testing.assert_allclose(losses[:count], whole[:count], rtol=1e-4)
 
 
 # Programs without a model, which start in a second.
@@ -136,6 +162,9 @@ _COLLECTIVES = """
     multihost_utils.process_allgather(np.int32(i))
     if i == 9 and hosts.is_first():
       print("under way", flush=True)
+"""
+_UNHAPPY = """
+  raise ValueError(f"seed={jax.process_index()} is bad luck.")
 """
 _SHARED = """
   agreement.check_shared(pathlib.Path(sys.argv[1]))
@@ -176,6 +205,15 @@ class LightTest(parameterized.TestCase):
     self.assertRegex(
       errors[1 - victim], "another process is gone|another task died"
     )
+
+  def test_an_error_of_the_users_is_one_line_on_each(self):
+    group = self._start(_UNHAPPY)
+    errors, seconds = _ends(group)
+    self.assertLess(seconds, 60)
+    for i, (process, said) in enumerate(zip(group, errors)):
+      self.assertEqual(process.returncode, 1)
+      self.assertNotIn("Traceback", said)
+      self.assertRegex(said, f"Error.* process {i}.*: seed=. is bad luck")
 
   def test_a_folder_that_only_one_process_sees_is_refused(self):
     root = pathlib.Path(self.create_tempdir())
@@ -231,33 +269,6 @@ class ConnectedTest(parameterized.TestCase):
 
 
 class OtherRunsTest(_Runs):
-  def test_a_model_axis_across_processes_and_a_signal_to_one_of_them(self):
-    config = self.config_of(
-      mesh=dict(model=2), stop=dict(steps=400), evals=dict()
-    )
-    workdir = self.root / "model"
-    group = processes.start_together(config, workdir, count=2)
-    processes.wait_for_step(group[0], workdir, 3)
-    group[1].send_signal(signal.SIGTERM)
-    said = _finish(group)[0]
-    stop = int(re.search(r"Stopped at step (\d+): signal", said)[1])
-    self.assertTrue((workdir / "checkpoints" / str(stop)).exists())
-    # Both hold all rows, for half of the model each; and took the same steps.
-    for process in (0, 1):
-      self.assertEqual(
-        processes.held_rows(workdir, process), _expected_rows(config, stop)
-      )
-
-  def test_a_batch_that_does_not_divide_is_one_line_on_each(self):
-    config = self.config_of(data=dict(batch_size=9))
-    group = processes.start_together(config, self.root / "odd", count=2)
-    errors, seconds = _ends(group)
-    self.assertLess(seconds, 60)
-    for process, said in zip(group, errors):
-      self.assertEqual(process.returncode, 1)
-      self.assertNotIn("Traceback", said)
-      self.assertRegex(said, "Error.*batch_size=9 .* 2 batch shards")
-
   def test_a_process_with_another_config_ends_both_and_says_why(self):
     port = processes.free_port()
     group = [
@@ -278,19 +289,7 @@ class OtherRunsTest(_Runs):
     self.assertFalse((self.root / "two" / "checkpoints").exists())
 
 
-def _expected_rows(config, steps):
-  """(step, row, digest) of the stream, whoever reads it."""
-  data = experiment.build(settings(config), devices=jax.devices()[:2]).data
-  found = []
-  for step in range(steps):
-    batch = data.dataset().batch(step, data.batch_size)
-    for i in range(data.batch_size):
-      row = b"".join(batch[name][i].tobytes() for name in sorted(batch))
-      found.append((step, i, hashlib.sha256(row).hexdigest()))
-  return found
-
-
-# TwoProcessesTest covers the order of data, tests/optim/onebit_test the errors.
+# Within one process: ElasticTest of tests/optim/onebit_test.
 @pytest.mark.slow
 class ElasticTest(_Runs):
   def test_order_of_data_and_errors_stay(self):
@@ -304,12 +303,10 @@ class ElasticTest(_Runs):
       now = config | dict(stop=dict(steps=steps))
       _finish(processes.start_together(now, workdir, count, UNREPORTED="1"))
     seen = [row for i in range(4) for row in processes.held_rows(workdir, i)]
-    self.assertCountEqual(seen, _expected_rows(config, 9))
+    built = experiment.build(settings(config), devices=jax.devices()[:2])
+    self.assertCountEqual(seen, noted.expected_rows(built.data, 9))
     for step in (3, 6):
-      before, after = (
-        list(np.load(workdir / f"debts-{end}-{step}.npz").values())
-        for end in ("to", "from")
-      )
+      before, after = noted.debts(workdir, step)
       self.assertGreater(max(np.abs(x).max() for x in before), 1e-3)
       for old, new in zip(before, after):
         np.testing.assert_allclose(old, new, rtol=1e-5, atol=1e-7)
