@@ -204,7 +204,7 @@ class Tpu:
       f' if [ "$s" = {RUNNING} ] && ! kill -0 -- "-$(cat {_PID})" 2>/dev/null;'
       # It may have ended just now, and noted it.
       f' then s=$(cat {_STATUS}); [ "$s" != {RUNNING} ] || s=lost; fi;'
-      " echo status=$s"
+      ' echo "status=$s"'
     )
     return [
       line.removeprefix("status=")

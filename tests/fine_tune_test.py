@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 from absl.testing import absltest, parameterized
 
@@ -65,8 +66,15 @@ def pretrained() -> pathlib.Path:
   root = pathlib.Path(folder.name)
   tiny.write_corpus(root)
   write_task(root)
-  train.train(tiny.config(root, stop=dict(steps=2)), root / "pretrained")
+  config = tiny.config(root, model=dict(attend="reference"), stop=dict(steps=2))
+  with unreported():
+    train.train(config, root / "pretrained")
   return root / "pretrained"
+
+
+def unreported():
+  """No plots, which take longer than the steps; EndToEndTest has some."""
+  return mock.patch.object(train.report, "write_report")
 
 
 def fine_tuning(folder: pathlib.Path, **changes):
@@ -370,6 +378,7 @@ class PreprocessTest(FineTuningTestCase):
       dict(name="replace", pattern=r"@\w+", by="the"), "lowercase",
     ]  # fmt: skip
     path.write_text(json.dumps(config))
+    cls.enterClassContext(unreported())
     cls.workdir = cls.root / "anonymous_tuned"
     changes = dict(stop=dict(epochs=None, steps=2), evals={}, samples=())
     train.train(
@@ -448,6 +457,7 @@ class SelectionTest(FineTuningTestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
+    cls.enterClassContext(unreported())
     worst = "dev/classification_loss"
     changes = dict(
       samples=(),
@@ -466,7 +476,7 @@ class SelectionTest(FineTuningTestCase):
     )  # fmt: skip
     cls.workdir = cls.root / "selected"
     # In a process, as what is compared with it: on one device.
-    processes.finish(processes.start(cls.changed, cls.workdir))
+    processes.finish(processes.start(cls.changed, cls.workdir, UNREPORTED="1"))
 
   def test_the_run_ends_after_the_evaluations_that_brought_nothing(self):
     rows = processes.rows(self.workdir)
@@ -497,7 +507,7 @@ class SelectionTest(FineTuningTestCase):
     process.send_signal(signal.SIGKILL)
     process.wait()
     self.assertLess(int(float(processes.rows(workdir)[-1]["step"])), 12)
-    processes.finish(processes.start(self.changed, workdir))
+    processes.finish(processes.start(self.changed, workdir, UNREPORTED="1"))
     self.assertEqual(processes.values(workdir), processes.values(self.workdir))
     for step in (3, 12):
       jax.tree.map(
@@ -578,7 +588,8 @@ class StagesTest(FineTuningTestCase):
         ),
       )
     )  # fmt: skip
-    result = train.train(config, self.root / "staged")
+    with unreported():
+      result = train.train(config, self.root / "staged")
     self.assertEqual(result.step, 2)  # stop.steps=2 comes before the epoch
     self.assertIn("dev/macro_f1", result.metrics)
 

@@ -92,6 +92,21 @@ class DryRunTest(parameterized.TestCase):
       )
       self.assertContainsSubset(flags, _FLAGS[command].split())
 
+  def test_shellcheck_finds_nothing_in_what_hosts_run(self):
+    def everything(t):
+      t.launch(["--config=it's"])
+      t.statuses()
+      t.logs()
+      t.stop()
+
+    folder = pathlib.Path(self.create_tempdir())
+    for number, found in enumerate(_printed("v5e:4x4", everything)):
+      (command,) = [a for a in found if a.startswith("--command=")]
+      path = folder / f"{number}.sh"
+      path.write_text(f"#!/bin/bash\n{command.removeprefix('--command=')}\n")
+    subprocess.run([SHELLCHECK, *sorted(folder.iterdir())], check=True)
+    self.assertLen(list(folder.iterdir()), 4)
+
   def test_gpus_are_refused(self):
     with self.assertRaisesRegex(ValueError, "no TPU.*gcp.jobs"):
       Tpu("bert", _machine("h100:8"), zone="z")

@@ -1,6 +1,7 @@
 """TensorFlow Datasets as sources. Data must have been prepared: none is
 downloaded here."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 from bertjax.data.sources import base, files, tensorflow_io
@@ -81,24 +82,35 @@ class TfdsSource:
   def examples(self, split: str) -> Iterator[base.Example]:
     """`id` is TFDS's own: file and position."""
     base.check_split(self, split)
+    return base.nonempty(self._read(self._splits[split]), self.name, split)
+
+  def parts(self, split: str) -> Sequence[base.Part]:
+    """One a file; a slice of a split is a single part."""
+    base.check_split(self, split)
+    name, known = self._splits[split], self._builder.info.splits
+    if name not in list(known) or known[name].num_shards < 2:
+      return [functools.partial(self.examples, split)]
+    return [
+      functools.partial(self._read, f"{name}[{i}shard:{i + 1}shard]")
+      for i in range(known[name].num_shards)
+    ]
+
+  def _read(self, split: str) -> Iterator[base.Example]:
+    """A split of TFDS, or a slice of one."""
     config = self._tfds.ReadConfig(
       interleave_cycle_length=1, add_tfds_id=True, try_autocache=False
     )
     try:
       dataset = self._builder.as_dataset(
-        split=self._splits[split], shuffle_files=False, read_config=config
+        split=split, shuffle_files=False, read_config=config
       )
     except AssertionError as err:
       raise ValueError(self._unprepared()) from err
-
-    def read():
-      for record in self._tfds.as_numpy(dataset):
-        text, key, features = files.pick(
-          record, self.name, self._text_field, "tfds_id", self._features
-        )
-        yield {"id": key, "text": text, **features}
-
-    return base.nonempty(read(), self.name, split)
+    for record in self._tfds.as_numpy(dataset):
+      text, key, features = files.pick(
+        record, self.name, self._text_field, "tfds_id", self._features
+      )
+      yield {"id": key, "text": text, **features}
 
 
 def tfds(

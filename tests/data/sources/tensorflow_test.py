@@ -11,7 +11,13 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from bertjax import registry
-from bertjax.data.sources import CORPORA, SOURCES, tensorflow_io, to_seqio_task
+from bertjax.data.sources import (
+  CORPORA,
+  SOURCES,
+  base,
+  tensorflow_io,
+  to_seqio_task,
+)
 
 tf = pytest.importorskip("tensorflow")
 tfds = pytest.importorskip("tensorflow_datasets")
@@ -91,7 +97,7 @@ class TfdsTest(parameterized.TestCase):
     cls.store("notes", _TEXTS)
 
   @classmethod
-  def store(cls, name, texts, version="1.0.0", folder=None):
+  def store(cls, name, texts, version="1.0.0", folder=None, num_shards=None):
     tfds.dataset_builders.store_as_tfds_dataset(
       name=name,
       version=version,
@@ -106,6 +112,7 @@ class TfdsTest(parameterized.TestCase):
       },
       data_dir=folder or cls.folder,
       disable_shuffling=True,
+      download_config=tfds.download.DownloadConfig(num_shards=num_shards),
     )
 
   def source(self, **options):
@@ -125,6 +132,19 @@ class TfdsTest(parameterized.TestCase):
     self.assertEqual([e["year"] for e in found], list(range(2000, 2030)))
     self.assertLen({e["id"] for e in found}, 30)
     self.assertEqual(texts_of(source, "test"), ["Held out."])
+
+  def test_parts_are_files(self):
+    self.store("files", _TEXTS, num_shards=3)
+    source = self.source(builder="files", splits={"train": "train"})
+    parts = base.parts(source, "train")
+    self.assertLen(parts, 3)
+    read = [list(part()) for part in reversed(parts)][::-1]
+    together = [example for part in read for example in part]
+    self.assertEqual(together, list(source.examples("train")))
+    self.assertEqual([e["text"] for e in together], _TEXTS)
+    sliced = self.source(builder="files", splits={"train": "train[:20]"})
+    (part,) = base.parts(sliced, "train")
+    self.assertEqual([e["text"] for e in part()], _TEXTS[:20])
 
   def test_slices_and_hashes_make_splits(self):
     sliced = self.source(splits={"train": "train[:20]", "dev": "train[20:]"})
