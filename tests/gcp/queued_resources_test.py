@@ -310,7 +310,7 @@ class WatchTest(parameterized.TestCase):
       "}\n"
       'case "$4 $*" in\n'
       "  describe*|create*|scp*|delete*) take $4 ;;\n"
-      "  ssh*echo\\ status*) take statuses status= ;;\n"
+      "  ssh*status=*) take statuses status= ;;\n"
       "esac",
     )
     looks = itertools.count()

@@ -3,6 +3,7 @@
 from unittest import mock
 
 import jax
+import numpy as np
 from absl.testing import absltest, parameterized
 
 from bertjax import stopping
@@ -46,13 +47,21 @@ class AlarmTest(parameterized.TestCase):
     self.assertEqual((steps, elapsed), (4000, 1000.0))
     self.assertLess(told, 4000 / 32 + 15)
 
-  def test_slow_first_steps_and_pauses_cost_no_more_than_a_few_steps(self):
-    def step_s(step):
-      return 60.0 if step == 0 else 30.0 if step % 700 == 699 else 0.1
+  def test_so_they_do_where_the_pace_changes_by_half(self):
+    for budget_s in np.arange(100.0, 120.0, 0.7):
+      _, elapsed, _ = self.stops(
+        lambda step: 0.3 if step // 40 % 2 else 0.2, 5.0, budget_s
+      )
+      self.assertBetween(elapsed, budget_s, budget_s + 0.3)
 
-    steps, elapsed, told = self.stops(step_s, 5.0, 600.0)
-    self.assertBetween(elapsed, 600.0, 600.0 + 32 * 0.1)
-    self.assertLess(told, steps / 32 + 20)
+  def test_a_slow_first_step_and_long_pauses_cost_a_few_steps_at_most(self):
+    def step_s(step):
+      return 60.0 if step == 0 else 200.0 if step % 1000 == 999 else 0.1
+
+    for budget_s in (400.0, 900.0, 1600.0):
+      steps, elapsed, told = self.stops(step_s, 5.0, budget_s)
+      self.assertBetween(elapsed, budget_s, budget_s + 32 * 0.1 + 200)
+      self.assertLess(told, steps / 32 + 40)
 
   def test_a_budget_of_less_than_a_step_ends_after_one(self):
     steps, _, told = self.stops(lambda step: 9.0, 0.0, 1.0)
