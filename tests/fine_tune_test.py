@@ -66,9 +66,8 @@ def pretrained() -> pathlib.Path:
   root = pathlib.Path(folder.name)
   tiny.write_corpus(root)
   write_task(root)
-  config = tiny.config(root, model=dict(attend="reference"), stop=dict(steps=2))
   with unreported():
-    train.train(config, root / "pretrained")
+    train.train(tiny.config(root, stop=dict(steps=2)), root / "pretrained")
   return root / "pretrained"
 
 
