@@ -10,7 +10,7 @@ r"""TPU VMs by gcloud, from the request to the end of a run.
                                         preemption, until the run is done
 
 Further arguments of `launch` and `watch`, after `--`, go to `bertjax.train`.
-`--dry_run` prints the gcloud commands instead. `2xv5e:16x16` are two slices
+`--dry-run` prints the gcloud commands instead. `2xv5e:16x16` are two slices
 (Multislice): one queued resource of two nodes.
 """
 
@@ -190,6 +190,7 @@ def _define_flags() -> None:
   flags.DEFINE_float("poll_s", 60.0, "Seconds between two looks.")
   flags.DEFINE_integer("lines", 50, "Of the log.")
   flags.DEFINE_bool("dry_run", False, "Print the commands; run none.")
+  flags.DEFINE_alias("dry-run", "dry_run")
 
 
 if __name__ == "__main__":

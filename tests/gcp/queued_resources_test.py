@@ -187,6 +187,20 @@ class ErrorTest(parameterized.TestCase):
     self.assertNotIn("Traceback", done.stderr)
 
 
+  def test_a_dry_run_prints_and_runs_nothing(self):
+    done = subprocess.run(
+      [sys.executable, "-m", "gcp.tpu", "delete", "--name=bert",
+       "--topology=v5e:4x4", "--zone=z", "--dry-run"],
+      cwd=_ROOT,
+      env=self.commands.environment(JAX_PLATFORMS="cpu"),
+      capture_output=True,
+      text=True,
+      check=True,
+    )  # fmt: skip
+    self.assertIn("queued-resources delete bert", done.stdout)
+    self.assertEmpty(self.commands.calls())
+
+
 class HostsTest(absltest.TestCase):
   """What is sent to a host does there what it should."""
 
