@@ -1,0 +1,1 @@
+"""Point clouds to train on, and where they come from."""
