@@ -1,0 +1,329 @@
+"""Readers of the published collections of point clouds, as they lie on disk.
+
+Each is a sequence of `Cloud`s, read when asked for: points as they are stored,
+neither sampled nor scaled. Point-BERT (Yu et al. 2022) uses all four.
+"""
+
+import dataclasses
+import json
+import pathlib
+import pickle
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bertjax.registry import lookup
+
+
+@dataclasses.dataclass(frozen=True)
+class Cloud:
+  """A stored point cloud.
+
+  Attributes:
+    points: [n, 3] float32.
+    label: number of its class; -1 without one.
+    normals: [n, 3] float32, if they are stored.
+    parts: [n] int32, the part of each point, if it is stored.
+  """
+
+  points: np.ndarray
+  label: int = -1
+  normals: np.ndarray | None = None
+  parts: np.ndarray | None = None
+
+
+class Clouds(Sequence[Cloud]):
+  """A split of a collection.
+
+  Attributes:
+    classes: their names, by number.
+  """
+
+  classes: tuple[str, ...] = ()
+
+  def __init__(self, paths: Sequence[pathlib.Path], labels: Sequence[int]):
+    """Args:
+    paths: a file for each cloud.
+    labels: its class.
+    """
+    self._paths, self._labels = list(paths), list(labels)
+
+  def __len__(self) -> int:
+    return len(self._paths)
+
+  def __getitem__(self, index):
+    raise NotImplementedError
+
+
+class ShapeNet55(Clouds):
+  """`shapenet_pc/SYNSET-MODEL.npy` [8192, 3], named in train.txt and test.txt.
+
+  The list of a split may stand in `ShapeNet-55/` or in the folder itself.
+  """
+
+  def __init__(self, folder: str | pathlib.Path, split: str = "train"):
+    """Args:
+    folder: of the collection.
+    split: "train", "test", or "all", which Point-BERT trains on.
+
+    Raises:
+      ValueError: an unknown split, or a name that is no SYNSET-MODEL.npy.
+      FileNotFoundError: a list is missing.
+    """
+    folder = pathlib.Path(folder)
+    splits = {"train": ["train"], "test": ["test"], "all": ["train", "test"]}
+    names = [
+      name
+      for part in lookup(splits, split, "split")
+      for name in _names(folder, f"{part}.txt", ("ShapeNet-55", "."))
+    ]
+    for name in names:
+      if "-" not in name or not name.endswith(".npy"):
+        raise ValueError(f"{folder}: {name!r} is no SYNSET-MODEL.npy.")
+    synsets = [name.partition("-")[0] for name in names]
+    self.classes = tuple(sorted(set(synsets)))
+    numbers = {name: i for i, name in enumerate(self.classes)}
+    clouds = folder / "shapenet_pc"
+    home = clouds if clouds.is_dir() else folder
+    super().__init__([home / n for n in names], [numbers[s] for s in synsets])
+
+  def __getitem__(self, index: int) -> Cloud:
+    points = _array(self._paths[index], np.load(self._paths[index]), 3)
+    return Cloud(points, self._labels[index])
+
+
+class ModelNet40(Clouds):
+  """`CLASS/CLASS_0001.txt` of x,y,z,nx,ny,nz a line, with lists of names.
+
+  Lists are `modelnet40_train.txt` and `modelnet40_test.txt`, classes stand in
+  `modelnet40_shape_names.txt`, where there is one (any number of classes).
+  """
+
+  def __init__(self, folder: str | pathlib.Path, split: str = "train"):
+    """Args:
+    folder: of the collection.
+    split: "train" or "test".
+
+    Raises:
+      ValueError: an unknown split, or a name without a class.
+      FileNotFoundError: a list is missing.
+    """
+    folder = pathlib.Path(folder)
+    part = lookup({"train": "train", "test": "test"}, split, "split")
+    names = _names(folder, f"modelnet40_{part}.txt", (".",))
+    kinds = [name.rpartition("_")[0] for name in names]
+    listed = folder / "modelnet40_shape_names.txt"
+    every = (
+      listed.read_text().split() if listed.exists() else sorted(set(kinds))
+    )
+    self.classes = tuple(every)
+    numbers = {name: i for i, name in enumerate(every)}
+    for name, kind in zip(names, kinds):
+      if kind not in numbers:
+        raise ValueError(
+          f"{folder}: {name!r} is of none of the {len(every)} classes."
+        )
+    super().__init__(
+      [folder / kind / f"{name}.txt" for name, kind in zip(names, kinds)],
+      [numbers[kind] for kind in kinds],
+    )
+
+  def __getitem__(self, index: int) -> Cloud:
+    path = self._paths[index]
+    rows = _array(path, np.loadtxt(path, delimiter=",", ndmin=2), 6)
+    return Cloud(rows[:, :3], self._labels[index], normals=rows[:, 3:])
+
+
+class ModelNet40Cache(Clouds):
+  """Point-BERT's pickle of ModelNet40: ([[n, 6] ...], [[label] ...])."""
+
+  def __init__(self, path: str | pathlib.Path):
+    """Args:
+    path: of the file, as modelnet40_train_8192pts_fps.dat.
+
+    Raises:
+      ValueError: it holds something else.
+    """
+    with open(path, "rb") as file:
+      found = _Arrays(file).load()
+    try:
+      clouds, labels = found
+      labels = [int(np.asarray(label).item()) for label in labels]
+    except (TypeError, ValueError) as err:
+      raise ValueError(f"{path} is no list of clouds and labels.") from err
+    if len(clouds) != len(labels):
+      raise ValueError(
+        f"{path} has {len(clouds)} clouds but {len(labels)} labels."
+      )
+    self._rows = [_array(path, rows, 6) for rows in clouds]
+    super().__init__([pathlib.Path(path)] * len(clouds), labels)
+    self.classes = tuple(map(str, range(max(labels, default=-1) + 1)))
+
+  def __getitem__(self, index: int) -> Cloud:
+    rows = self._rows[index]
+    return Cloud(rows[:, :3], self._labels[index], normals=rows[:, 3:])
+
+
+class _Arrays(pickle.Unpickler):
+  """Reads arrays; a pickle may ask for any function otherwise."""
+
+  def find_class(self, module: str, name: str) -> Any:
+    """Of numpy alone.
+
+    Raises:
+      ValueError: something else is asked for.
+    """
+    if module.partition(".")[0] == "numpy" and name in _ARRAY_PARTS:
+      return super().find_class(module, name)
+    raise ValueError(f"the pickle holds {module}.{name}, not arrays alone.")
+
+
+_ARRAY_PARTS = ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer")
+
+
+# Folder and ending of the files of ScanObjectNN's three variants.
+SCAN_VARIANTS = {
+  "objectonly": ("main_split_nobg", "objectdataset.h5"),
+  "background": ("main_split", "objectdataset.h5"),
+  "hardest": ("main_split", "objectdataset_augmentedrot_scale75.h5"),
+}
+
+
+class ScanObjectNN(Clouds):
+  """HDF5 with `data` [n, 2048, 3] and `label` [n], of 15 classes.
+
+  Needs h5py: `pip install 'bertjax[points]'`.
+  """
+
+  classes = (
+    "bag",
+    "bin",
+    "box",
+    "cabinet",
+    "chair",
+    "desk",
+    "display",
+    "door",
+    "shelf",
+    "table",
+    "bed",
+    "pillow",
+    "sink",
+    "sofa",
+    "toilet",
+  )
+
+  def __init__(
+    self,
+    folder: str | pathlib.Path,
+    split: str = "train",
+    variant: str = "hardest",
+  ):
+    """Args:
+    folder: that holds main_split and main_split_nobg.
+    split: "train" or "test".
+    variant: "objectonly" (OBJ_ONLY), "background" (OBJ_BG) or "hardest"
+      (PB_T50_RS).
+
+    Raises:
+      ValueError: an unknown split or variant, or arrays of other shapes.
+      FileNotFoundError: the file is missing.
+    """
+    import h5py
+
+    home, ending = lookup(SCAN_VARIANTS, variant, "variant")
+    start = lookup({"train": "training", "test": "test"}, split, "split")
+    path = pathlib.Path(folder) / home / f"{start}_{ending}"
+    if not path.exists():
+      raise FileNotFoundError(f"{path} is not there.")
+    with h5py.File(path) as file:
+      try:
+        data, labels = file["data"][()], file["label"][()].reshape(-1)
+      except KeyError as err:
+        raise ValueError(f"{path} has no 'data' or no 'label'.") from err
+    if data.ndim != 3 or data.shape[-1] != 3 or len(data) != len(labels):
+      raise ValueError(
+        f"{path}: data {data.shape} and label {labels.shape} should be"
+        " [n, points, 3] and [n]."
+      )
+    self._data = data.astype(np.float32)
+    super().__init__([path] * len(data), labels.tolist())
+
+  def __getitem__(self, index: int) -> Cloud:
+    return Cloud(self._data[index], self._labels[index])
+
+
+class ShapeNetPart(Clouds):
+  """`SYNSET/MODEL.txt` of "x y z nx ny nz part" a line, lists in JSON.
+
+  `synsetoffset2category.txt` names the categories,
+  `train_test_split/shuffled_*_file_list.json` the models of a split.
+  """
+
+  def __init__(self, folder: str | pathlib.Path, split: str = "trainval"):
+    """Args:
+    folder: of the collection.
+    split: "train", "val", "test", or "trainval", which Point-BERT trains on.
+
+    Raises:
+      ValueError: an unknown split, or a model of an unknown category.
+      FileNotFoundError: a list is missing.
+    """
+    folder = pathlib.Path(folder)
+    splits = {name: [name] for name in ("train", "val", "test")}
+    splits["trainval"] = ["train", "val"]
+    pairs = [
+      line.split()
+      for line in _names(folder, "synsetoffset2category.txt", (".",))
+    ]
+    self.classes = tuple(name for name, _ in pairs)
+    numbers = {synset: i for i, (_, synset) in enumerate(pairs)}
+    paths, labels = [], []
+    for part in lookup(splits, split, "split"):
+      file = folder / "train_test_split" / f"shuffled_{part}_file_list.json"
+      for name in json.loads(file.read_text()):
+        synset, model = pathlib.PurePosixPath(name).parts[-2:]
+        if synset not in numbers:
+          raise ValueError(f"{file}: {name!r} is of no known category.")
+        paths.append(folder / synset / f"{model}.txt")
+        labels.append(numbers[synset])
+    super().__init__(paths, labels)
+
+  def __getitem__(self, index: int) -> Cloud:
+    path = self._paths[index]
+    rows = _array(path, np.loadtxt(path, ndmin=2), 7)
+    return Cloud(
+      rows[:, :3],
+      self._labels[index],
+      normals=rows[:, 3:6],
+      parts=rows[:, 6].astype(np.int32),
+    )
+
+
+def _names(folder: pathlib.Path, name: str, homes: Sequence[str]) -> list[str]:
+  """The lines of a list in the first of the folders that has it."""
+  for home in homes:
+    path = folder / home / name
+    if path.exists():
+      return [
+        line.strip() for line in path.read_text().splitlines() if line.strip()
+      ]
+  raise FileNotFoundError(
+    f"{folder} has no {name}; looked in {', '.join(homes)}."
+  )
+
+
+def _array(path: Any, rows: Any, columns: int) -> np.ndarray:
+  """Rows as float32, at least so many columns.
+
+  Raises:
+    ValueError: there are fewer, or no row.
+  """
+  rows = np.asarray(rows, np.float32)
+  if rows.ndim != 2 or rows.shape[1] < columns or not len(rows):
+    raise ValueError(
+      f"{path} holds an array of shape {rows.shape}; it should be"
+      f" [points, {columns}]."
+    )
+  return rows[:, :columns]

@@ -1,0 +1,131 @@
+"""Collections of clouds, written as they are published, are read back."""
+
+import json
+import pathlib
+import pickle
+
+import h5py
+import numpy as np
+from absl.testing import absltest
+
+from bertjax.data.shapes import files
+
+
+def rows(seed, columns, count=9):
+  values = np.random.default_rng(seed).normal(size=(count, columns))
+  return values.astype(np.float32).round(4)
+
+
+class FilesTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.root = pathlib.Path(self.create_tempdir())
+
+  def write(self, name, text):
+    path = self.root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+  def table(self, name, values, delimiter):
+    path = self.root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savetxt(path, values, delimiter=delimiter, fmt="%.4f")
+
+  def test_shapenet55(self):
+    names = ["03001627-b2.npy", "02691156-a1.npy", "03001627-c3.npy"]
+    self.write("ShapeNet-55/train.txt", "\n".join(names[:2]) + "\n")
+    self.write("ShapeNet-55/test.txt", names[2] + "\n")
+    (self.root / "shapenet_pc").mkdir()
+    for number, name in enumerate(names):
+      np.save(self.root / "shapenet_pc" / name, rows(number, 3))
+    every = files.ShapeNet55(self.root, "all")
+    self.assertLen(every, 3)
+    self.assertEqual(every.classes, ("02691156", "03001627"))
+    self.assertEqual([cloud.label for cloud in every], [1, 0, 1])
+    np.testing.assert_array_equal(every[1].points, rows(1, 3))
+    self.assertLen(files.ShapeNet55(self.root, "test"), 1)
+    with self.assertRaisesRegex(ValueError, "split='tset'.*'test'"):
+      files.ShapeNet55(self.root, "tset")
+    np.save(self.root / "shapenet_pc" / names[0], rows(0, 2))
+    with self.assertRaisesRegex(
+      ValueError, r"b2.npy .*\(9, 2\).*\[points, 3\]"
+    ):
+      files.ShapeNet55(self.root)[0]
+
+  def test_modelnet40(self):
+    self.write("modelnet40_train.txt", "night_stand_0001\nbed_0007\n")
+    self.write("modelnet40_shape_names.txt", "bed\nchair\nnight_stand\n")
+    self.table("night_stand/night_stand_0001.txt", rows(0, 6), ",")
+    self.table("bed/bed_0007.txt", rows(1, 6), ",")
+    found = files.ModelNet40(self.root)
+    self.assertEqual([cloud.label for cloud in found], [2, 0])
+    np.testing.assert_allclose(found[0].points, rows(0, 6)[:, :3], atol=1e-6)
+    np.testing.assert_allclose(found[0].normals, rows(0, 6)[:, 3:], atol=1e-6)
+    with self.assertRaisesRegex(FileNotFoundError, "no modelnet40_test.txt"):
+      files.ModelNet40(self.root, "test")
+    self.write("modelnet40_train.txt", "sofa_0001\n")
+    with self.assertRaisesRegex(ValueError, "'sofa_0001' is of none of the 3"):
+      files.ModelNet40(self.root)
+
+  def test_modelnet40_cache(self):
+    path = self.root / "modelnet40_train_8192pts_fps.dat"
+    clouds, labels = [rows(0, 6), rows(1, 6)], [np.array([4]), np.array([0])]
+    path.write_bytes(pickle.dumps([clouds, labels]))
+    found = files.ModelNet40Cache(path)
+    self.assertEqual([cloud.label for cloud in found], [4, 0])
+    np.testing.assert_array_equal(found[1].points, rows(1, 6)[:, :3])
+    path.write_bytes(pickle.dumps([clouds, labels[:1]]))
+    with self.assertRaisesRegex(ValueError, "2 clouds but 1 labels"):
+      files.ModelNet40Cache(path)
+    path.write_bytes(pickle.dumps([clouds, pathlib.PurePosixPath("a")]))
+    with self.assertRaisesRegex(ValueError, "pathlib.*, not arrays alone"):
+      files.ModelNet40Cache(path)
+
+  def test_scanobjectnn(self):
+    for number, (home, ending) in enumerate(files.SCAN_VARIANTS.values()):
+      path = self.root / home / f"test_{ending}"
+      path.parent.mkdir(exist_ok=True)
+      with h5py.File(path, "w") as file:
+        file["data"] = np.stack([rows(number, 3), rows(number + 5, 3)])
+        file["label"] = np.array([3, number], np.int32)
+    for number, variant in enumerate(files.SCAN_VARIANTS):
+      found = files.ScanObjectNN(self.root, "test", variant)
+      self.assertEqual([cloud.label for cloud in found], [3, number])
+      np.testing.assert_array_equal(found[0].points, rows(number, 3))
+    self.assertLen(found.classes, 15)
+    with self.assertRaisesRegex(FileNotFoundError, "training_objectdataset"):
+      files.ScanObjectNN(self.root)
+    with h5py.File(path, "w") as file:
+      file["data"] = rows(0, 3)
+      file["label"] = np.zeros(9)
+    with self.assertRaisesRegex(ValueError, r"data \(9, 3\)"):
+      files.ScanObjectNN(self.root, "test")
+
+  def test_shapenet_part(self):
+    self.write(
+      "synsetoffset2category.txt", "Airplane\t02691156\nBag\t02773838\n"
+    )
+    for split, model in (("train", "a"), ("val", "b"), ("test", "c")):
+      self.write(
+        f"train_test_split/shuffled_{split}_file_list.json",
+        json.dumps([f"shape_data/02773838/{model}"]),
+      )
+      self.table(f"02773838/{model}.txt", _with_parts(), " ")
+    found = files.ShapeNetPart(self.root)
+    self.assertLen(found, 2)
+    self.assertEqual(found.classes, ("Airplane", "Bag"))
+    self.assertEqual(found[1].label, 1)
+    np.testing.assert_array_equal(found[1].parts, np.arange(9) % 4)
+    np.testing.assert_allclose(
+      found[1].normals, _with_parts()[:, 3:6], atol=1e-6
+    )
+    self.assertLen(files.ShapeNetPart(self.root, "test"), 1)
+
+
+def _with_parts():
+  return np.concatenate([rows(2, 6), (np.arange(9) % 4)[:, None]], axis=1)
+
+
+if __name__ == "__main__":
+  absltest.main()
