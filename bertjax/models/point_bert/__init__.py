@@ -1,0 +1,9 @@
+"""The parts of Point-BERT (Yu et al. 2022, arXiv:2111.14819)."""
+
+from bertjax.models.point_bert.dgcnn import DGCNN as DGCNN
+from bertjax.models.point_bert.folding import Folding as Folding
+from bertjax.models.point_bert.patch_embedding import (
+  MiniPointNet as MiniPointNet,
+)
+from bertjax.models.point_bert.tokenizer import PointTokenizer as PointTokenizer
+from bertjax.models.point_bert.tokenizer import Reconstruction as Reconstruction

@@ -1,0 +1,52 @@
+"""A vector for each patch of points."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.typing import Dtype
+from jaxtyping import Array, Float
+
+
+def batch_norm(train: bool, name: str, dtype: Dtype) -> nn.BatchNorm:
+  """Over all axes but the last, of the global batch; averages kept at 0.9.
+
+  Args:
+    train: use the batch's statistics and update the averages.
+    name: of the module.
+    dtype: of the result; statistics are float32.
+  """
+  return nn.BatchNorm(
+    use_running_average=not train,
+    momentum=0.9,
+    epsilon=1e-5,
+    dtype=dtype,
+    name=name,
+  )
+
+
+class MiniPointNet(nn.Module):
+  """Patches, as sets of points, to vectors (Qi et al. 2017; section 3.1).
+
+  Attributes:
+    features: width of a patch's vector.
+    dtype: compute dtype.
+  """
+
+  features: int = 256
+  dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, patches: Float[Array, "b g m 3"], *, train: bool
+  ) -> Float[Array, "b g e"]:
+    def dense(width, name):
+      return nn.Dense(width, dtype=self.dtype, name=name)
+
+    x = dense(128, "point_in")(patches)
+    x = jax.nn.relu(batch_norm(train, "point_norm", self.dtype)(x))
+    x = dense(256, "point_out")(x)
+    whole = x.max(axis=-2, keepdims=True)
+    x = jnp.concatenate([jnp.broadcast_to(whole, x.shape), x], axis=-1)
+    x = dense(512, "patch_in")(x)
+    x = jax.nn.relu(batch_norm(train, "patch_norm", self.dtype)(x))
+    return dense(self.features, "patch_out")(x).max(axis=-2)
