@@ -45,13 +45,20 @@ _FACTOR_BYTES = 2 * sum(
 )
 
 
+def _devices():
+  """TPUs, whose kernels are more particular, if their compiler is here."""
+  if importlib.util.find_spec("libtpu") is None:
+    return jax.devices()
+  return hardware.topologies.devices(hardware.parse("v5e:2x2"))
+
+
 class ConfigsTest(parameterized.TestCase):
   # Fine-tuning starts from a folder and from examples, neither of them here.
   @parameterized.named_parameters(
     (p.stem, p) for p in _CONFIGS if p.stem != "fine_tune"
   )
   def test_every_config_lowers_without_data(self, path):
-    devices = jax.devices()
+    devices = _devices()
     for _, stage, _ in stages(_load(path, "")):
       _, facts = lower_step(devices, settings=stage, vocab_size=30_522)
       self.assertEqual(facts.mesh["data"], len(devices))
@@ -66,6 +73,17 @@ class ConfigsTest(parameterized.TestCase):
         kept -= _FACTOR_BYTES / facts.parameter_bytes
       self.assertBetween(kept, 2, 2.01)
 
+  @pytest.mark.slow  # what lowers compiles, as far as we know
+  @parameterized.named_parameters((p.stem, p) for p in _CONFIGS)
+  def test_every_tiny_config_has_a_page(self, path):
+    for name, stage, _ in stages(_load(path, "tiny")):
+      # Fine-tuning starts from a folder that is not here.
+      model = {"name": "bert", "size": "tiny"} | dict(stage.model)
+      stage = dataclasses.replace(stage, model=model)
+      made = plan(stage, "v5e:2x2", vocab_size=2048)
+      self.assertTrue(made.fits)
+      self.assertIn("tokens/s per chip", page.render(made, name))
+
   @parameterized.parameters("mnli", "squad", "swag", "conll2003", "stsb")
   def test_fine_tuning_lowers_without_folder_and_examples(self, task):
     path = next(p for p in _CONFIGS if p.stem == "fine_tune")
@@ -73,7 +91,7 @@ class ConfigsTest(parameterized.TestCase):
     config.model = dict(name="bert", size="tiny")
     ((_, stage, steps),) = stages(config)
     self.assertEqual(steps, 0)
-    _, facts = lower_step(jax.devices(), settings=stage, vocab_size=30_522)
+    _, facts = lower_step(_devices(), settings=stage, vocab_size=30_522)
     self.assertEqual(facts.vocab_size, 30_522)
     self.assertEqual(facts.batch_size, 16 if task == "swag" else 32)
     self.assertGreater(facts.parameters, 4_369_408)  # the encoder, and a head
