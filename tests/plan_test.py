@@ -73,8 +73,8 @@ class ConfigsTest(parameterized.TestCase):
         kept -= _FACTOR_BYTES / facts.parameter_bytes
       self.assertBetween(kept, 2, 2.01)
 
-  @pytest.mark.slow  # what lowers compiles, as far as we know
   @parameterized.named_parameters((p.stem, p) for p in _CONFIGS)
+  @pytest.mark.slow  # what lowers compiles, as far as we know
   def test_every_tiny_config_has_a_page(self, path):
     for name, stage, _ in stages(_load(path, "tiny")):
       # Fine-tuning starts from a folder that is not here.
