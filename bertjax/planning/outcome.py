@@ -46,10 +46,14 @@ class Plan:
     return self.cost.seconds if self.cost else None
 
   @property
+  def ways(self) -> list[list[hardware.Collective]]:
+    """What different kinds of steps exchange; see `links.ways`."""
+    return links.ways(self.collectives)
+
+  @property
   def exchanges_s(self) -> list[float | None]:
-    """Seconds of the collectives of each of `links.ways`."""
-    ways = links.ways(self.collectives)
-    return [links.seconds(self.topology, way) for way in ways]
+    """Seconds of the collectives of each of `ways`."""
+    return [links.seconds(self.topology, way) for way in self.ways]
 
   @property
   def exchange_s(self) -> float | None:
