@@ -20,6 +20,8 @@ from bertjax.parallel.error_feedback import ErrorFeedback, Workers
 
 # (name, leaf) -> None, or booleans shaped like the leaf: what may move.
 MaskFn = Callable[[str, Any], Any]
+# Of float32 sums that cancel: root mean square over that of the whole gradient.
+ROUNDING = 1e-6
 
 
 class OneBitAdamState(NamedTuple):
@@ -46,12 +48,20 @@ def moving(nu: Any, mask: MaskFn | None) -> Any:
   """Where a frozen second moment lets parameters move: a tree of booleans.
 
   What never had a gradient (rows of positions or words that do not occur) has
-  no variance to divide by, and one bit cannot say that its momentum is 0.
+  no variance to divide by, and one bit cannot say that its momentum is 0. The
+  same goes for gradients of mere rounding: that of a key's bias, which shifts
+  all logits alike, is 0 but for it, and a scale that others share would move it
+  by scale / eps in every step.
   """
+  leaves = jax.tree.leaves(nu)
+  size = max(1, sum(v.size for v in leaves))
+  total = sum((jnp.sum(v) for v in leaves), jnp.zeros((), jnp.float32))
+  rounding = ROUNDING**2 * total / size
 
   def one(path, v):
     allowed = None if mask is None else mask(rules.path_name(path), v)
-    return v > 0 if allowed is None else (v > 0) & jnp.asarray(allowed, bool)
+    moves = (v > 0) & (v > rounding)
+    return moves if allowed is None else moves & jnp.asarray(allowed, bool)
 
   return jax.tree_util.tree_map_with_path(one, nu)
 

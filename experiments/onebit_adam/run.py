@@ -16,12 +16,12 @@ import jax
 
 from bertjax.config import merge, plain
 from bertjax.registry import lookup
-from configs import grammar
+from configs import quickstart
 from experiments import arms, command
 from experiments.onebit_adam import findings, wires
 from experiments.outcome import Outcome
 
-WORKERS = 4
+WORKERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,36 +29,40 @@ class Scale:
   """How large a variant is.
 
   Attributes:
-    variant: of configs/grammar.py.
     seeds: of every arm.
     steps: of every run.
+    emb_dim: width of the two layers.
     batch_size: rows of all workers together.
+    evaluations: batches of held-out text.
     size: of the BERT whose parameters are averaged on pods.
     topologies: of the pods, by increasing size.
   """
 
-  variant: str
   seeds: tuple[int, ...]
   steps: int
+  emb_dim: int
   batch_size: int
+  evaluations: int
   size: str
   topologies: tuple[str, ...]
 
 
 SCALES = {
   command.FULL: Scale(
-    variant="",
-    seeds=(0,),
-    steps=300,
-    batch_size=32,
+    seeds=(0, 1, 2),
+    steps=500,
+    emb_dim=64,
+    batch_size=64,
+    evaluations=20,
     size="large",
     topologies=("v5e:4x4", "v5e:16x16"),
   ),
   "tiny": Scale(
-    variant="tiny",
     seeds=(0,),
-    steps=10,
+    steps=12,
+    emb_dim=16,
     batch_size=16,
+    evaluations=2,
     size="tiny",
     topologies=(),
   ),
@@ -90,9 +94,9 @@ def run(workdir: pathlib.Path, variant: str = command.FULL) -> Outcome:
 
 def optimizers(scale: Scale) -> dict[str, dict[str, Any]]:
   """`config.optim` of each arm: the same rate, unless it is LAMB's."""
-  adam = dict(learning_rate=2e-3, b2=0.98, weight_decay=0.01)
+  adam = dict(learning_rate=3e-3, b2=0.98, eps=1e-6, weight_decay=0.01)
   lamb = adam | dict(learning_rate=1e-2)
-  settled = max(2, scale.steps // 5)
+  settled = scale.steps // 4
   onebit = adam | dict(name="onebit_adam", freeze_step=settled)
   return {
     findings.ADAM: adam | dict(name="adamw"),
@@ -114,19 +118,36 @@ def optimizers(scale: Scale) -> dict[str, dict[str, Any]]:
 
 
 def config(scale: Scale, optimizer: dict[str, Any]) -> dict[str, Any]:
-  """configs/grammar.py without the pair task, with this optimizer."""
+  """configs/quickstart.py, smaller, with this optimizer."""
   changed = merge(
-    plain(grammar.get_config(scale.variant)),
+    plain(quickstart.get_config()),
     {
-      "objective": {"pair_task": None},
-      "data": {"batch_size": scale.batch_size},
+      "dtype": "float32",
+      "model": {
+        "size": "tiny",
+        "emb_dim": scale.emb_dim,
+        "max_positions": 32,
+        "dropout_rate": 0.0,
+      },
+      "data": {
+        "tokenizer": {"vocab_size": 512},
+        "seq_len": 32,
+        "batch_size": scale.batch_size,
+      },
       "stop": {"steps": scale.steps},
-      "every": {"log": max(1, scale.steps // 40), "checkpoint": 200},
+      "every": {"log": max(1, scale.steps // 50), "checkpoint": 250},
+      "reference_curve": "",
     },
   )
+  del changed["stop"]["wall_clock_s"]
+  changed["samples"] = ()
   # Merging would keep options that the optimizer does not have.
   changed["optim"] = optimizer | {"schedule": dict(name="linear", warmup=0.1)}
-  changed["evals"] = {"heldout": {"name": "objective", "num_batches": 20}}
+  changed["evals"] = {
+    "heldout": {
+      "name": "objective", "split": "test", "num_batches": scale.evaluations
+    }
+  }  # fmt: skip
   return changed
 
 
