@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 from jaxtyping import Array, Bool, Float, Int
 
 from bertjax.optim import durations
@@ -119,6 +120,47 @@ class FreezeRule:
     return jnp.asarray(after > self.learning_rate(steps))
 
 
+def first_phase(
+  freeze_step: int | float, total_steps: int | None, learning_rate: Any
+) -> int:
+  """Steps of a first phase of fixed length.
+
+  One that ends while the learning rate still warms up is logged as a warning
+  and not refused: it is the ablation of the papers.
+
+  Args:
+    freeze_step: number of steps (int) or fraction of `total_steps` (float).
+    total_steps: of the phase.
+    learning_rate: number or schedule.
+
+  Raises:
+    ValueError: out of range, or a fraction of nobody knows what.
+  """
+  if isinstance(freeze_step, float) and total_steps is None:
+    raise ValueError(
+      f"optim.freeze_step={freeze_step} is a fraction and needs total_steps."
+    )
+  most = freeze_step if total_steps is None else total_steps
+  steps = durations.steps_of(freeze_step, most, "optim.freeze_step")
+  if steps < 1:
+    raise ValueError(
+      "optim.freeze_step=0 would freeze a second moment of zeros; the first"
+      " phase takes at least one step."
+    )
+  if callable(learning_rate):
+    with jax.ensure_compile_time_eval():
+      rises = bool(learning_rate(steps + 1) > learning_rate(steps))
+    if rises:
+      logging.warning(
+        "optim.freeze_step=%s freezes the second moment after %d steps, while"
+        " the learning rate still warms up; it has not settled. Freeze it"
+        " after optim.schedule.warmup.",
+        freeze_step,
+        steps,
+      )
+  return steps
+
+
 def build_rule(
   freeze_step: int | float | str,
   *,
@@ -158,17 +200,7 @@ def build_rule(
       f"optim.freeze_step={freeze_step!r} must be a number of steps (int), a"
       " fraction of them (float), 'auto' or 'manual'."
     )
-  if isinstance(freeze_step, float) and total_steps is None:
-    raise ValueError(
-      f"optim.freeze_step={freeze_step} is a fraction and needs total_steps."
-    )
-  most = freeze_step if total_steps is None else total_steps
-  step = durations.steps_of(freeze_step, most, "optim.freeze_step")
-  if step < 1:
-    raise ValueError(
-      "optim.freeze_step=0 would freeze a second moment of zeros; the first"
-      " phase takes at least one step."
-    )
+  step = first_phase(freeze_step, total_steps, learning_rate)
   return FreezeRule("step", step)
 
 

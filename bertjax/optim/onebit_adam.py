@@ -213,8 +213,8 @@ def onebit_adam(
     bias_correction: False in the paper's BERT runs.
     freeze_step: when the first phase ends: steps (int), fraction of all steps
       (float; the paper's hand-tuned ones are 0.15 to 0.25), "auto" by the rule
-      below, "manual" by `freezing.freeze_now` alone. It should not end before
-      the learning rate has warmed up.
+      below, "manual" by `freezing.freeze_now` alone. One that ends before the
+      learning rate has warmed up is logged as a warning.
     freeze_threshold: "auto" ends it once the variance of `freeze_interval`
       steps ago has this share of its l1 norm, and the rate no longer rises.
     freeze_interval: steps; None for 1 / (1 - b2).
@@ -233,7 +233,14 @@ def onebit_adam(
     ValueError: an argument out of range.
 
   Reference: Tang et al. 2021, arXiv:2102.02888, algorithm 1. Departures: zero
-    variance masks by itself, and bias corrections are applied if asked for.
+    variance (and what is zero but for rounding) masks by itself, and bias
+    corrections are applied if asked for. What is proved there (theorem 1), for
+    smooth losses, gradients of bounded variance sigma^2, compression errors of
+    at most epsilon and frozen variances above some v_min > 0: the mean squared
+    gradient after T steps of n workers is O(sigma / sqrt(n T)) +
+    O((epsilon / T)^(2/3)) + O(1 / T), whose leading term is that of training
+    without compression. v_min is small in practice: a step moves a coordinate
+    by scale / sqrt(v), so shared scales shake those of small variance most.
   """
   adam = scale_by_adam(b1, b2, eps, bias_correction=bias_correction)
   rule = freezing.build_rule(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from bertjax.optim import durations, freezing, local, selection
+from bertjax.optim import freezing, local, selection
 from bertjax.optim.onebit_adam import moving
 from bertjax.parallel.compressed import Compression
 from bertjax.parallel.error_feedback import (
@@ -115,17 +115,13 @@ def zero_one_adam(
       raise ValueError(f"optim.{field}={value} must be in [0, 1).")
   if weight_decay < 0:
     raise ValueError(f"optim.weight_decay={weight_decay} must not be negative.")
-  most = freeze_step if total_steps is None else total_steps
-  frozen_from = durations.steps_of(freeze_step, most, "optim.freeze_step")
-  if frozen_from < 1:
-    raise ValueError("optim.freeze_step=0 would freeze a variance of zeros.")
   algorithm = _ZeroOneAdam(
     learning_rate=learning_rate,
     b1=b1,
     b2=b2,
     eps=eps,
     weight_decay=weight_decay,
-    freeze_step=frozen_from,
+    freeze_step=freezing.first_phase(freeze_step, total_steps, learning_rate),
     variance_updates=variance_updates,
     local_step_scaler=local_step_scaler,
     local_step_clipper=local_step_clipper,

@@ -86,7 +86,9 @@ def run(workdir: pathlib.Path, variant: str = command.FULL) -> Outcome:
     for name in scale.topologies
   ]
   sent = {
-    arm: wires.run_bytes(bench.runs[0].workdir, optimizer, scale.steps, WORKERS)
+    arm: wires.sent_bytes(
+      bench.runs[0].workdir, optimizer, scale.steps, WORKERS
+    )
     for arm, optimizer in optimizers(scale).items()
   }
   return findings.outcome(bench.runs, sent, pods)

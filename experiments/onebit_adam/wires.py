@@ -1,5 +1,6 @@
 """Bytes that averaging a BERT's gradient or momentum sends."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -95,13 +96,13 @@ def measure(folder: pathlib.Path, topology: str, size: str) -> dict[str, Any]:
   return json.loads(record.read_text())
 
 
-def run_bytes(
+def sent_bytes(
   workdir: str | os.PathLike,
   optimizer: Mapping[str, Any],
   steps: int,
   workers: int,
-) -> float:
-  """What a worker sends in a whole run of an arm, gradients in 16 bits.
+) -> list[float]:
+  """What a worker has sent after each step of an arm, gradients in 16 bits.
 
   Args:
     workdir: of a run with the same parameters.
@@ -111,30 +112,38 @@ def run_bytes(
   """
   shapes = [leaf.shape for leaf in jax.tree.leaves(load_params(workdir)[0])]
   compression = Compression(granularity=optimizer.get("granularity", "buffer"))
-  compressed = wire.compressed_bytes(shapes, workers, compression)
-  full, silent = _steps(optimizer, steps)
-  ring = wire.ring_bytes(shapes, workers)
-  return full * ring + (steps - full - silent) * compressed
+  costs = {
+    _FULL: wire.ring_bytes(shapes, workers),
+    _ONE_BIT: wire.compressed_bytes(shapes, workers, compression),
+    _NOTHING: 0.0,
+  }
+  kinds = _kinds(optimizer, steps)
+  return list(itertools.accumulate(costs[kind] for kind in kinds))
 
 
-def _steps(optimizer: Mapping[str, Any], steps: int) -> tuple[int, int]:
-  """How many steps send in full precision, and how many nothing."""
+_FULL, _ONE_BIT, _NOTHING = "full precision", "one bit", "nothing"
+
+
+def _kinds(optimizer: Mapping[str, Any], steps: int) -> list[str]:
+  """What each step sends."""
   name = optimizer["name"]
   if name in ("adamw", "lamb"):
-    return steps, 0
+    return [_FULL] * steps
   if name == "compressed_gradient_adam":
-    return 0, 0
+    return [_ONE_BIT] * steps
   freeze = optimizer["freeze_step"]
   if name != "zero_one_adam":
-    return freeze, 0
-  intervals, full = freezing.Intervals.init(), 0
+    return [_FULL] * freeze + [_ONE_BIT] * (steps - freeze)
+  intervals, kinds = freezing.Intervals.init(), []
   for step in range(freeze):
-    if intervals.variance_due(step):
-      full, intervals = full + 1, intervals.variance_done(16)
-  silent = alone = 0
+    due = bool(intervals.variance_due(step))
+    kinds.append(_FULL if due else _ONE_BIT)
+    if due:
+      intervals = intervals.variance_done(16)
+  alone = 0
   for step in range(freeze, steps):
     doublings = (step - freeze) // optimizer["local_step_scaler"]
     gap = min(2**doublings, optimizer["local_step_clipper"])
     alone = 0 if alone + 1 >= gap else alone + 1
-    silent += alone > 0
-  return full, silent
+    kinds.append(_NOTHING if alone else _ONE_BIT)
+  return kinds
