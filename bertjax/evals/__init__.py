@@ -9,18 +9,22 @@ from collections.abc import Callable
 from bertjax.evals.base import Evaluator
 from bertjax.evals.objective import objective_eval
 from bertjax.evals.pseudo_perplexity import pseudo_perplexity
+from bertjax.evals.replicas import ReplicaError, replicas
 from bertjax.evals.task_metrics import task_metrics
 
 EVALUATORS: dict[str, Callable[..., Evaluator]] = {
   "objective": objective_eval,
   "pseudo_perplexity": pseudo_perplexity,
+  "replicas": replicas,
   "task_metrics": task_metrics,
 }
 
 __all__ = [
   "EVALUATORS",
   "Evaluator",
+  "ReplicaError",
   "objective_eval",
   "pseudo_perplexity",
+  "replicas",
   "task_metrics",
 ]

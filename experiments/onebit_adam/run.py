@@ -31,7 +31,9 @@ class Scale:
   Attributes:
     seeds: of every arm.
     steps: of every run.
-    emb_dim: width of the two layers.
+    num_layers: of the BERT that is trained.
+    emb_dim: its width.
+    documents: of each split; None for all.
     batch_size: rows of all workers together.
     evaluations: batches of held-out text.
     size: of the BERT whose parameters are averaged on pods.
@@ -40,7 +42,9 @@ class Scale:
 
   seeds: tuple[int, ...]
   steps: int
+  num_layers: int
   emb_dim: int
+  documents: int | None
   batch_size: int
   evaluations: int
   size: str
@@ -51,7 +55,9 @@ SCALES = {
   command.FULL: Scale(
     seeds=(0, 1, 2),
     steps=500,
+    num_layers=2,
     emb_dim=64,
+    documents=None,
     batch_size=64,
     evaluations=20,
     size="large",
@@ -60,7 +66,9 @@ SCALES = {
   "tiny": Scale(
     seeds=(0,),
     steps=12,
+    num_layers=1,
     emb_dim=16,
+    documents=60,
     batch_size=16,
     evaluations=2,
     size="tiny",
@@ -127,6 +135,7 @@ def config(scale: Scale, optimizer: dict[str, Any]) -> dict[str, Any]:
       "dtype": "float32",
       "model": {
         "size": "tiny",
+        "num_layers": scale.num_layers,
         "emb_dim": scale.emb_dim,
         "max_positions": 32,
         "dropout_rate": 0.0,
@@ -142,6 +151,8 @@ def config(scale: Scale, optimizer: dict[str, Any]) -> dict[str, Any]:
     },
   )
   del changed["stop"]["wall_clock_s"]
+  if scale.documents is not None:
+    changed["data"]["source"]["max_documents"] = scale.documents
   changed["samples"] = ()
   # Merging would keep options that the optimizer does not have.
   changed["optim"] = optimizer | {"schedule": dict(name="linear", warmup=0.1)}

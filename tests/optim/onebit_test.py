@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 
@@ -13,10 +14,10 @@ from bertjax import hardware, optim
 from bertjax.checkpoint import Checkpointer
 from bertjax.data.dataset import RowDataset
 from bertjax.hardware import hlo
-from bertjax.optim import selection
+from bertjax.optim import freezing, selection
 from bertjax.optim.adamw import AdamState
 from bertjax.optim.freezing import build_rule
-from bertjax.optim.onebit_adam import OneBitAdamState
+from bertjax.optim.onebit_adam import OneBitAdamState, moving
 from bertjax.optim.onebit_lamb import OneBitLambState
 from bertjax.parallel import elastic, wire
 from bertjax.parallel.compressed import LANES, Compression, grid_of
@@ -56,14 +57,17 @@ def _debt(state):
 
 
 class OneBitAdamTest(parameterized.TestCase):
-  def test_equals_the_loop_over_workers(self):
+  @parameterized.parameters(True, False)
+  def test_equals_the_loop_over_workers(self, compress):
+    """Without compression: momentum over the root of the frozen variance."""
     n, d, steps = 4, 4 * LANES, 8  # a line each: no padding
     rng = np.random.default_rng(0)
     grads = rng.normal(size=(steps, n, d)) * rng.uniform(0.1, 2, d)
     params = {"w": jnp.zeros(d)}
     mesh = make_mesh(devices=jax.devices()[:n])
     transform = optim.build_optimizer(
-      _ONEBIT | dict(learning_rate=0.1, bias_correction=False),
+      _ONEBIT
+      | dict(learning_rate=0.1, bias_correction=False, compress=compress),
       total_steps=steps,
       params=params,
       mesh=mesh,
@@ -89,7 +93,9 @@ class OneBitAdamTest(parameterized.TestCase):
       updates, state = update(jnp.asarray(g, jnp.float32), state, params)
       params = optax.apply_updates(params, updates)
       path.append(params["w"])
-    expected = onebit_oracle.adam(grads, freeze_step=3, rate=0.1, **_ADAM)
+    expected = onebit_oracle.adam(
+      grads, freeze_step=3, rate=0.1, compress=compress, **_ADAM
+    )
     np.testing.assert_allclose(np.stack(path), expected, rtol=2e-4, atol=2e-5)
 
   def test_first_phase_is_adam_on_the_mean_gradient(self):
@@ -178,6 +184,45 @@ class OneBitAdamTest(parameterized.TestCase):
     state, losses = w.run(state, 6, 8)
     self.assertTrue(np.isfinite(losses).all())
 
+  def test_gradients_of_mere_rounding_do_not_move(self):
+    """One bit would move them by the scale of the others over eps."""
+    nu = {"a": jnp.array([1.0, 1e-10, 0.0]), "b": jnp.array([1e-14, 4.0])}
+    moves = moving(nu, None)
+    np.testing.assert_array_equal(moves["a"], [True, True, False])
+    np.testing.assert_array_equal(moves["b"], [False, True])
+    nothing = moving({"a": jnp.zeros(3)}, None)
+    self.assertFalse(np.any(nothing["a"]))
+
+  def test_a_mask_holds_back_what_it_names_in_the_second_phase(self):
+    def mask(name, leaf):
+      return None if name != "bias" else np.arange(leaf.size) > 0
+
+    w = world(**_ONEBIT, mask=mask)
+    state, _ = w.run(w.init(), 0, 3)
+    before = np.array(state.params["bias"])
+    state, _ = w.run(state, 3, 6)
+    after = np.array(state.params["bias"])
+    self.assertEqual(after[0], before[0])
+    self.assertTrue(np.all(after[1:] != before[1:]))
+    (errors,) = _nodes(state.opt_state, ErrorFeedback)
+    self.assertFalse(np.any(errors.worker.tree["bias"][:, 0]))
+
+  def test_the_switch_leaves_the_rate_as_it_is(self):
+    """Of constant gradients each step is as long as the one before."""
+    transform = optim.build_optimizer(
+      _ONEBIT | dict(learning_rate=0.1, granularity=1),
+      total_steps=8,
+      params={"w": jnp.zeros(5)},
+    ).transform
+    params = {"w": jnp.zeros(5)}
+    state = transform.init(params)
+    grads = {"w": jnp.array([-3.0, 0.5, 2.0, 1e-2, -40.0])}
+    for _ in range(8):
+      updates, state = transform.update(grads, state, params)
+      np.testing.assert_allclose(
+        updates["w"], -0.1 * np.sign(grads["w"]), rtol=1e-4
+      )
+
   def test_uncompressed_tensors_get_adam_throughout(self):
     w = world(**_ONEBIT, uncompressed=("bias",), granularity="tensor")
     state, _ = w.run(w.init(), 0, 6)
@@ -203,7 +248,9 @@ class OneBitAdamTest(parameterized.TestCase):
     onebit = final(freeze_step=60, **options)
     self.assertLess(onebit, 1.4 * adam)
     without = final(freeze_step=60, error_feedback=False, **options)
-    too_early = final(freeze_step=2, **options)
+    with self.assertLogs("absl", "WARNING") as logs:
+      too_early = final(freeze_step=2, **options)
+    self.assertIn("optim.freeze_step=2 freezes", logs.output[0])
     self.assertLess(1.05 * onebit, without)
     self.assertLess(1.05 * onebit, too_early)
 
@@ -244,6 +291,16 @@ class FreezeTest(parameterized.TestCase):
     self.assertEqual(frozen_after(0.1), settled)
     rising = lambda step: jnp.minimum(step, 30)  # noqa: E731
     self.assertEqual(frozen_after(rising), 30)
+
+  @parameterized.parameters((9, True), (10, False), (0.2, True), (0.25, False))
+  def test_an_end_within_warm_up_is_named(self, freeze_step, early):
+    schedule = optim.build_schedule(
+      dict(name="linear", warmup=10), learning_rate=0.1, total_steps=40
+    )
+    with self.assertLogs("absl", "INFO") as logs:
+      logging.info("so that there is a line")
+      freezing.first_phase(freeze_step, 40, schedule)
+    self.assertEqual("still warms up" in logs.output[-1], early)
 
   def test_by_callback(self):
     w = world(**(_ONEBIT | dict(freeze_step="manual")))

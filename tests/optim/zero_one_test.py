@@ -76,6 +76,21 @@ class ZeroOneAdamTest(parameterized.TestCase):
       else:
         self.assertGreater(np.abs(drift[0] - drift[1]).max(), 0)
 
+  def test_a_gradient_that_is_not_finite_changes_nothing_anywhere(self):
+    """Not even the drift of the other workers, alone as they are."""
+    w = world(name="zero_one_adam", **_RARE)
+    state, _ = w.run(w.init(), 0, 6)  # step 5 was taken alone
+    before = jax.device_get((state.params, _state(state.opt_state)))
+    self.assertTrue(np.any(before[1].drift.tree["up"]))
+
+    def poison(step, rows):
+      rows["y"][3] = np.nan
+      return rows
+
+    state, _ = w.run(state, 6, 7, poison)
+    after = jax.device_get((state.params, _state(state.opt_state)))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
   def test_each_kind_of_step_sends_its_own(self):
     w = world(name="zero_one_adam", **_RARE)
     with jax.set_mesh(w.mesh):

@@ -39,7 +39,7 @@ def all_reduce(x, worker_errors, server_errors):
   return np.concatenate(chunks), corrected - sent, np.stack(new_server)
 
 
-def adam(grads, *, freeze_step, rate, b1, b2, eps):
+def adam(grads, *, freeze_step, rate, b1, b2, eps, compress=True):
   """Weights after each step of 1-bit Adam without bias correction.
 
   Args:
@@ -49,6 +49,7 @@ def adam(grads, *, freeze_step, rate, b1, b2, eps):
     b1: decay of the first moment.
     b2: decay of the second.
     eps: outside the root.
+    compress: False averages momenta as they are.
   """
   steps, n, d = grads.shape
   w, m, v = np.zeros(d), np.zeros(d), np.zeros(d)
@@ -59,8 +60,10 @@ def adam(grads, *, freeze_step, rate, b1, b2, eps):
       g = grads[step].mean(0)
       m = b1 * m + (1 - b1) * g
       v = b2 * v + (1 - b2) * g**2
-    else:
+    elif compress:
       m, e, s = all_reduce(b1 * m + (1 - b1) * grads[step], e, s)
+    else:
+      m = (b1 * m + (1 - b1) * grads[step]).mean(0)
     w = w - rate * m / (np.sqrt(v) + eps)
     path.append(w)
   return np.stack(path)
