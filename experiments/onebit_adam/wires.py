@@ -23,6 +23,7 @@ from bertjax.parallel.error_feedback import Workers
 from bertjax.train_state import abstract_params
 
 COMPRESSION = Compression()
+FULL, ONE_BIT, NOTHING = "full precision", "one bit", "nothing"
 
 
 def parameters(size: str) -> Any:
@@ -113,31 +114,28 @@ def sent_bytes(
   shapes = [leaf.shape for leaf in jax.tree.leaves(load_params(workdir)[0])]
   compression = Compression(granularity=optimizer.get("granularity", "buffer"))
   costs = {
-    _FULL: wire.ring_bytes(shapes, workers),
-    _ONE_BIT: wire.compressed_bytes(shapes, workers, compression),
-    _NOTHING: 0.0,
+    FULL: wire.ring_bytes(shapes, workers),
+    ONE_BIT: wire.compressed_bytes(shapes, workers, compression),
+    NOTHING: 0.0,
   }
-  kinds = _kinds(optimizer, steps)
+  kinds = step_kinds(optimizer, steps)
   return list(itertools.accumulate(costs[kind] for kind in kinds))
 
 
-_FULL, _ONE_BIT, _NOTHING = "full precision", "one bit", "nothing"
-
-
-def _kinds(optimizer: Mapping[str, Any], steps: int) -> list[str]:
-  """What each step sends."""
+def step_kinds(optimizer: Mapping[str, Any], steps: int) -> list[str]:
+  """What each step of an arm sends: FULL, ONE_BIT or NOTHING."""
   name = optimizer["name"]
   if name in ("adamw", "lamb"):
-    return [_FULL] * steps
+    return [FULL] * steps
   if name == "compressed_gradient_adam":
-    return [_ONE_BIT] * steps
+    return [ONE_BIT] * steps
   freeze = optimizer["freeze_step"]
   if name != "zero_one_adam":
-    return [_FULL] * freeze + [_ONE_BIT] * (steps - freeze)
+    return [FULL] * freeze + [ONE_BIT] * (steps - freeze)
   intervals, kinds = freezing.Intervals.init(), []
   for step in range(freeze):
     due = bool(intervals.variance_due(step))
-    kinds.append(_FULL if due else _ONE_BIT)
+    kinds.append(FULL if due else ONE_BIT)
     if due:
       intervals = intervals.variance_done(16)
   alone = 0
@@ -145,5 +143,5 @@ def _kinds(optimizer: Mapping[str, Any], steps: int) -> list[str]:
     doublings = (step - freeze) // optimizer["local_step_scaler"]
     gap = min(2**doublings, optimizer["local_step_clipper"])
     alone = 0 if alone + 1 >= gap else alone + 1
-    kinds.append(_NOTHING if alone else _ONE_BIT)
+    kinds.append(NOTHING if alone else ONE_BIT)
   return kinds

@@ -5,10 +5,11 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from bertjax import hardware
+from bertjax.checkpoint import Checkpointer
 from bertjax.hardware import hlo
 from bertjax.optim import freezing
 from bertjax.optim.zero_one_adam import ZeroOneAdamState
-from bertjax.parallel import wire
+from bertjax.parallel import elastic, wire
 from tests.optim import workers
 from tests.optim.workers import world
 
@@ -90,6 +91,25 @@ class ZeroOneAdamTest(parameterized.TestCase):
     state, _ = w.run(state, 6, 7, poison)
     after = jax.device_get((state.params, _state(state.opt_state)))
     jax.tree.map(np.testing.assert_array_equal, after, before)
+
+  def test_other_workers_meet_where_the_old_ones_would_have(self):
+    """A resume between synchronisations keeps the mean of the drifts."""
+    w = world(name="zero_one_adam", **_RARE)
+    state, _ = w.run(w.init(), 0, 6)
+    two = world(axes=(("data", 2),), name="zero_one_adam", **_RARE)
+    with Checkpointer(self.create_tempdir().full_path) as checkpointer:
+      checkpointer.save(6, state, iterator_state={}, config={})
+      checkpointer.wait()
+      new = checkpointer.restore(two.abstract, adapt=elastic.adapt).state
+    old, new = (jax.device_get(_state(s.opt_state)) for s in (state, new))
+    for kept in ("drift", "mu"):
+      for name in ("up", "down", "bias"):
+        before = getattr(old, kept).tree[name]
+        after = getattr(new, kept).tree[name]
+        self.assertEqual((before.shape[0], after.shape[0]), (4, 2))
+        for one in after:
+          np.testing.assert_allclose(one, before.mean(0), rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, new.intervals, old.intervals)
 
   def test_each_kind_of_step_sends_its_own(self):
     w = world(name="zero_one_adam", **_RARE)
