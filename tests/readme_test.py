@@ -64,6 +64,7 @@ _NAMED = {
   "data.instances": INSTANCES,
   "data.source": SOURCES,
   "data.tokenizer": TOKENIZERS,
+  "evals.replicas": EVALUATORS,
   "optim": OPTIMIZERS,
   "optim.precondition": PRECONDITIONERS,
   "source": READERS,
