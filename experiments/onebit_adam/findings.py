@@ -165,8 +165,8 @@ def _figure(
       arm,
       lambda step, arm=arm: sent[arm][step - 1] / 1e6,
     )
-  # Where training starts; what has diverged lies above.
-  start = max(arms.select(runs, arm=ADAM)[0].curve("loss")[1])
+  # From where Adam starts to where it ends; what has diverged lies above.
+  adam = arms.select(runs, arm=ADAM)[0].curve("loss")[1]
   for panel in (steps, lambs, megabytes):
     panel.set_title("training loss")
   for arm in dict.fromkeys(run.factors["arm"] for run in runs):
@@ -174,7 +174,7 @@ def _figure(
     plots.levels(levels, [sent[arm][-1] / 1e6], [loss], arm)
   levels.set_title("held-out loss")
   for panel in (steps, lambs, megabytes, levels):
-    panel.set_ylim(top=start)
+    panel.set_ylim(min(adam) - 0.1, max(adam))
   for panel in (megabytes, levels):
     panel.set_xscale("log")
     panel.set_xlabel("MB sent by a worker")
