@@ -33,7 +33,7 @@ class Scale:
     steps: of every run.
     num_layers: of the BERT that is trained.
     emb_dim: its width.
-    documents: of each split; None for all.
+    generated: documents of each split, made up; None for the real ones.
     batch_size: rows of all workers together.
     evaluations: batches of held-out text.
     size: of the BERT whose parameters are averaged on pods.
@@ -44,7 +44,7 @@ class Scale:
   steps: int
   num_layers: int
   emb_dim: int
-  documents: int | None
+  generated: int | None
   batch_size: int
   evaluations: int
   size: str
@@ -57,7 +57,7 @@ SCALES = {
     steps=500,
     num_layers=2,
     emb_dim=64,
-    documents=None,
+    generated=None,
     batch_size=64,
     evaluations=20,
     size="large",
@@ -68,7 +68,7 @@ SCALES = {
     steps=12,
     num_layers=1,
     emb_dim=16,
-    documents=60,
+    generated=48,
     batch_size=16,
     evaluations=2,
     size="tiny",
@@ -151,8 +151,10 @@ def config(scale: Scale, optimizer: dict[str, Any]) -> dict[str, Any]:
     },
   )
   del changed["stop"]["wall_clock_s"]
-  if scale.documents is not None:
-    changed["data"]["source"]["max_documents"] = scale.documents
+  if scale.generated is not None:  # reading what is installed takes a while
+    counts = dict.fromkeys(("train", "validation", "test"), scale.generated)
+    changed["data"]["source"] = dict(name="grammar", documents=counts)
+    changed["data"]["splitter"] = "lines"
   changed["samples"] = ()
   # Merging would keep options that the optimizer does not have.
   changed["optim"] = optimizer | {"schedule": dict(name="linear", warmup=0.1)}
