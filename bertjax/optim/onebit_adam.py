@@ -234,7 +234,7 @@ def onebit_adam(
 
   Reference: Tang et al. 2021, arXiv:2102.02888, algorithm 1. Departures: zero
     variance (and what is zero but for rounding) masks by itself, and bias
-    corrections are applied if asked for. What is proved there (theorem 1), for
+    corrections are applied if asked for. What is proved there, for
     smooth losses, gradients of bounded variance sigma^2, compression errors of
     at most epsilon and frozen variances above some v_min > 0: the mean squared
     gradient after T steps of n workers is O(sigma / sqrt(n T)) +
