@@ -25,7 +25,7 @@ from bertjax.optim import (
 )
 
 # Options that a preconditioner requires.
-_REQUIRED = {"sngd": dict(rank=4)}
+_REQUIRED = {"hylo": dict(rank=2), "sngd": dict(rank=4)}
 SPECS = {name: dict(name=name) for name in sorted(OPTIMIZERS)} | {
   f"{name}+lamb": dict(
     name="lamb",

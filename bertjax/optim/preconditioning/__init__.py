@@ -21,6 +21,7 @@ from bertjax.optim.preconditioning.base import (
   precondition,
 )
 from bertjax.optim.preconditioning.eva import eva
+from bertjax.optim.preconditioning.hylo import hylo
 from bertjax.optim.preconditioning.kfac import kfac
 from bertjax.optim.preconditioning.mkor import mkor
 from bertjax.optim.preconditioning.sngd import sngd
@@ -34,6 +35,7 @@ __all__ = [
   "build_preconditioning",
   "curvature_metrics",
   "eva",
+  "hylo",
   "kfac",
   "mkor",
   "precondition",
@@ -43,6 +45,7 @@ __all__ = [
 
 PRECONDITIONERS: dict[str, Callable[..., Preconditioner]] = {
   "eva": eva,
+  "hylo": hylo,
   "kfac": kfac,
   "mkor": mkor,
   "sngd": sngd,

@@ -12,7 +12,10 @@ from jaxtyping import Array, Float, Int
 
 from bertjax.optim.preconditioning.base import Preconditioner, Statistics
 from bertjax.optim.preconditioning.layers import Layer
-from bertjax.optim.preconditioning.mkor import clipped_vectors, mean_vectors
+from bertjax.optim.preconditioning.vectors import (
+  clipped_vectors,
+  mean_vectors,
+)
 
 
 class EvaVectors(NamedTuple):

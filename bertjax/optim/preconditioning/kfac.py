@@ -8,11 +8,13 @@ the batch's own labels.
 import dataclasses
 from typing import NamedTuple
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bertjax import registry
+from bertjax.optim.preconditioning import sharing
 from bertjax.optim.preconditioning.base import Preconditioner, Statistics
 from bertjax.optim.preconditioning.eva import check_damping
 from bertjax.optim.preconditioning.layers import Layer
@@ -25,7 +27,8 @@ class Eigen(NamedTuple):
   values: Float[Array, "*stack d"]
 
 
-class KfacFactors(NamedTuple):
+@flax.struct.dataclass
+class KfacFactors:
   """Covariances and what was last made of them, float32.
 
   Attributes:
@@ -33,12 +36,14 @@ class KfacFactors(NamedTuple):
     input: of (homogeneous) inputs.
     left: of `output`: an `Eigen`, or the damped inverse.
     right: of `input`.
+    grad_worker_fraction: which workers keep them, see `sharing`.
   """
 
   output: Float[Array, "*stack o o"]
   input: Float[Array, "*stack i i"]
   left: Eigen | Array
   right: Eigen | Array
+  grad_worker_fraction: float | None = flax.struct.field(pytree_node=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Kfac:
   damping: float
   decay: float
   inverse_interval: int
+  grad_worker_fraction: float | None
 
   def wants(self, layer: Layer) -> tuple[str, ...]:
     names = ("token_count", "input_gram", "output_gram")
@@ -68,7 +74,11 @@ class Kfac:
 
     rows, columns = layer.size.outputs, layer.columns
     return KfacFactors(
-      identity(rows), identity(columns), made(rows), made(columns)
+      identity(rows),
+      identity(columns),
+      made(rows),
+      made(columns),
+      self.grad_worker_fraction,
     )
 
   def refresh(
@@ -85,10 +95,10 @@ class Kfac:
     inputs = averaged(factors.input, _input_covariance(layer, statistics))
     left, right = jax.lax.cond(
       count % self.inverse_interval == 0,
-      lambda: (self._made(output), self._made(inputs)),
+      lambda: tuple(sharing.decompose(self._made, x) for x in (output, inputs)),
       lambda: (factors.left, factors.right),
     )
-    return KfacFactors(output, inputs, left, right)
+    return factors.replace(output=output, input=inputs, left=left, right=right)
 
   def _made(self, covariance: Array) -> Eigen | Array:
     if self.form == "inverse":
@@ -107,7 +117,14 @@ class Kfac:
     gradient: Float[Array, "*stack o i"],
   ) -> Float[Array, "*stack o i"]:
     del layer
-    left, right = factors.left, factors.right
+    # Owners precondition; whoever needs the direction gathers it.
+    gradient = sharing.at_owners(gradient, self.grad_worker_fraction)
+    found = self._preconditioned(factors.left, factors.right, gradient)
+    return sharing.at_owners(found, self.grad_worker_fraction)
+
+  def _preconditioned(
+    self, left: Eigen | Array, right: Eigen | Array, gradient: Array
+  ) -> Array:
     if self.form == "inverse":
       return left @ gradient @ right
 
@@ -147,14 +164,14 @@ def kfac(
   decay: float = 0.95,
   interval: int = 1,
   inverse_interval: int = 10,
+  grad_worker_fraction: float | None = None,
   rescale: str = "kl",
   kl_clip: float = 1e-3,
 ) -> Preconditioner:
   """D = (G (x) A + damping)^-1 of the gradient, or with damped inverses.
 
-  The moving averages start at the identity, as KAISA's do. Every device
-  decomposes every factor: KAISA's `grad_worker_fraction=1` without the
-  all-gather of decompositions. Sharing that work out is not done here.
+  The moving averages start at the identity, as KAISA's do. Workers share the
+  decompositions of stacked layers; see `sharing`.
 
   Args:
     form: "eigen" damps the products of eigenvalues; "inverse" is
@@ -163,6 +180,10 @@ def kfac(
     decay: of the covariances' moving averages; 0 takes each batch's own.
     interval: steps between updates of covariances.
     inverse_interval: steps between decompositions, a multiple of `interval`.
+    grad_worker_fraction: part of the workers that keep a layer's factors and
+      precondition it: KAISA's communication-optimal 1, its memory-optimal 0
+      (meaning 1 / workers), or what axes of the mesh make between. None: as
+      parameters are sharded, over "fsdp".
     rescale: see `Preconditioner`.
     kl_clip: for "kl".
 
@@ -171,10 +192,11 @@ def kfac(
   """
   registry.lookup(dict.fromkeys(FORMS), form, "optim.precondition.form")
   check_damping(damping)
+  sharing.check_fraction(grad_worker_fraction)
   if not 0 <= decay < 1:
     raise ValueError(f"optim.precondition.decay={decay} must be in [0, 1).")
   made = Preconditioner(
-    Kfac(form, damping, decay, inverse_interval),
+    Kfac(form, damping, decay, inverse_interval, grad_worker_fraction),
     interval=interval,
     rescale=rescale,
     kl_clip=kl_clip,

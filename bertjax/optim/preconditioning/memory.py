@@ -2,7 +2,8 @@
 
 Factors are sharded over "fsdp", as parameters and moments are: a stack by its
 layers, so that whoever holds a layer's factors preconditions it, anything else
-by rows; what that axis does not divide is whole everywhere.
+by rows; what that axis does not divide is whole everywhere. Those of K-FAC may
+lie over other axes of the batch (see `sharing`).
 
 Once a switch is thrown nothing reads them. A compiled step cannot free what it
 is given, so the loop does between two steps: in place of every factor remains
@@ -18,10 +19,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
+from bertjax.optim.preconditioning import sharing
 from bertjax.optim.preconditioning.base import CurvatureState
+from bertjax.optim.preconditioning.kfac import KfacFactors
 from bertjax.rules import path_name
-
-_AXIS = "fsdp"
 
 
 def is_curvature(node: Any) -> bool:
@@ -38,18 +39,28 @@ def shard(state: CurvatureState, replicated: Any) -> CurvatureState:
       PartitionSpec, which knows no mesh.
   """
 
-  def one(leaf):
-    if not isinstance(replicated, NamedSharding):
-      return replicated
-    size = replicated.mesh.shape.get(_AXIS, 1)
+  def one(leaf, axes, size):
     for axis in (0, leaf.ndim - 2) if leaf.ndim > 2 else (0,):
       if leaf.ndim > 1 and size > 1 and leaf.shape[axis] % size == 0:
-        spec = PartitionSpec(*(None,) * axis, _AXIS)
+        spec = PartitionSpec(*(None,) * axis, axes)
         return NamedSharding(replicated.mesh, spec)
     return replicated
 
+  def layer(factors):
+    mesh = replicated.mesh.shape
+    fraction = getattr(factors, "grad_worker_fraction", None)
+    axes = sharing.owner_axes(mesh, fraction)
+    size = math.prod(mesh[axis] for axis in axes)
+    axes = axes[0] if len(axes) == 1 else axes
+    return jax.tree.map(lambda leaf: one(leaf, axes, size), factors)
+
   whole = jax.tree.map(lambda _: replicated, state)
-  return whole._replace(factors=jax.tree.map(one, state.factors))
+  if not isinstance(replicated, NamedSharding):
+    return whole
+  factors = jax.tree.map(
+    layer, state.factors, is_leaf=lambda x: isinstance(x, KfacFactors)
+  )
+  return whole._replace(factors=factors)
 
 
 def release(opt_state: Any) -> Any:

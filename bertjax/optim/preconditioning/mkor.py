@@ -16,21 +16,29 @@ from jaxtyping import Array, Float, Int
 from bertjax import registry
 from bertjax.optim.preconditioning import inverse_factor
 from bertjax.optim.preconditioning.base import Preconditioner, Statistics
+from bertjax.optim.preconditioning.blocks import Blocks
 from bertjax.optim.preconditioning.layers import Layer
+from bertjax.optim.preconditioning.vectors import (
+  clipped_vectors,
+  leading_vectors,
+  mean_vectors,
+)
 
 STORAGE = ("bfloat16", "float16", "float32")
+SIDES = ("both", "left", "right")
 
 
 class InverseFactors(NamedTuple):
   """Inverses; a side that is not preconditioned has None.
 
   Attributes:
-    left: of output gradients, [*stack, outputs, outputs].
-    right: of (homogeneous) inputs, [*stack, inputs, inputs].
+    left: of output gradients, [*stack, outputs, outputs], or its diagonal
+      blocks, [*stack, k, w, w].
+    right: the same of (homogeneous) inputs.
   """
 
-  left: Float[Array, "*stack o o"] | None
-  right: Float[Array, "*stack i i"] | None
+  left: Float[Array, "*blocks o o"] | None
+  right: Float[Array, "*blocks i i"] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,27 +53,31 @@ class Mkor:
   clip: float
   dtype: str
   max_width: int | None
+  block_width: int | None
+  sides: str
   rank: int
+  groups: int
 
   def wants(self, layer: Layer) -> tuple[str, ...]:
-    return mean_vectors(layer, self.rank)
+    return mean_vectors(layer, self.groups)
 
-  def _sides(self, layer: Layer) -> tuple[bool, bool]:
-    """Whether left and right are preconditioned."""
-    widths = layer.size.outputs, layer.columns
+  def _blocks(self, layer: Layer) -> tuple[Blocks | None, Blocks | None]:
+    """How left and right are divided; None for what is not preconditioned."""
+    widths = dict(left=layer.size.outputs, right=layer.columns)
     most = self.max_width
-    return tuple(most is None or width <= most for width in widths)
+    return tuple(
+      Blocks(width, self.block_width)
+      if self.sides in ("both", side) and (most is None or width <= most)
+      else None
+      for side, width in widths.items()
+    )
 
   def init(self, layer: Layer) -> InverseFactors:
-    def identity(width):
-      return jnp.tile(
-        jnp.eye(width, dtype=self.dtype), (*layer.size.stack, 1, 1)
-      )
-
-    left, right = self._sides(layer)
     return InverseFactors(
-      identity(layer.size.outputs) if left else None,
-      identity(layer.columns) if right else None,
+      *(
+        None if side is None else side.identity(layer.size.stack, self.dtype)
+        for side in self._blocks(layer)
+      )
     )
 
   def refresh(
@@ -76,38 +88,44 @@ class Mkor:
     count: Int[Array, ""],
   ) -> InverseFactors:
     del count
-    g, a = clipped_vectors(layer, statistics, self.clip)
-    pairs = [
-      (factor.astype(jnp.float32), vectors)
-      for factor, vectors in zip(factors, (g, a))
-      if factor is not None
+    pairs = clipped_vectors(layer, statistics, self.clip)
+    if self.groups > self.rank:
+      pairs = [leading_vectors(vectors, self.rank) for vectors in pairs]
+    used = [
+      (side, factor.astype(jnp.float32), side.split(vectors))
+      for side, factor, vectors in zip(self._blocks(layer), factors, pairs)
+      if side is not None
     ]
-    if not pairs:
+    if not used:
       return factors
-    new = iter(factor.astype(self.dtype) for factor in self._refreshed(pairs))
+    new = iter(factor.astype(self.dtype) for factor in self._refreshed(used))
     return InverseFactors(
       *(None if old is None else next(new) for old in factors)
     )
 
-  def _refreshed(self, pairs: Sequence[tuple[Array, Array]]) -> list[Array]:
-    """New inverses of (inverse, vectors); what is too large is blended."""
+  def _refreshed(
+    self, used: Sequence[tuple[Blocks, Array, Array]]
+  ) -> list[Array]:
+    """New inverses of (side, inverse, vectors); large ones are blended."""
     rule = inverse_factor.RULES[self.rule]
     norm = inverse_factor.NORMS[self.norm]
-    large = [norm(factor) > self.threshold for factor, _ in pairs]
+    large = [norm(factor) > self.threshold for _, factor, _ in used]
     instead = self.rule == "reference"
     if instead:
       # One flag for both, and a blend takes the refresh's place.
-      large = [functools.reduce(jnp.logical_or, large)] * len(pairs)
+      flags = [side.any(flag) for (side, _, _), flag in zip(used, large)]
+      flag = functools.reduce(jnp.logical_or, flags)
+      large = [side.each(flag) for side, _, _ in used]
     new = []
-    for flag, (factor, vectors) in zip(large, pairs):
+    for flag, (side, factor, vectors) in zip(large, used):
       flag = flag[..., None, None]
       blended = inverse_factor.blend(factor, self.keep)
       if instead:
-        refreshed = rule(factor, vectors, self.decay)
-        new.append(jnp.where(flag, blended, refreshed))
+        found = jnp.where(flag, blended, rule(factor, vectors, self.decay))
       else:
         start = jnp.where(flag, blended, factor)
-        new.append(rule(start, vectors, self.decay))
+        found = rule(start, vectors, self.decay)
+      new.append(side.unpadded(found))
     return new
 
   def direction(
@@ -116,31 +134,15 @@ class Mkor:
     factors: InverseFactors,
     gradient: Float[Array, "*stack o i"],
   ) -> Float[Array, "*stack o i"]:
-    del layer
-    if factors.left is not None:
-      gradient = factors.left.astype(jnp.float32) @ gradient
-    if factors.right is not None:
-      gradient = gradient @ factors.right.astype(jnp.float32)
+    left, right = self._blocks(layer)
+    if left is not None:
+      gradient = left.times(factors.left.astype(jnp.float32), gradient)
+    if right is not None:
+      # G R = (R G^T)^T: R is symmetric.
+      across = jnp.swapaxes(gradient, -1, -2)
+      across = right.times(factors.right.astype(jnp.float32), across)
+      gradient = jnp.swapaxes(across, -1, -2)
     return gradient
-
-
-def mean_vectors(layer: Layer, groups: int = 1) -> tuple[str, ...]:
-  """Statistics of mean inputs and output gradients.
-
-  The mean gradient of all tokens is a bias's gradient, which costs nothing.
-  """
-  names = ("token_count", "input_sum")
-  return names if layer.bias and groups == 1 else (*names, "output_sum")
-
-
-def clipped_vectors(
-  layer: Layer, statistics: Statistics, clip: float
-) -> tuple[Float[Array, "*stack r o"], Float[Array, "*stack r i"]]:
-  """Output gradients and homogeneous inputs, per group, clipped by element."""
-  g, a = statistics["output_sum"], statistics["input_sum"]
-  if layer.bias:
-    a = jnp.concatenate([a, jnp.ones_like(a[..., :1])], axis=-1)
-  return jnp.clip(g, -clip, clip), jnp.clip(a, -clip, clip)
 
 
 def mkor(
@@ -150,6 +152,7 @@ def mkor(
   interval: int = 10,
   warmup_steps: int = 0,
   rank: int = 1,
+  svd_groups: int | None = None,
   threshold: float = 2.0,
   keep: float = 0.9,
   norm: str = "max_abs",
@@ -157,6 +160,8 @@ def mkor(
   dtype: str = "bfloat16",
   wire_dtype: str = "bfloat16",
   max_width: int | None = None,
+  block_width: int | None = None,
+  sides: str = "both",
   rescale: str = "sum",
   kl_clip: float = 1e-3,
 ) -> Preconditioner:
@@ -170,6 +175,9 @@ def mkor(
     warmup_steps: the first steps, which all refresh.
     rank: vectors per side and refresh; beyond the paper's 1, tokens are divided
       into so many groups, each with its means.
+    svd_groups: tokens are divided into so many groups, more than `rank`, and
+      the vectors are the leading singular ones of the groups' means; that many
+      means travel. None takes the means themselves.
     threshold: a factor whose norm exceeds it is blended with the identity:
       before the refresh; with rule "reference" instead of it, in both factors
       of the layer as soon as one is too large.
@@ -182,6 +190,10 @@ def mkor(
     wire_dtype: of vectors that devices add up, of the same choice.
     max_width: sides that are wider are not preconditioned, which saves the
       square of their width in memory; None for no limit.
+    block_width: wider sides are divided into diagonal blocks, none wider, which
+      saves all but a part of about block_width / width; None for no limit.
+    sides: "both"; "left" preconditions by output gradients alone, "right" by
+      inputs alone.
     rescale: see `Preconditioner`; the authors' code has "sum".
     kl_clip: for "kl".
 
@@ -193,6 +205,7 @@ def mkor(
   registry.lookup(inverse_factor.RULES, rule, "optim.precondition.rule")
   registry.lookup(inverse_factor.NORMS, norm, "optim.precondition.norm")
   registry.lookup(dict.fromkeys(STORAGE), dtype, "optim.precondition.dtype")
+  registry.lookup(dict.fromkeys(SIDES), sides, "optim.precondition.sides")
   for field, value, fits, text in (
     ("decay", decay, 0 < decay < 1, "be between 0 and 1"),
     ("threshold", threshold, threshold > 1, "exceed 1, the identity's norm"),
@@ -200,6 +213,10 @@ def mkor(
     ("clip", clip, clip > 0, "be positive"),
     ("max_width", max_width, max_width is None or max_width > 0,
      "be positive, or None"),
+    ("block_width", block_width, block_width is None or block_width > 0,
+     "be positive, or None"),
+    ("svd_groups", svd_groups, svd_groups is None or svd_groups > rank,
+     f"exceed rank={rank}, or be None"),
   ):  # fmt: skip
     if not fits:
       raise ValueError(f"optim.precondition.{field}={value} must {text}.")
@@ -217,7 +234,10 @@ def mkor(
     clip=clip,
     dtype=dtype,
     max_width=max_width,
+    block_width=block_width,
+    sides=sides,
     rank=rank,
+    groups=rank if svd_groups is None else svd_groups,
   )
   return Preconditioner(
     method,
@@ -226,5 +246,5 @@ def mkor(
     rescale=rescale,
     kl_clip=kl_clip,
     wire_dtype=wire_dtype,
-    groups=rank,
+    groups=method.groups,
   )

@@ -12,6 +12,7 @@ its mean input and the sum of its gradients, as HyLo does for convolutions.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -69,7 +70,7 @@ class Sngd:
     count: Int[Array, ""],
   ) -> SampleFactors:
     del factors
-    g, a = statistics["output_rows"], statistics["input_rows"]
+    g, a = samples(layer, statistics)
     rows = g.shape[-2]
     if self.rank > rows or (self.reduction == "none" and self.rank != rows):
       raise ValueError(
@@ -77,16 +78,7 @@ class Sngd:
         " rows: it must be their number with reduction='none', and at most that"
         " otherwise."
       )
-    # Of the mean over rows, so that g_k is the gradient of row k alone.
-    g = g * rows**0.5
-    if layer.bias:
-      a = jnp.concatenate([a, jnp.ones_like(a[..., :1])], axis=-1)
-    if self.reduction == "none":
-      return SampleFactors(g, a, _inverse(_kernel(g, a), self.damping))
-    if self.reduction == "importance":
-      g, a = _sampled(g, a, self.rank, count)
-      return SampleFactors(g, a, _inverse(_kernel(g, a), self.damping))
-    return _interpolated(g, a, self.rank, self.damping)
+    return REDUCTIONS[self.reduction](g, a, self.rank, self.damping, count)
 
   def direction(
     self,
@@ -102,7 +94,21 @@ class Sngd:
     return (gradient - known) / self.damping
 
 
-def _kernel(g: Array, a: Array) -> Float[Array, "*stack n n"]:
+def samples(
+  layer: Layer, statistics: Statistics
+) -> tuple[Float[Array, "*stack n o"], Float[Array, "*stack n i"]]:
+  """Output gradients, over sqrt(n), and (homogeneous) inputs of n rows."""
+  g, a = statistics["output_rows"], statistics["input_rows"]
+  # Of the mean over rows, so that g_k is the gradient of row k alone.
+  g = g * g.shape[-2] ** 0.5
+  if layer.bias:
+    a = jnp.concatenate([a, jnp.ones_like(a[..., :1])], axis=-1)
+  return g, a
+
+
+def kernel(g: Array, a: Array) -> Float[Array, "*stack n n"]:
+  """K of samples."""
+
   def gram(x):
     return jnp.matmul(
       x, jnp.swapaxes(x, -1, -2), precision=jax.lax.Precision.HIGHEST
@@ -115,13 +121,20 @@ def _eye(x: Array) -> Array:
   return jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
 
 
-def _inverse(kernel: Array, damping: float) -> Array:
-  return jnp.linalg.inv(kernel + damping * _eye(kernel))
+def _inverse(g: Array, a: Array, damping: float) -> Array:
+  products = kernel(g, a)
+  return jnp.linalg.inv(products + damping * _eye(products))
+
+
+def _all(g, a, rank, damping, count) -> SampleFactors:
+  """SNGD: every row."""
+  del rank, count
+  return SampleFactors(g, a, _inverse(g, a, damping))
 
 
 def _sampled(
-  g: Array, a: Array, rank: int, count: Int[Array, ""]
-) -> tuple[Array, Array]:
+  g: Array, a: Array, rank: int, damping: float, count: Int[Array, ""]
+) -> SampleFactors:
   """Rows drawn, with replacement, by |v_k|^2, scaled to keep F's mean."""
   squares = jnp.sum(g * g, -1) * jnp.sum(a * a, -1)
   total = squares.sum(-1, keepdims=True)
@@ -136,24 +149,26 @@ def _sampled(
   p = jnp.take_along_axis(p, chosen, axis=-1)[..., None]
   g = jnp.take_along_axis(g, chosen[..., None], axis=-2)
   a = jnp.take_along_axis(a, chosen[..., None], axis=-2)
-  return g / jnp.sqrt(rank * jnp.maximum(p, 1e-30)), a
+  g = g / jnp.sqrt(rank * jnp.maximum(p, 1e-30))
+  return SampleFactors(g, a, _inverse(g, a, damping))
 
 
 def _interpolated(
-  g: Array, a: Array, rank: int, damping: float
+  g: Array, a: Array, rank: int, damping: float, count: Int[Array, ""]
 ) -> SampleFactors:
   """Rows that span the others, by pivoted Cholesky of the kernel.
 
   v_k is about sum_s P_ks v_s, so F is about V_s^T M V_s with M = P^T P, and
   its damped inverse has M (damping I + K_ss M)^-1 in the middle.
   """
-  kernel = _kernel(g, a)
-  pivots = _pivots(kernel, rank)
-  across = jnp.take_along_axis(kernel, pivots[..., None, :], axis=-1)
+  del count
+  products = kernel(g, a)
+  pivots = _pivots(products, rank)
+  across = jnp.take_along_axis(products, pivots[..., None, :], axis=-1)
   inner = jnp.take_along_axis(across, pivots[..., :, None], axis=-2)
   scale = jnp.trace(inner, axis1=-2, axis2=-1)[..., None, None]
   # Pivots may be dependent: the kernel may have a lower rank.
-  floor = 1e-6 * scale + jnp.finfo(kernel.dtype).tiny
+  floor = 1e-6 * scale + jnp.finfo(products.dtype).tiny
   p = jnp.swapaxes(
     jnp.linalg.solve(inner + floor * _eye(inner), jnp.swapaxes(across, -1, -2)),
     -1,
@@ -169,14 +184,14 @@ def _interpolated(
   )
 
 
-def _pivots(kernel: Array, rank: int) -> Int[Array, "*stack rank"]:
+def _pivots(products: Array, rank: int) -> Int[Array, "*stack rank"]:
   """Greedily, the row that the ones chosen explain least."""
-  stack, n = kernel.shape[:-2], kernel.shape[-1]
+  stack, n = products.shape[:-2], products.shape[-1]
 
   def one(step, carry):
     left, columns, chosen = carry
     pivot = jnp.argmax(left, axis=-1)[..., None]
-    row = jnp.take_along_axis(kernel, pivot[..., None], axis=-2)[..., 0, :]
+    row = jnp.take_along_axis(products, pivot[..., None], axis=-2)[..., 0, :]
     at = jnp.take_along_axis(columns, pivot[..., None], axis=-2)
     column = row - jnp.sum(columns * at, axis=-1)
     best = jnp.take_along_axis(left, pivot, axis=-1)
@@ -190,14 +205,19 @@ def _pivots(kernel: Array, rank: int) -> Int[Array, "*stack rank"]:
     return left, columns, chosen.at[..., step].set(pivot[..., 0])
 
   start = (
-    jnp.diagonal(kernel, axis1=-2, axis2=-1),
-    jnp.zeros((*stack, n, rank), kernel.dtype),
+    jnp.diagonal(products, axis1=-2, axis2=-1),
+    jnp.zeros((*stack, n, rank), products.dtype),
     jnp.zeros((*stack, rank), jnp.int32),
   )
   return jax.lax.fori_loop(0, rank, one, start)[2]
 
 
-REDUCTIONS = ("none", "importance", "interpolative")
+# (g, a, rank, damping, steps before this one) -> factors.
+REDUCTIONS: dict[str, Callable[..., SampleFactors]] = {
+  "none": _all,
+  "importance": _sampled,
+  "interpolative": _interpolated,
+}
 
 
 def sngd(
@@ -215,8 +235,8 @@ def sngd(
   Args:
     rank: samples kept: the rows of a batch; fewer with a reduction.
     reduction: "none" is SNGD. HyLo chooses among rows: "importance" draws them
-      by their share in F, "interpolative" takes those that span the rest. (HyLo
-      changes between the two during a run; here a run has one.)
+      by their share in F, "interpolative" takes those that span the rest;
+      `hylo` changes between the two during a run.
     damping: positive.
     interval: steps between refreshes.
     warmup_steps: the first steps, which all refresh.
@@ -226,14 +246,9 @@ def sngd(
   Raises:
     ValueError: names the option that does not fit.
   """
-  registry.lookup(
-    dict.fromkeys(REDUCTIONS), reduction, "optim.precondition.reduction"
-  )
+  registry.lookup(REDUCTIONS, reduction, "optim.precondition.reduction")
   check_damping(damping)
-  if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-    raise ValueError(
-      f"optim.precondition.rank={rank!r} must be a positive int."
-    )
+  check_rank(rank)
   return Preconditioner(
     Sngd(rank, reduction, damping),
     interval=interval,
@@ -241,3 +256,11 @@ def sngd(
     rescale=rescale,
     kl_clip=kl_clip,
   )
+
+
+def check_rank(rank: int) -> None:
+  """Refuses what is no number of samples."""
+  if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    raise ValueError(
+      f"optim.precondition.rank={rank!r} must be a positive int."
+    )

@@ -1,0 +1,128 @@
+"""Who decomposes and keeps the factors of which layer: KAISA's workers.
+
+Of W workers, the devices of the batch axes, a layer has `grad_worker_fraction`
+W that keep its factors and precondition its gradient; the others receive the
+direction. 1/W keeps least and sends directions at every step; 1 keeps all of
+them everywhere and sends decompositions whenever they are new. In either case
+each decomposition is computed once.
+
+Layers of a stack are dealt out to workers by whole layers. A stack that they
+do not divide is kept in rows instead (see `memory`), and decomposed after
+padding it to a multiple; a layer that is no part of a stack is decomposed by
+everyone, as sending it would save no time.
+
+Reference: Pauloski et al. 2021 (KAISA), arXiv:2107.01739, section 3.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+_FSDP = "fsdp"
+_BATCH = ("data", _FSDP)
+
+
+def check_fraction(fraction: float | None) -> None:
+  """Refuses what is no fraction.
+
+  Raises:
+    ValueError: it is not in [0, 1].
+  """
+  if fraction is not None and not 0 <= fraction <= 1:
+    raise ValueError(
+      f"optim.precondition.grad_worker_fraction={fraction} must be in [0, 1],"
+      " or None."
+    )
+
+
+def owner_axes(
+  mesh: Mapping[str, int], fraction: float | None
+) -> tuple[str, ...]:
+  """Mesh axes over which layers are dealt out.
+
+  Args:
+    mesh: sizes by name.
+    fraction: part of the workers that keep a layer; 0 for 1/W; None deals them
+      out over "fsdp", as parameters are.
+
+  Raises:
+    ValueError: no axes of this mesh make that fraction.
+  """
+  sizes = {axis: mesh.get(axis, 1) for axis in _BATCH}
+  if fraction is None:
+    return (_FSDP,) if sizes[_FSDP] > 1 else ()
+  large = tuple(axis for axis in _BATCH if sizes[axis] > 1)
+  if fraction == 0:
+    return large
+  choices = {1: ()}
+  for axes in (*((axis,) for axis in large), large):
+    choices.setdefault(math.prod(sizes[axis] for axis in axes), axes)
+  for size, axes in choices.items():
+    if math.isclose(size * fraction, 1.0, rel_tol=1e-3):
+      return axes
+  possible = ", ".join(f"1/{size}" for size in sorted(choices))
+  raise ValueError(
+    f"optim.precondition.grad_worker_fraction={fraction} is not a fraction that"
+    f" the axes data={sizes['data']}, fsdp={sizes[_FSDP]} make; choose from"
+    f" {possible}, or 0 for the smallest."
+  )
+
+
+def decompose(
+  function: Callable[[Array], Any], matrices: Float[Array, "*stack d d"]
+) -> Any:
+  """`function` of a stack, each matrix by one worker of the mesh at hand.
+
+  Args:
+    function: batched over leading axes, [n, d, d] -> tree of [n, ...].
+    matrices: symmetric.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = _free_axes(mesh)
+  workers = math.prod(mesh.shape[axis] for axis in axes)
+  stack, width = matrices.shape[:-2], matrices.shape[-1]
+  number = math.prod(stack)
+  if workers == 1 or number == 1:
+    return function(matrices)
+  flat = matrices.reshape(number, width, width)
+  padding = -number % workers
+  if padding:
+    eye = jnp.eye(width, dtype=flat.dtype)
+    eyes = jnp.broadcast_to(eye, (padding, width, width))
+    flat = jnp.concatenate([flat, eyes])
+  dealt = PartitionSpec(axes)
+  found = jax.shard_map(
+    function, in_specs=dealt, out_specs=dealt, check_vma=False
+  )(flat)
+  return jax.tree.map(lambda x: x[:number].reshape(*stack, *x.shape[1:]), found)
+
+
+def at_owners(
+  x: Float[Array, "*stack o i"], fraction: float | None
+) -> Float[Array, "*stack o i"]:
+  """x, of which each worker holds the layers whose factors it keeps."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or x.ndim < 3:
+    return x
+  axes = owner_axes(mesh.shape, fraction)
+  free = _free_axes(mesh)
+  workers = math.prod(mesh.shape[axis] for axis in axes)
+  if workers == 1 or x.shape[0] % workers or not set(axes) <= set(free):
+    return x
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+
+
+def _free_axes(mesh: Any) -> tuple[str, ...]:
+  """Batch axes of several devices that are not split by hand."""
+  if mesh.empty:
+    return ()
+  return tuple(
+    axis
+    for axis in _BATCH
+    if mesh.shape.get(axis, 1) > 1 and axis not in mesh.manual_axes
+  )

@@ -1,0 +1,154 @@
+"""K-FAC's decompositions are shared among workers, as KAISA's are."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from bertjax import hardware
+from bertjax.hardware import hlo
+from bertjax.layers.linear import Linear
+from bertjax.optim.preconditioning import sharing
+from tests.optim.one_layer import curvature
+from tests.optim.workers import INPUTS, OUTPUTS, batch, world
+
+_LAYERS, _WORKERS = 8, 4
+
+
+class _Block(nn.Module):
+  @nn.compact
+  def __call__(self, x, _):
+    y = Linear(
+      "be,ef->bf", (INPUTS,), ("norm", "norm"), name="mix",
+      kernel_init=nn.initializers.normal(0.3),
+    )(x)  # fmt: skip
+    return x + jnp.tanh(y), None
+
+
+class _Stack(nn.Module):
+  """A scanned stack of square layers."""
+
+  coefficients = {"squares": 1.0}
+  fresh = ()
+
+  def weights(self, batch):
+    return {"squares": jnp.sum(batch["weight"])}
+
+  @nn.compact
+  def __call__(self, batch, *, train):
+    del train
+    scanned = nn.scan(
+      _Block,
+      variable_axes={"params": 0, "probes": 0, "row_probes": 0},
+      split_rngs={"params": True},
+      length=_LAYERS,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    found, _ = scanned(name="layers")(batch["x"], None)
+    squares = jnp.square(found[:, :OUTPUTS] - batch["y"]).sum(-1)
+    return {"squares": (squares * batch["weight"]).sum()}, {}
+
+
+_STACK = _Stack()
+
+
+def _world(fraction, axes=(("data", _WORKERS),), form="eigen"):
+  return world(
+    objective=_STACK, name="sgd", learning_rate=0.02, axes=axes,
+    precondition=(
+      ("name", "kfac"), ("form", form), ("inverse_interval", 2),
+      ("grad_worker_fraction", fraction),
+    ),
+  )  # fmt: skip
+
+
+def _run(w):
+  state, losses = w.run(w.init(), 0, 3, lambda step, rows: batch(0))
+  return jax.device_get(state.params), losses
+
+
+def _collectives(w):
+  """Of directions, and of the branches in which refreshes are."""
+  with jax.set_mesh(w.mesh):
+    text = w.lower().compile().as_text()
+  found = hardware.read_collectives(hlo.Module(text))
+  return text, found
+
+
+class SharingTest(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.alone = _run(_world(None, axes=(("data", 1),)))
+
+  @parameterized.parameters(
+    (1.0, (("data", 4),)),
+    (0.0, (("data", 4),)),
+    (0.5, (("data", 2), ("fsdp", 2))),
+  )
+  def test_sharing_changes_nothing(self, fraction, axes):
+    params, losses = _run(_world(fraction, axes))
+    np.testing.assert_allclose(losses, self.alone[1], rtol=2e-5)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+      params,
+      self.alone[0],
+    )
+
+  @parameterized.parameters(
+    (1.0, (("data", 4),), 1),
+    (0.25, (("data", 4),), 4),
+    (0.0, (("data", 2), ("fsdp", 2)), 4),
+    (0.5, (("data", 2), ("fsdp", 2)), 2),
+    (None, (("data", 2), ("fsdp", 2)), 2),
+  )
+  def test_memory_of_a_device(self, fraction, axes, parts):
+    factors = curvature(_world(fraction, axes).abstract.opt_state).factors
+    for leaf in jax.tree.leaves(factors):
+      local = leaf.sharding.shard_shape(leaf.shape)
+      self.assertEqual(local, (_LAYERS // parts, *leaf.shape[1:]))
+
+  @parameterized.parameters(1.0, 0.0)
+  def test_what_travels(self, fraction):
+    """Each worker decomposes its layers; then one thing or the other moves."""
+    text, found = _collectives(_world(fraction))
+    width = INPUTS + 1
+    own = _LAYERS // _WORKERS
+    for side in (INPUTS, width):
+      self.assertRegex(text, rf"f32\[{own},{side},{side}\][^\n]*syevd")
+      self.assertNotRegex(text, rf"f32\[{_LAYERS},{side},{side}\][^\n]*syevd")
+    gathered = [c for c in found if c.kind == "all-gather"]
+    always = sum(c.result_bytes for c in gathered if not c.branch)
+    refreshes = sum(c.result_bytes for c in gathered if c.branch)
+    directions = 4 * _LAYERS * INPUTS * width
+    decompositions = 4 * _LAYERS * sum(d * d + d for d in (INPUTS, width))
+    if fraction == 1.0:
+      self.assertEqual((always, refreshes), (0, decompositions))
+    else:
+      self.assertEqual((always, refreshes), (directions, 0))
+
+  @parameterized.parameters(3, 4, 5)
+  def test_any_number_of_layers_is_dealt_out(self, number):
+    w = _world(1.0)
+    x = jax.random.normal(jax.random.key(0), (number, 3, 5))
+    x = x @ jnp.swapaxes(x, 1, 2) + jnp.eye(3)[None]
+    with jax.set_mesh(w.mesh):
+      found = jax.jit(lambda x: sharing.decompose(jnp.linalg.inv, x))(x)
+    np.testing.assert_allclose(found, np.linalg.inv(x), rtol=1e-3, atol=1e-5)
+
+  def test_a_fraction_that_no_axes_make_is_refused(self):
+    mesh = dict(data=2, fsdp=4, model=2)
+    for fraction, axes in (
+      (1.0, ()), (0.5, ("data",)), (0.25, ("fsdp",)), (0.125, ("data", "fsdp")),
+      (0.0, ("data", "fsdp")), (None, ("fsdp",)),
+    ):  # fmt: skip
+      self.assertEqual(sharing.owner_axes(mesh, fraction), axes)
+    with self.assertRaisesRegex(
+      ValueError, "data=2, fsdp=4 .*1/1, 1/2, 1/4, 1"
+    ):
+      sharing.owner_axes(mesh, 0.3)
+
+
+if __name__ == "__main__":
+  absltest.main()
