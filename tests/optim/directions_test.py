@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from bertjax.optim.preconditioning import sngd
 from bertjax.optim.preconditioning.layers import Layer
+from bertjax.optim.preconditioning.sngd import Sngd
 from tests.optim.one_layer import (
   IN,
   OUT,
@@ -170,7 +170,7 @@ class DirectionsTest(parameterized.TestCase):
   def test_importance_sampling_keeps_the_mean_of_the_fisher_matrix(self):
     layer = Layer(PATH, (IN, OUT), 0, 1, bias=True)
     x, g = samples(0)
-    method = sngd.Sngd(5, "importance", damping=0.1)
+    method = Sngd(5, "importance", damping=0.1)
     found = statistics(x, g)[PATH]
     draw = jax.vmap(lambda step: method.refresh(layer, None, found, step)[:2])
     left, right = jax.device_get(jax.jit(draw)(jnp.arange(300)))
@@ -198,7 +198,7 @@ class DirectionsTest(parameterized.TestCase):
       used = curvature(state).factors[PATH].samples
       same = []
       for name in ("interpolative", "importance"):
-        expected = sngd.Sngd(2, name, 0.3).refresh(
+        expected = Sngd(2, name, 0.3).refresh(
           layer, None, found[PATH], jnp.int32(step)
         )
         same.append(np.allclose(used.left, expected.left, atol=1e-6))

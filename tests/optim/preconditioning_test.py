@@ -174,7 +174,7 @@ class ActingTest(parameterized.TestCase):
       build_optimizer(
         dict(name="lamb", learning_rate=0.1, precondition=spec),
         total_steps=9,
-        params=params(),
+        params=parameters(),
       )
 
   @parameterized.parameters(
@@ -186,7 +186,7 @@ class ActingTest(parameterized.TestCase):
       build_optimizer(
         spec | dict(learning_rate=0.1, precondition=dict(name="mkor")),
         total_steps=9,
-        params=params(),
+        params=parameters(),
       )
 
   def test_missing_statistics_are_named(self):
@@ -203,7 +203,7 @@ class ActingTest(parameterized.TestCase):
       dict(name="lamb", learning_rate=0.1, precondition=dict(name="mkor"),
            freeze=["bias"]),
       total_steps=9,
-      params=params(),
+      params=parameters(),
     ).transform  # fmt: skip
     state = transform.init(parameters())
     x, g = samples()

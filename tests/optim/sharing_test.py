@@ -119,10 +119,11 @@ class SharingTest(parameterized.TestCase):
       self.assertRegex(text, rf"f32\[{own},{side},{side}\][^\n]*syevd")
       self.assertNotRegex(text, rf"f32\[{_LAYERS},{side},{side}\][^\n]*syevd")
     gathered = [c for c in found if c.kind == "all-gather"]
-    always = sum(c.result_bytes for c in gathered if not c.branch)
-    refreshes = sum(c.result_bytes for c in gathered if c.branch)
-    directions = 4 * _LAYERS * INPUTS * width
-    decompositions = 4 * _LAYERS * sum(d * d + d for d in (INPUTS, width))
+    # What one worker puts in.
+    always = sum(c.operand_bytes for c in gathered if not c.branch)
+    refreshes = sum(c.operand_bytes for c in gathered if c.branch)
+    directions = 4 * own * INPUTS * width
+    decompositions = 4 * own * sum(d * d + d for d in (INPUTS, width))
     if fraction == 1.0:
       self.assertEqual((always, refreshes), (0, decompositions))
     else:

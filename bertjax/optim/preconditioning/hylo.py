@@ -10,8 +10,8 @@ is critical if the gradient's norm has changed by a share over the last ones:
 The paper's stretches are epochs, its gradient is added up over one, and a cut
 of the learning rate begins a critical one as well. Here they are `window`
 refreshes, the norm is averaged over them, for each layer (or stack) by itself,
-and the learning rate is not asked. The norm is that of sum_k g_k (x) a_k over
-rows, which the kernel has: sqrt(sum_kl K_kl).
+and the learning rate is not asked. The norm is that of sum_k g_k (x) a_k / n
+over n rows, which the kernel has: sqrt(sum_kl K_kl / n).
 """
 
 import dataclasses
@@ -21,10 +21,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from bertjax.optim.preconditioning import sngd
 from bertjax.optim.preconditioning.base import Preconditioner, Statistics
 from bertjax.optim.preconditioning.eva import check_damping
 from bertjax.optim.preconditioning.layers import Layer
+from bertjax.optim.preconditioning.sngd import (
+  SampleFactors,
+  Sngd,
+  check_rank,
+  kernel,
+  samples,
+)
 
 
 class Trend(NamedTuple):
@@ -46,7 +52,7 @@ class Trend(NamedTuple):
 class HyloFactors(NamedTuple):
   """Samples, and what decides on the next ones."""
 
-  samples: sngd.SampleFactors
+  samples: SampleFactors
   trend: Trend
 
 
@@ -59,8 +65,8 @@ class Hylo:
   threshold: float
   window: int
 
-  def _with(self, reduction: str) -> sngd.Sngd:
-    return sngd.Sngd(self.rank, reduction, self.damping)
+  def _with(self, reduction: str) -> Sngd:
+    return Sngd(self.rank, reduction, self.damping)
 
   def wants(self, layer: Layer) -> tuple[str, ...]:
     return self._with("importance").wants(layer)
@@ -86,13 +92,14 @@ class Hylo:
         layer, factors.samples, statistics, count
       )
 
-    samples = jax.lax.cond(
+    chosen = jax.lax.cond(
       factors.trend.critical, reduced("interpolative"), reduced("importance")
     )
-    square = sngd.kernel(*sngd.samples(layer, statistics)).sum()
+    g, a = samples(layer, statistics)
+    square = kernel(g, a).sum() / g.shape[-2]
     # Rounding may leave less than nothing of what cancels.
     norm = jnp.sqrt(jnp.maximum(square, 0.0))
-    return HyloFactors(samples, self.advance(factors.trend, norm))
+    return HyloFactors(chosen, self.advance(factors.trend, norm))
 
   def advance(self, trend: Trend, norm: Float[Array, ""]) -> Trend:
     """The trend of the next refresh, after one that saw a norm."""
@@ -113,8 +120,7 @@ class Hylo:
     factors: HyloFactors,
     gradient: Float[Array, "*stack o i"],
   ) -> Float[Array, "*stack o i"]:
-    samples = factors.samples
-    return self._with("importance").direction(layer, samples, gradient)
+    return self._with("importance").direction(layer, factors.samples, gradient)
 
 
 def hylo(
@@ -145,7 +151,7 @@ def hylo(
     ValueError: names the option that does not fit.
   """
   check_damping(damping)
-  sngd.check_rank(rank)
+  check_rank(rank)
   if not threshold >= 0:
     raise ValueError(
       f"optim.precondition.threshold={threshold} must not be negative."

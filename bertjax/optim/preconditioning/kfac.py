@@ -93,9 +93,16 @@ class Kfac:
 
     output = averaged(factors.output, statistics["output_gram"])
     inputs = averaged(factors.input, _input_covariance(layer, statistics))
+    fraction = self.grad_worker_fraction
+    output, inputs = sharing.keep((output, inputs), fraction)
+
+    def decomposed():
+      made = tuple(sharing.decompose(self._made, x) for x in (output, inputs))
+      return sharing.keep(made, fraction)
+
     left, right = jax.lax.cond(
       count % self.inverse_interval == 0,
-      lambda: tuple(sharing.decompose(self._made, x) for x in (output, inputs)),
+      decomposed,
       lambda: (factors.left, factors.right),
     )
     return factors.replace(output=output, input=inputs, left=left, right=right)

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from bertjax.optim.preconditioning import sharing
 from bertjax.optim.preconditioning.base import CurvatureState
@@ -39,20 +39,15 @@ def shard(state: CurvatureState, replicated: Any) -> CurvatureState:
       PartitionSpec, which knows no mesh.
   """
 
-  def one(leaf, axes, size):
-    for axis in (0, leaf.ndim - 2) if leaf.ndim > 2 else (0,):
-      if leaf.ndim > 1 and size > 1 and leaf.shape[axis] % size == 0:
-        spec = PartitionSpec(*(None,) * axis, axes)
-        return NamedSharding(replicated.mesh, spec)
-    return replicated
-
   def layer(factors):
-    mesh = replicated.mesh.shape
     fraction = getattr(factors, "grad_worker_fraction", None)
-    axes = sharing.owner_axes(mesh, fraction)
-    size = math.prod(mesh[axis] for axis in axes)
-    axes = axes[0] if len(axes) == 1 else axes
-    return jax.tree.map(lambda leaf: one(leaf, axes, size), factors)
+    mesh = replicated.mesh
+    return jax.tree.map(
+      lambda leaf: NamedSharding(
+        mesh, sharing.place(leaf.shape, mesh.shape, fraction)
+      ),
+      factors,
+    )
 
   whole = jax.tree.map(lambda _: replicated, state)
   if not isinstance(replicated, NamedSharding):

@@ -15,7 +15,7 @@ Reference: Pauloski et al. 2021 (KAISA), arXiv:2107.01739, section 3.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,6 +73,39 @@ def owner_axes(
   )
 
 
+def place(
+  shape: Sequence[int], mesh: Mapping[str, int], fraction: float | None
+) -> PartitionSpec:
+  """Where a factor [*stack, d, d], or its eigenvalues [*stack, d], is kept.
+
+  A stack by its layers; what they do not divide by rows; else whole everywhere.
+  """
+  axes = owner_axes(mesh, fraction)
+  size = math.prod(mesh[axis] for axis in axes)
+  rank = len(shape)
+  for axis in (0, rank - 2) if rank > 2 else (0,):
+    if rank > 1 and size > 1 and shape[axis] % size == 0:
+      return PartitionSpec(*(None,) * axis, axes if len(axes) > 1 else axes[0])
+  return PartitionSpec()
+
+
+def keep(factors: Any, fraction: float | None) -> Any:
+  """Factors, each where `place` has it on the mesh at hand.
+
+  Said where they are made: the compiler would else gather decompositions at
+  every step instead of at those that make new ones.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if not _free_axes(mesh):
+    return factors
+  return jax.tree.map(
+    lambda x: jax.lax.with_sharding_constraint(
+      x, place(x.shape, mesh.shape, fraction)
+    ),
+    factors,
+  )
+
+
 def decompose(
   function: Callable[[Array], Any], matrices: Float[Array, "*stack d d"]
 ) -> Any:
@@ -107,22 +140,14 @@ def at_owners(
 ) -> Float[Array, "*stack o i"]:
   """x, of which each worker holds the layers whose factors it keeps."""
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or x.ndim < 3:
+  if not _free_axes(mesh) or x.ndim < 3:
     return x
-  axes = owner_axes(mesh.shape, fraction)
-  free = _free_axes(mesh)
-  workers = math.prod(mesh.shape[axis] for axis in axes)
-  if workers == 1 or x.shape[0] % workers or not set(axes) <= set(free):
-    return x
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(axes))
+  dealt = place((*x.shape[:1], 1, 1), mesh.shape, fraction)
+  return x if not any(dealt) else jax.lax.with_sharding_constraint(x, dealt)
 
 
 def _free_axes(mesh: Any) -> tuple[str, ...]:
-  """Batch axes of several devices that are not split by hand."""
-  if mesh.empty:
+  """Batch axes of several devices; () if some are split by hand already."""
+  if mesh.empty or set(_BATCH) & set(mesh.manual_axes):
     return ()
-  return tuple(
-    axis
-    for axis in _BATCH
-    if mesh.shape.get(axis, 1) > 1 and axis not in mesh.manual_axes
-  )
+  return tuple(axis for axis in _BATCH if mesh.shape.get(axis, 1) > 1)
