@@ -7,9 +7,10 @@ are stacked by `nn.scan` and are computed once under `nn.remat`; and a model
 that nobody asks is the model of before.
 
 With x the inputs of a layer and g the gradients of the loss by its outputs,
-sums run over the tokens that a device of the batch axes holds: they have a
+sums run over the tokens that a device of the batch axes holds. They have a
 leading axis of such shards, so that an optimizer adds them when, and in the
-precision that, it likes.
+precision that, it likes. Tokens are whatever the layer maps one by one: for a
+convolution, which is a linear layer on patches, places.
 
 | name | shape | |
 |---|---|---|

@@ -3,9 +3,9 @@
   python -m experiments.curvature.run [--workdir DIR] [--variant tiny]
 
 (a) An ill-conditioned regression and an autoencoder of low-rank images: steps
-to a loss, every method at the best of some rates. (b) Time per step of the
-masked language models of `experiments.mkor`, and with their committed steps
-the time to LAMB's loss.
+to LAMB's last loss, every method at the best of some rates. (b) Time per step
+of the masked language models of `experiments.mkor`, and with their committed
+steps the time to LAMB's loss.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ class Scale:
 
 
 SCALES = {
-  command.FULL: Scale((), (0.25, 1.0, 4.0), 3, 400, 64, "full", 10, 3),
+  command.FULL: Scale((), (0.0625, 0.25, 1.0, 4.0), 3, 400, 64, "full", 10, 3),
   "tiny": Scale(("SGD", "LAMB", "MKOR, exact"), (1.0,), 1, 5, 8, "tiny", 2, 1),
 }
 # Peak rates that the multiples are of.

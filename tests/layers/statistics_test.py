@@ -61,9 +61,8 @@ def _spec(batch):
 
 @functools.cache
 def _params():
-  variables = _objective().init(
-    {"params": jax.random.key(0)}, _batch(), train=False
-  )
+  init = jax.jit(functools.partial(_objective().init, train=False))
+  variables = init({"params": jax.random.key(0)}, _batch())
   params = nn.meta.unbox(variables["params"])
   return jax.tree.map(
     lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params
@@ -145,7 +144,7 @@ def _written_out():
   shapes = {}
   jax.eval_shape(run, {})
   zeros = {path: jnp.zeros(y.shape) for path, y in shapes.items()}
-  slopes, inputs = jax.grad(run, has_aux=True)(zeros)
+  slopes, inputs = jax.jit(jax.grad(run, has_aux=True))(zeros)
 
   def flat(v, path):
     return np.asarray(v).reshape(_ROWS, -1, _width(v, path))
@@ -189,13 +188,15 @@ _BY_NAME = {
 }
 
 
+# One program for what must change nothing.
+_EVERYTHING = dict(microbatches=4, num_devices=2, remat="full")
+
+
 class StatisticsTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ("plain", dict()),
-    ("microbatches", dict(microbatches=4)),
-    ("remat", dict(remat="full")),
     ("devices", dict(num_devices=4)),
-    ("both", dict(microbatches=2, num_devices=2)),
+    ("microbatches_on_devices_with_remat", _EVERYTHING),
   )
   def test_sums_are_those_of_the_whole_batch(self, options):
     found = _found(**options)
@@ -224,10 +225,10 @@ class StatisticsTest(parameterized.TestCase):
     )
     self.assertEqual(whole[path]["input_sum"].shape, (1, 1, 16))
 
-  @parameterized.parameters(1, 4)
-  def test_rows_are_the_batch_s_in_any_order(self, microbatches):
+  @parameterized.parameters(dict(), _EVERYTHING)
+  def test_rows_are_the_batch_s_in_any_order(self, **options):
     for path in ("pooler/dense", "encoder/layers/mlp/up"):
-      found = _found(microbatches=microbatches)[path]
+      found = _found(**options)[path]
       expected = (
         _expected(path, lambda x, g: x.mean(1)),
         _expected(path, lambda x, g: g.sum(1)),
@@ -330,6 +331,59 @@ class StatisticsTest(parameterized.TestCase):
     ):
       np.testing.assert_allclose(
         found[path][name].reshape(-1), np.ravel(expected), rtol=1e-4, atol=1e-5
+      )
+
+  def test_a_convolution_is_linear_in_its_patches(self):
+    """As K-FAC sees one: every place is a token, its patch the input."""
+    images = jax.random.normal(jax.random.key(0), (2, 5, 7, 3))
+    kernel = jax.random.normal(jax.random.key(1), (3, 2, 3, 4))
+    slope = jax.random.normal(jax.random.key(2), (2, 3, 6, 4))
+    axes = ("NHWC", "HWIO", "NHWC")
+    layer = Linear("bhwp,po->bhwo", (4,), (None,) * 2, name="filters")
+    wanted = statistics.Wanted(
+      {"filters": statistics.LayerSize((), 18, 4)},
+      {"filters": ("token_count", "input_sum", "input_gram", "output_gram")},
+    )
+
+    class Convolution(nn.Module):
+      @nn.compact
+      def __call__(self, x):
+        patches = jax.lax.conv_general_dilated_patches(
+          x, (3, 2), (1, 1), "VALID", dimension_numbers=axes
+        )
+        return layer.clone(parent=self, name="filters")(patches)
+
+    # Patches list a channel's places together.
+    flat = kernel.transpose(2, 0, 1, 3).reshape(18, 4)
+    params = {"filters": {"kernel": flat, "bias": jnp.zeros(4)}}
+    model = Convolution()
+
+    @jax.jit
+    def run(params):
+      def loss(variables):
+        with statistics.capture(wanted, {}):
+          y = model.apply(variables, images)
+        return jnp.sum(slope * y), y
+
+      return jax.grad(loss, has_aux=True)({"params": params} | wanted.probes(2))
+
+    grads, y = run(params)
+    expected = jax.lax.conv_general_dilated(
+      images, kernel, (1, 1), "VALID", dimension_numbers=axes
+    )
+    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
+    windows = np.lib.stride_tricks.sliding_window_view(images, (3, 2), (1, 2))
+    windows = windows.reshape(-1, 18)
+    found = wanted.collect(grads)["filters"]
+    self.assertEqual(found["token_count"].sum(), 2 * 3 * 6)
+    for name, value in (
+      ("input_sum", windows.sum(0)),
+      ("input_gram", windows.T @ windows),
+      ("output_gram", _gram(np.asarray(slope))),
+      ("output_sum", np.asarray(slope).sum((0, 1, 2))),
+    ):
+      np.testing.assert_allclose(
+        np.squeeze(found[name]), value, rtol=1e-4, atol=1e-4, err_msg=name
       )
 
   def test_groups_that_do_not_divide_are_refused(self):
