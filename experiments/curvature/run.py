@@ -88,7 +88,7 @@ def run(workdir: pathlib.Path, variant: str = command.FULL) -> Outcome:
     interval=scale.interval,
     rounds=scale.rounds,
   )
-  return findings.outcome(rows, times, timing.steps_per_arm(), most=scale.steps)
+  return findings.outcome(rows, times, timing.steps_per_arm())
 
 
 def optimizers(rate: float) -> dict[str, dict[str, Any]]:

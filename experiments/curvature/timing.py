@@ -53,7 +53,8 @@ def milliseconds(
     config = trained.config(scale, scale.rates[0], precondition)
     built = experiment.build(settings(config))
     if batch is None:
-      batch = put_batch(next(iter(built.data.dataset())), built.mesh)
+      rows = built.data.dataset().batch(0, scale.batch_size)
+      batch = put_batch(rows, built.mesh)
     runs[arm] = _Turns(built, batch)
   times: dict[str, list[float]] = {arm: [] for arm in runs}
   for _ in range(rounds):
