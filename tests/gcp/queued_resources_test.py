@@ -186,7 +186,6 @@ class ErrorTest(parameterized.TestCase):
     self.assertEndsWith(done.stderr, f"{_QUOTA}\n")
     self.assertNotIn("Traceback", done.stderr)
 
-
   def test_a_dry_run_prints_and_runs_nothing(self):
     done = subprocess.run(
       [sys.executable, "-m", "gcp.tpu", "delete", "--name=bert",
