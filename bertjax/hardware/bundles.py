@@ -106,8 +106,9 @@ def _parse(lines: Iterable[str]) -> list[_Bundle]:
     bound = _EXIT_TEST.search(line)
     matmuls: dict[str, float] = {}
     for form, unit in _MATMUL.findall(line):
-      # A register holds 8 rows of float32, and 16 of bfloat16.
-      share = 0.5 if "f32" in form.split(".") else 1.0
+      # A register holds 8 rows of float32, and 16 of bfloat16; those that the
+      # transposing unit hands over ("lmr") are 8 as well.
+      share = 0.5 if {"f32", "lmr"} & set(form.split(".")) else 1.0
       matmuls[unit] = matmuls.get(unit, 0) + share
     bundles.append(
       _Bundle(

@@ -8,12 +8,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from bertjax.layers.dropout import dropout
 from bertjax.layers.flash import FlashAttend
 from bertjax.layers.linear import Linear
 from bertjax.layers.matmul import einsum
+
+# What remat policies call queries, keys and values.
+PROJECTIONS = "attention_projections"
 
 
 @runtime_checkable
@@ -213,13 +217,14 @@ class SelfAttention(nn.Module):
     layout = layout_of(self.attend)
 
     def project(name):
-      return Linear(
+      projected = Linear(
         f"bte,ehd->{layout}",
         (self.num_heads, self.head_dim),
         ("embed", "heads", "head_dim"),
         dtype=self.dtype,
         name=name,
       )(x)
+      return checkpoint_name(projected, PROJECTIONS)
 
     rate = self.dropout_rate if train else 0.0
     mixed = self.attend(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import flax.linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from bertjax.layers.dropout import Dropout
@@ -11,21 +12,28 @@ from bertjax.parallel.sharding import constrain
 Layer = Callable[[Array], Array]
 Residual = Callable[[Array, Layer, Layer], Array]
 
+# What remat policies call the sum of a sublayer's input and output.
+SUM = "residual_sum"
+
+
+def _add(x: Array, y: Array) -> Array:
+  return checkpoint_name(x + y, SUM)
+
 
 def post_norm(x: Array, layer: Layer, norm: Layer) -> Array:
   """`norm(x + layer(x))`, the original Transformer and BERT."""
-  return norm(x + layer(x))
+  return norm(_add(x, layer(x)))
 
 
 def pre_norm(x: Array, layer: Layer, norm: Layer) -> Array:
   """`x + layer(norm(x))` (Xiong et al. 2020); the encoder norms its output."""
-  return x + layer(norm(x))
+  return _add(x, layer(norm(x)))
 
 
 def no_norm(x: Array, layer: Layer, norm: Layer) -> Array:
   """`x + layer(x)`; the norm is never built."""
   del norm
-  return x + layer(x)
+  return _add(x, layer(x))
 
 
 RESIDUALS: dict[str, Residual] = {

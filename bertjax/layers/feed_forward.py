@@ -7,9 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from bertjax.layers.linear import Linear
+
+# What remat policies call the input of the activation.
+INNER = "mlp_inner"
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -71,7 +75,10 @@ class FeedForward(nn.Module):
       dtype=self.dtype,
       name="up",
     )(x)
+    inner = checkpoint_name(inner, INNER)
     inner = self.activation(inner.astype(jnp.float32)).astype(self.dtype)
+    # Else XLA for TPUs computes it again for every tile of the next product.
+    inner = jax.lax.optimization_barrier(inner)
     return Linear(
       "btf,fe->bte",
       (x.shape[-1],),

@@ -14,12 +14,17 @@ from bertjax.layers.matmul import einsum
 bert_init = nn.initializers.truncated_normal(0.02)
 
 
-def _product(
-  spec: str, x: jax.Array, kernel: jax.Array, dtype: Dtype
+def _affine(
+  spec: str,
+  x: jax.Array,
+  kernel: jax.Array,
+  bias: jax.Array | None,
+  dtype: Dtype,
 ) -> jax.Array:
-  """`einsum(spec, x, kernel)`, float32; by a two-dimensional kernel if it can.
+  """`einsum(spec, x, kernel) + bias`; by a two-dimensional kernel if it can.
 
-  XLA's CPU backend copies a kernel of three dimensions before every product.
+  XLA's CPU backend copies a kernel of three dimensions before every product,
+  and that for TPUs runs after it, not within, what a reshape parts from it.
   Letters of the kernel that another array does not keep together, as "h" and
   "d" in "bhtd", leave it as it is.
   """
@@ -28,19 +33,35 @@ def _product(
   summed = "".join(c for c in letters if c not in out)
   made = letters.removeprefix(summed)
   if summed not in given or made not in out:
-    return einsum(spec, x, kernel, dtype)
+    y = einsum(spec, x, kernel, dtype)
+    return _add_bias(y, bias, out, made).astype(dtype)
   start = given.index(summed)
   width = math.prod(kernel.shape[: len(summed)])
   rest = x.shape[start + len(summed) :]
+  flat = out.replace(made, "y")
   y = einsum(
-    f"{given.replace(summed, 'x')},xy->{out.replace(made, 'y')}",
+    f"{given.replace(summed, 'x')},xy->{flat}",
     x.reshape(*x.shape[:start], width, *rest),
     kernel.reshape(width, -1),
     dtype,
   )
+  if bias is not None:
+    bias = bias.reshape(-1)
+  y = _add_bias(y, bias, flat, "y").astype(dtype)
   start = out.index(made)
   shape = kernel.shape[len(summed) :]
   return y.reshape(*y.shape[:start], *shape, *y.shape[start + 1 :])
+
+
+def _add_bias(
+  y: jax.Array, bias: jax.Array | None, letters: str, made: str
+) -> jax.Array:
+  """`y + bias`, whose axes are the letters `made` of those of y, in order."""
+  if bias is None:
+    return y
+  return y + bias.reshape(
+    [n if c in made else 1 for c, n in zip(letters, y.shape)]
+  )
 
 
 class Linear(nn.Module):
@@ -77,7 +98,7 @@ class Linear(nn.Module):
       shape,
       jnp.float32,
     )
-    y = _product(self.spec, x, kernel, self.dtype)
+    bias = None
     if self.use_bias:
       kept = [i for i, c in enumerate(letters) if c in out]
       bias = self.param(
@@ -88,5 +109,4 @@ class Linear(nn.Module):
         tuple(shape[i] for i in kept),
         jnp.float32,
       )
-      y += bias.reshape([sizes[c] if c in letters else 1 for c in out])
-    return y.astype(self.dtype)
+    return _affine(self.spec, x, kernel, bias, self.dtype)

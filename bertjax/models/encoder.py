@@ -11,6 +11,9 @@ from flax.typing import Dtype
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from bertjax.layers.attention import PROJECTIONS
+from bertjax.layers.block import SUM
+from bertjax.layers.feed_forward import INNER
 from bertjax.layers.statistics import ROWS, SUMS
 from bertjax.parallel.sharding import constrain
 from bertjax.registry import lookup
@@ -24,6 +27,11 @@ REMAT: dict[str, Callable | None] = {
   "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   # Attention is not run again; it reads projections that are.
   "attention": jax.checkpoint_policies.save_only_these_names(*RESIDUALS),
+  # No product is computed again, only what lies between them: norms,
+  # activations, dropout.
+  "products": jax.checkpoint_policies.save_only_these_names(
+    PROJECTIONS, *RESIDUALS, SUM, INNER
+  ),
 }
 
 

@@ -126,6 +126,8 @@ def launch(
         "parallel" if axis in parallel else "arbitrary" for axis in order
       ),
       vmem_limit_bytes=VMEM_BYTES,
+      # So that a layer's slice of what a scan has kept is read where it is.
+      allow_input_fusion=[False] * len(prefetch) + [True] * len(inputs),
     ),
     interpret=problem.options.interpret,
     name=name,
