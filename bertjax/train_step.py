@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bertjax.layers import statistics
@@ -153,7 +152,7 @@ def train_step(
       loss, metrics = over_shards((loss, metrics))
     if wanted is not None:
       found = {"statistics": wanted.collect(grads)}
-    updates, opt_state = optimizer.transform.update(
+    params, opt_state = optimizer.apply(
       grads["params"], state.opt_state, state.params, value=loss, **found
     )
     norm = gradient_norm(opt_state)
@@ -172,7 +171,7 @@ def train_step(
       metrics["tokens"] = (over_shards(tokens) if local else tokens, one)
     state = state.replace(
       step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
+      params=params,
       opt_state=opt_state,
       extra=extra,
     )

@@ -26,6 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -33,7 +34,7 @@ from jaxtyping import Array, Float
 
 from bertjax import registry
 from bertjax.layers.statistics import Wanted
-from bertjax.optim import clip, rates, selection, trust_ratio
+from bertjax.optim import by_layer, clip, rates, selection, trust_ratio
 from bertjax.optim.adamw import adam, adamw, scale_by_adam
 from bertjax.optim.clip import clip_by_global_norm, clip_tree, global_norm
 from bertjax.optim.freezing import freeze_now
@@ -117,6 +118,8 @@ class Optimizer:
       it takes none.
     compact_every: steps between two looks, on the host, at whether a part of
       the state can be given up (`compact`); None if it never can.
+    layerwise: the same as `transform` and `optax.apply_updates`, one layer
+      after another; None where that is no gain.
   """
 
   transform: optax.GradientTransformationExtraArgs
@@ -124,6 +127,25 @@ class Optimizer:
   local_gradients: bool = False
   statistics: Wanted | None = None
   compact_every: int | None = None
+  layerwise: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None
+
+  def apply(
+    self, grads: Any, opt_state: Any, params: Any, **extra: Any
+  ) -> tuple[Any, Any]:
+    """New parameters and optimizer state.
+
+    Args:
+      grads: a tree like the parameters.
+      opt_state: the optimizer's state.
+      params: parameters.
+      **extra: what else the transformation takes.
+    """
+    if self.layerwise is not None:
+      return self.layerwise(grads, opt_state, params)
+    updates, opt_state = self.transform.update(
+      grads, opt_state, params, **extra
+    )
+    return optax.apply_updates(params, updates), opt_state
 
   def compact(self, opt_state: Any) -> Any:
     """The state without what its next steps do not read; it may wait."""
@@ -270,7 +292,44 @@ def build_optimizer(
     local_gradients=local,
     statistics=None if before is None else before.wanted,
     compact_every=None if before is None else before.compact_every,
+    layerwise=(
+      _layerwise(transform, params, stacked, mesh, options.get("clip_norm"))
+      if before is None and not local and not options.keys() - _CLIPPING
+      else None
+    ),
   )
+
+
+# Options of `_surround` that a loop over layers knows.
+_CLIPPING = {"clip_norm", "clip_scope"}
+
+
+def _layerwise(
+  transform: optax.GradientTransformation,
+  params: Any,
+  stacked: selection.AxesFn,
+  mesh: Mesh | None,
+  clip_norm: float | None,
+) -> Callable[[Any, Any, Any], tuple[Any, Any]] | None:
+  """See `Optimizer.layerwise`; its state is that of `_surround`."""
+  names = by_layer.looped(params, stacked, by_layer.on_chip_bytes(mesh))
+  if not isinstance(transform, by_layer.StagedTransformation) or not names:
+    return None
+
+  def apply(grads, state, params):
+    first, clipped, inner, *rest = state
+    if clip_norm is not None:
+      grads, norm = clip_tree(grads, clip_norm)
+    applied = by_layer.apply(
+      transform, grads, inner, params, stacked=stacked, names=names
+    )
+    if clip_norm is None:
+      # Read as the gradients are; one more pass over them would be a third.
+      norm = jnp.sqrt(applied.gradient_square)
+    state = first, clipped._replace(norm=norm), applied.state, *rest
+    return applied.params, state
+
+  return apply
 
 
 def gradient_norm(opt_state: Any) -> Float[Array, ""]:

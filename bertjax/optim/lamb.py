@@ -21,6 +21,7 @@ import optax
 
 from bertjax.optim import clip, selection, trust_ratio
 from bertjax.optim.adamw import add_weight_decay, scale_by_adam
+from bertjax.optim.by_layer import StagedTransformation
 
 
 def lamb(
@@ -100,28 +101,40 @@ def lamb(
     unadapted = selection.either(no_decay, no_adaptation)
   else:
     unadapted = no_adaptation
-  return optax.chain(
-    *_pre_norm(pre_norm, max_grad_norm, global_norm_axes),
-    scale_by_adam(
-      b1,
-      b2,
-      eps,
-      bias_correction=bias_correction,
-      grad_averaging=grad_averaging,
-      nesterov=nesterov,
-      mu_dtype=mu_dtype,
-    ),
-    add_weight_decay(weight_decay, no_decay),
-    trust_ratio.scale_by_trust_ratio(
-      no_adaptation=unadapted,
-      stacked_axes=stacked_axes,
-      split=split,
-      norm_axes=norm_axes,
-      phi_clip=phi_clip,
-      trust_clip=trust_clip,
-    ),
-    optax.scale_by_learning_rate(learning_rate),
-  )
+  before = _pre_norm(pre_norm, max_grad_norm, global_norm_axes)
+
+  def stages(stacked_axes):
+    direction = (
+      *before,
+      scale_by_adam(
+        b1,
+        b2,
+        eps,
+        bias_correction=bias_correction,
+        grad_averaging=grad_averaging,
+        nesterov=nesterov,
+        mu_dtype=mu_dtype,
+      ),
+      add_weight_decay(weight_decay, no_decay),
+    )
+    scale = (
+      trust_ratio.scale_by_trust_ratio(
+        no_adaptation=unadapted,
+        stacked_axes=stacked_axes,
+        split=split,
+        norm_axes=norm_axes,
+        phi_clip=phi_clip,
+        trust_clip=trust_clip,
+      ),
+      optax.scale_by_learning_rate(learning_rate),
+    )
+    return direction, scale
+
+  if before or split is not None or norm_axes is not None:
+    # The gradient's norm is of all layers; a split axis counts from the left.
+    direction, scale = stages(stacked_axes)
+    return optax.chain(*direction, *scale)
+  return StagedTransformation(stages, stacked_axes)
 
 
 def _pre_norm(
