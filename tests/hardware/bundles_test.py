@@ -32,6 +32,12 @@ _PIPELINED = """\
    0x2   : > { %p8 = scmp.ge.s32.totalorder %s11, 10 /* loop exit test */ }
 """
 
+# Registers from the transposing unit hold 8 rows, loaded ones 16.
+_TRANSPOSED = """\
+     0   :  { %1 = vmatmul.lmr.bf16.gmra.16.mxu0 %v0  ;;  %2 = vmatmul.lmr.bf16.vlgmr.msra.gmra.16.mxu0 %v0 }
+   0x1   :  { %3 = vmatmul.bf16.vlgmr.msra.gmra.mxu0 %v0 }
+"""  # noqa: E501
+
 # Two loops one after the other, the second with a bound known at run time.
 _SEQUENCE = """\
      0 LB: > { %s1 = sadd.s32 1, %s0 }
@@ -56,6 +62,10 @@ class ScheduleTest(absltest.TestCase):
     schedule = read_schedule(_PIPELINED.splitlines(), _V5E)
     self.assertEqual(schedule.cycles, 30)
     self.assertEqual(schedule.mxu_cycles, 16 * 8)
+
+  def test_transposed_registers_are_half_full(self):
+    schedule = read_schedule(_TRANSPOSED.splitlines(), _V5E)
+    self.assertEqual(schedule.mxu_cycles, 8 + 8 + 16)
 
   def test_a_loop_ends_where_the_next_begins(self):
     schedule = read_schedule(_SEQUENCE.splitlines(), _V5E)

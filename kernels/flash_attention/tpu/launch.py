@@ -28,12 +28,15 @@ class Operand:
     block: shape of a block; None: the whole array in scalar memory.
     index: (b, group, visit) -> block indices.
     buffers: of the block; with 1 a change of the block is waited for.
+    fusible: what makes the input may become a part of the kernel. So a layer's
+      slice of what a scan has kept is read where it lies, not copied.
   """
 
   array: Any
   block: tuple[int, ...] | None = None
   index: Callable[..., tuple] | None = None
   buffers: int = 2
+  fusible: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +129,10 @@ def launch(
         "parallel" if axis in parallel else "arbitrary" for axis in order
       ),
       vmem_limit_bytes=VMEM_BYTES,
-      # So that a layer's slice of what a scan has kept is read where it is.
-      allow_input_fusion=[False] * len(prefetch) + [True] * len(inputs),
+      allow_input_fusion=[
+        *(False for _ in prefetch),
+        *(x.fusible for x in inputs.values()),
+      ],
     ),
     interpret=problem.options.interpret,
     name=name,

@@ -28,6 +28,7 @@ def queries(x: jax.Array, tiles: Tiles, whole: bool) -> Operand:
     x,
     (1, tiles.heads, x.shape[2], t),
     lambda b, group, visit: (b, group, 0, 0 if whole else visit.i),
+    fusible=True,
   )
 
 
@@ -44,6 +45,7 @@ def keys(x: jax.Array, problem: Problem, tiles: Tiles, whole: bool) -> Operand:
       0,
       0 if whole else visit.j,
     ),
+    fusible=True,
   )
 
 
