@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from bertjax.layers.linear import Linear
+from bertjax.layers.matmul import finished
 
 # What remat policies call the input of the activation.
 INNER = "mlp_inner"
@@ -77,12 +78,11 @@ class FeedForward(nn.Module):
     )(x)
     inner = checkpoint_name(inner, INNER)
     inner = self.activation(inner.astype(jnp.float32)).astype(self.dtype)
-    # Else XLA for TPUs computes it again for every tile of the next product.
-    inner = jax.lax.optimization_barrier(inner)
-    return Linear(
+    outer = Linear(
       "btf,fe->bte",
       (x.shape[-1],),
       ("mlp", "embed"),
       dtype=self.dtype,
       name="down",
     )(inner)
+    return finished(outer)

@@ -6,14 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bertjax.parallel.sharding import RULES
+from bertjax.parallel.sharding import RULES, platform
 from kernels.flash_attention import Sharding, flash_attention
-
-
-def platform() -> str:
-  """The platform that the context's mesh is of; without a mesh, JAX's own."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() if device is None else device.platform
 
 
 def mesh_sharding() -> Sharding | None:

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
+from bertjax.parallel.sharding import platform
+
 
 def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
   """`jnp.einsum` accumulating in float32, operands in the order of the output.
@@ -42,6 +44,18 @@ def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: Dtype) -> jax.Array:
     The product, float32; cast it to the compute dtype after adding the bias.
   """
   return _product(spec, a.astype(dtype), b.astype(dtype))
+
+
+@jax.custom_vjp
+def finished(x: jax.Array) -> jax.Array:
+  """x; on a TPU, what makes it is not fused with what it is used for.
+
+  An epilogue of a product that sums in many steps is a part of each of them.
+  """
+  return jax.lax.optimization_barrier(x) if platform() == "tpu" else x
+
+
+finished.defvjp(lambda x: (finished(x), None), lambda _, g: (g,))
 
 
 def _forward(spec, a, b, dtype):

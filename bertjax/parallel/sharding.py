@@ -28,6 +28,12 @@ RULES: Rules = (
 )
 
 
+def platform() -> str:
+  """The platform that the context's mesh is of; without a mesh, JAX's own."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
 def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
   """Pins an activation's sharding by logical names.
 
