@@ -69,9 +69,10 @@ class Settings:
       spreads over seeds can be told apart (Dodge et al. 2020,
       arXiv:2002.06305).
     dtype: compute dtype; parameters and optimizer state are float32.
-    prng: generator of initialisation and dropout: "threefry2x32" (dropout by a
-      hash that it seeds) gives the same numbers on any mesh; "rbg" is the
-      platform's own, cheapest on TPU and twice as dear on CPU.
+    prng: generator of dropout and whatever else steps draw: "threefry2x32"
+      (dropout by a hash that it seeds) gives the same numbers on any mesh;
+      "rbg" is the platform's own, cheapest on TPU and twice as dear on CPU;
+      "auto" is the cheaper one. Initialisation is threefry's.
     mesh: arguments of `make_mesh`.
     microbatches: parts into which a batch is split for accumulation.
     evals: evaluators by any name: `name` of `EVALUATORS`, `every` (steps) or
@@ -100,7 +101,7 @@ class Settings:
   seed: int = 0
   seeds: Spec = dataclasses.field(default_factory=dict)
   dtype: str = "float32"
-  prng: str = "threefry2x32"
+  prng: str = "auto"
   mesh: Spec = dataclasses.field(default_factory=dict)
   microbatches: int = 1
   evals: Mapping[str, Spec] = dataclasses.field(default_factory=dict)

@@ -33,7 +33,8 @@ DATA: dict[str, Callable[..., Data]] = {
   "static": StaticData,
   "task": TaskData,
 }
-GENERATORS = ("threefry2x32", "rbg", "unsafe_rbg")
+INIT_GENERATOR = "threefry2x32"  # its numbers are the same on any mesh
+GENERATORS = (INIT_GENERATOR, "rbg", "unsafe_rbg")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,6 +216,19 @@ def build_objective(
   )
 
 
+def _generator(name: str, mesh: Mesh) -> str:
+  """A generator of `GENERATORS`; "auto" is the mesh's cheapest.
+
+  Raises:
+    ValueError: unknown name.
+  """
+  if name == "auto":
+    on_tpu = mesh.devices.flat[0].platform == "tpu"
+    return "rbg" if on_tpu else INIT_GENERATOR
+  lookup(dict.fromkeys(("auto", *GENERATORS)), name, "prng")
+  return name
+
+
 def build(
   settings: Settings,
   *,
@@ -232,7 +246,7 @@ def build(
     ValueError: names the field that does not fit.
   """
   mesh = registry.call(make_mesh, settings.mesh, "mesh", devices=devices)
-  lookup(dict.fromkeys(GENERATORS), settings.prng, "prng")
+  settings = dataclasses.replace(settings, prng=_generator(settings.prng, mesh))
   resolve.check_length(settings)
   settings = resolve.inherit(settings)
   if settings.seeds.get("masks") is not None and not _draws_masks(
@@ -266,12 +280,10 @@ def build(
     mesh=mesh,
     linear_layers=lambda: train_state.linear_layers(objective, batch_spec),
   )
-  key, step_key = (
-    jax.random.key(settings.seed_of(what), impl=settings.prng)
-    for what in ("init", "dropout")
-  )
+  key = jax.random.key(settings.seed_of("init"), impl=INIT_GENERATOR)
+  step_key = jax.random.key(settings.seed_of("dropout"), impl=settings.prng)
   abstract, shardings = train_state.state_shardings(
-    objective, optimizer.transform, batch_spec, mesh, key
+    objective, optimizer.transform, batch_spec, mesh, key, step_key
   )
   abstract = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(

@@ -115,13 +115,16 @@ def state_shardings(
   batch_spec: Mapping[str, jax.ShapeDtypeStruct],
   mesh: Mesh,
   key: jax.Array,
+  step_key: jax.Array | None = None,
 ) -> tuple[TrainState, TrainState]:
   """The state's abstract form and a NamedSharding for each of its leaves.
 
   Optimizer state is sharded like its parameter; all else is replicated.
   """
   abstract = jax.eval_shape(
-    lambda k: init_state(objective, transform, batch_spec, k), key
+    functools.partial(init_state, objective, transform, batch_spec),
+    key,
+    step_key,
   )
   _, axes = abstract_params(objective, batch_spec)
   params = parameter_shardings(abstract.params, axes, mesh)

@@ -18,7 +18,7 @@ from bertjax.layers.embeddings import Embeddings
 from bertjax.layers.feed_forward import ACTIVATIONS, FeedForward
 from bertjax.layers.norm import LayerNorm
 from bertjax.layers.relative import RelativeBias
-from bertjax.models.encoder import REMAT, Encoder, HeadStyle
+from bertjax.models.encoder import Encoder, HeadStyle, remat_policy
 from bertjax.registry import lookup
 
 # Layers, width and heads of the published sizes; f = 4 e and d = 64.
@@ -72,7 +72,7 @@ def bert(
   attention_dropout_rate: float | None = None,
   scan: bool = True,
   unroll: int = 1,
-  remat: str = "none",
+  remat: str = "auto",
   keep_layers: bool = False,
   dtype: Dtype = jnp.float32,
   attend: str | Attend = "flash",
@@ -116,7 +116,7 @@ def bert(
     attention_dropout_rate = dropout_rate
   _check_rate("dropout_rate", dropout_rate)
   _check_rate("attention_dropout_rate", attention_dropout_rate)
-  lookup(REMAT, remat, "model.remat")
+  remat_policy(remat)
   if isinstance(attend, str):
     attend = lookup(ATTENTION, attend, "model.attend")
   if causal:

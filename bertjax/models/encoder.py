@@ -15,7 +15,7 @@ from bertjax.layers.attention import PROJECTIONS
 from bertjax.layers.block import SUM
 from bertjax.layers.feed_forward import INNER
 from bertjax.layers.statistics import ROWS, SUMS
-from bertjax.parallel.sharding import constrain
+from bertjax.parallel.sharding import constrain, platform
 from bertjax.registry import lookup
 from kernels.flash_attention.backend import RESIDUALS
 
@@ -33,6 +33,17 @@ REMAT: dict[str, Callable | None] = {
     PROJECTIONS, *RESIDUALS, SUM, INNER
   ),
 }
+
+
+def remat_policy(name: str) -> Callable | None:
+  """A row of `REMAT`, or for "auto" the fastest on the context's platform.
+
+  Raises:
+    ValueError: unknown name.
+  """
+  if name == "auto":
+    name = "products" if platform() == "tpu" else "none"
+  return lookup(REMAT, name, "model.remat")
 
 
 @flax.struct.dataclass
@@ -82,7 +93,8 @@ class Encoder(nn.Module):
       relative position, called as `relative_bias(t, t)`, or None.
     scan: parameters of all layers stacked on a leading axis, so that compile
       time is constant in depth. The unscanned twin keeps `layers_0`, ...
-    remat: key of `REMAT`.
+    remat: key of `REMAT`, or "auto": "products" on a TPU, where memory is the
+      slower part, else "none".
     unroll: layers per scan iteration.
     keep_layers: also return every block's output.
   """
@@ -94,7 +106,7 @@ class Encoder(nn.Module):
   make_final_norm: Callable[[], nn.Module] | None = None
   make_relative_bias: Callable[[], nn.Module] | None = None
   scan: bool = True
-  remat: str = "none"
+  remat: str = "auto"
   unroll: int = 1
   keep_layers: bool = False
 
@@ -122,7 +134,7 @@ class Encoder(nn.Module):
     def body(block, x):
       return block(x, segment_ids, train=train, **shared)
 
-    policy = lookup(REMAT, self.remat, "model.remat")
+    policy = remat_policy(self.remat)
     if policy is not None:
       # Under scan the barrier against merging is superfluous, and slow.
       body = nn.remat(body, policy=policy, prevent_cse=not self.scan)
