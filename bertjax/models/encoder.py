@@ -43,7 +43,7 @@ def remat_policy(name: str) -> Callable | None:
   """
   if name == "auto":
     name = "products" if platform() == "tpu" else "none"
-  return lookup(REMAT, name, "model.remat")
+  return lookup({"auto": None, **REMAT}, name, "model.remat")
 
 
 @flax.struct.dataclass

@@ -46,6 +46,21 @@ def batch_of(segment_ids):
   }
 
 
+def gradient_of(attend, remat, **options):
+  """The jaxpr of the gradient of a loss, as text."""
+  batch = batch_of(PACKED)
+  model = objective(attend, remat=remat, scan=False, **options)
+
+  def loss(p):
+    return model.apply({"params": p}, batch, train=False)[0]["mlm"]
+
+  shapes = jax.eval_shape(
+    lambda k: nn.meta.unbox(model.init(k, batch, train=False)["params"]),
+    jax.random.key(0),
+  )
+  return str(jax.make_jaxpr(jax.grad(loss))(shapes))
+
+
 @functools.cache
 def params(**options):
   model, batch = objective("reference", **options), batch_of(np.ones((2, T)))
@@ -161,25 +176,34 @@ class BertTest(parameterized.TestCase):
       )
 
   def test_remat_attention_does_not_run_the_kernel_again(self):
-    batch = batch_of(PACKED)
 
     def forward_kernels(remat):
-      model = objective("flash", remat=remat, scan=False, dtype="bfloat16")
-
-      def loss(p):
-        return model.apply({"params": p}, batch, train=False)[0]["mlm"]
-
-      shapes = jax.eval_shape(
-        lambda k: nn.meta.unbox(model.init(k, batch, train=False)["params"]),
-        jax.random.key(0),
-      )
-      jaxpr = str(jax.make_jaxpr(jax.grad(loss))(shapes))
+      jaxpr = gradient_of("flash", remat, dtype="bfloat16")
       return jaxpr.count("name=flash_attention_forward")
 
     # The branch of GPUs is in the program whatever it is compiled for.
     self.assertEqual(forward_kernels("none"), L)
     self.assertEqual(forward_kernels("attention"), L)
     self.assertEqual(forward_kernels("full"), 2 * L)
+
+  def test_remat_products_computes_no_product_again(self):
+    none, products, full = (
+      gradient_of(ATTENTION["blockwise"], remat, activation="gelu").count(
+        "dot_general"
+      )
+      for remat in ("none", "products", "full")
+    )
+    self.assertEqual(products, none)
+    self.assertGreater(full, none)
+
+  def test_remat_products_does_compute_activations_again(self):
+    none, products = (
+      gradient_of(ATTENTION["blockwise"], remat, activation="gelu").count(
+        "= erf"
+      )
+      for remat in ("none", "products")
+    )
+    self.assertEqual(products, none + L)
 
   @parameterized.parameters("blockwise", "flash")
   def test_remat_changes_no_gradient(self, attend):

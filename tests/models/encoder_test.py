@@ -2,6 +2,7 @@
 
 import functools
 import math
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -9,8 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from bertjax.models import bert, roberta
-from bertjax.models.encoder import REMAT, stack_layers, unstack_layers
+from bertjax.models import bert, encoder, roberta
+from bertjax.models.encoder import (
+  REMAT,
+  remat_policy,
+  stack_layers,
+  unstack_layers,
+)
 from bertjax.objectives import masked_lm
 
 V, E, H, F, L, T = 53, 24, 3, 40, 2, 13
@@ -215,6 +221,12 @@ class EncoderTest(parameterized.TestCase):
       lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
       *grads,
     )
+
+  def test_what_is_kept_is_the_platforms_choice(self):
+    self.assertIs(remat_policy("auto"), REMAT["none"])
+    with mock.patch.object(encoder, "platform", return_value="tpu"):
+      self.assertIs(remat_policy("auto"), REMAT["products"])
+      self.assertIs(remat_policy("none"), None)
 
   def test_dropout_differs_between_layers_of_a_scanned_stack(self):
     # Equal layers and equal inputs: only the masks can tell layers apart.
