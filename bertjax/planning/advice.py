@@ -46,7 +46,7 @@ def suggest(
     error.info, stage.microbatches, error.needed or available, available
   )
   tried = [*itertools.islice(changes, _TRIALS)]
-  if stage.model.get("remat", "none") == "none":
+  if stage.model.get("remat", "auto") in ("auto", "none"):
     rest = recomputing(error.info, stage.microbatches, available)
     tried += itertools.islice(rest, _TRIALS)
   for change in tried:
