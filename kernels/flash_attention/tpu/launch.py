@@ -29,7 +29,8 @@ class Operand:
     index: (b, group, visit) -> block indices.
     buffers: of the block; with 1 a change of the block is waited for.
     fusible: what makes the input may become a part of the kernel. So a layer's
-      slice of what a scan has kept is read where it lies, not copied.
+      slice of what a scan has kept is read where it lies, not copied. Mosaic
+      can do so only if no part of the block is addressed at run time.
   """
 
   array: Any

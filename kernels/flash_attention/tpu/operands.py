@@ -28,7 +28,7 @@ def queries(x: jax.Array, tiles: Tiles, whole: bool) -> Operand:
     x,
     (1, tiles.heads, x.shape[2], t),
     lambda b, group, visit: (b, group, 0, 0 if whole else visit.i),
-    fusible=True,
+    fusible=tiles.t == tiles.t_pad,
   )
 
 
@@ -45,7 +45,7 @@ def keys(x: jax.Array, problem: Problem, tiles: Tiles, whole: bool) -> Operand:
       0,
       0 if whole else visit.j,
     ),
-    fusible=True,
+    fusible=tiles.s == tiles.s_pad,
   )
 
 
