@@ -1,6 +1,8 @@
 """Layer by layer is the same update as all at once."""
 
+import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,14 @@ import numpy as np
 import optax
 from absl.testing import absltest, parameterized
 
-from bertjax.optim import by_layer, global_norm, lamb, selection
+from bertjax.optim import (
+  build_optimizer,
+  by_layer,
+  global_norm,
+  gradient_norm,
+  lamb,
+  selection,
+)
 from tests.optim.toy import assert_close, gradients, run, stack, unstacked
 
 _AXES = {"layers": {"kernel": (0,), "bias": (0,)}, "embedding": ()}
@@ -57,6 +66,49 @@ class ApplyTest(parameterized.TestCase):
     ):
       transform = lamb(0.1, **options)
       self.assertNotIsInstance(transform, by_layer.StagedTransformation)
+
+
+class BuiltTest(parameterized.TestCase):
+  """Of what `build_optimizer` makes for a chip with room for every layer."""
+
+  def built(self, **options):
+    spec = dict(name="lamb", learning_rate=0.05, **options)
+    axes = {
+      "layers": {
+        "kernel": ("layers", "embed", "mlp"),
+        "bias": ("layers", "mlp"),
+      },
+      "embedding": ("vocab", "embed"),
+    }
+    with (
+      mock.patch.object(by_layer, "on_chip_bytes", return_value=2**30),
+      mock.patch.object(by_layer, "_LEAST_BYTES", 1),
+    ):
+      return build_optimizer(
+        spec, total_steps=9, params=stack(unstacked()), logical_axes=axes
+      )
+
+  @parameterized.parameters(None, 0.3)
+  def test_parameters_and_gradient_norm_are_those_of_update(self, clip_norm):
+    optimizer = self.built(clip_norm=clip_norm)
+    self.assertIsNotNone(optimizer.layerwise)
+    plain = dataclasses.replace(optimizer, layerwise=None)
+    params = stack(unstacked())
+    state, grads = optimizer.transform.init(params), gradients(params, 1.0)
+    found, want = (
+      jax.jit(o.apply)(grads, state, params) for o in (optimizer, plain)
+    )
+    assert_close(found, want, rtol=1e-5, atol=1e-6)  # other orders of sums
+    np.testing.assert_allclose(
+      gradient_norm(found[1]), global_norm(grads), rtol=1e-6
+    )
+
+  def test_factors_and_freezing_take_the_plain_way(self):
+    for options in (
+      dict(freeze=["embedding"]),
+      dict(lr_multipliers=[("embedding", 0.5)]),
+    ):
+      self.assertIsNone(self.built(**options).layerwise)
 
 
 class LoopedTest(absltest.TestCase):
