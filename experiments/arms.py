@@ -21,11 +21,13 @@ import os
 import pathlib
 import re
 import statistics
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bertjax import train as train_lib
 from bertjax.config import merge, plain
+from bertjax.metrics.accumulator import NonFiniteError
 from bertjax.metrics.writers import read_csv
 
 Factors = Mapping[str, str | int | float]
@@ -67,7 +69,12 @@ class Run:
     }
 
   def curve(self, metric: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a column of metrics.csv, where it has one."""
+    """Steps and values of a column of metrics.csv, where it has one.
+
+    Of a run that diverged at once there may be none.
+    """
+    if not (self.workdir / "metrics.csv").exists():
+      return [], []
     table = read_csv(self.workdir / "metrics.csv")
     points = [
       (int(step), value)
@@ -91,7 +98,14 @@ class Bench:
     self.workdir = pathlib.Path(workdir)
     self.runs: list[Run] = []
 
-  def run(self, config: Any, *, seed: int, **factors: str | int | float) -> Run:
+  def run(
+    self,
+    config: Any,
+    *,
+    seed: int,
+    diverged: Mapping[str, float] | None = None,
+    **factors: str | int | float,
+  ) -> Run:
     """A finished run of `config`, trained unless the workdir has it.
 
     The folder's name ends in a hash of the config: a changed config is another
@@ -100,22 +114,33 @@ class Bench:
     Args:
       config: a ConfigDict or mapping; its seed is replaced.
       seed: of everything random.
+      diverged: metrics of a run whose loss is no number any more, where that is
+        something to find out; None: it ends the experiment.
       **factors: what the run is called in tables and files.
 
     Raises:
       InterruptedRunError: a signal came; the run is saved.
+      NonFiniteError: the run diverged, and `diverged` is None.
     """
     config = merge(plain(config), {"seed": seed})
     folder = self.workdir / _folder_name(factors, seed, config)
     record = folder / _FINISHED
     if not record.exists():
-      result = train_lib.train(config, folder)
-      if result.interrupted:
-        raise InterruptedRunError(
-          f"{folder} stopped at step {result.step}: {result.reason}. The same"
-          " command continues."
-        )
-      values = {"metrics": result.metrics, "seconds": result.elapsed_s}
+      start = time.monotonic()
+      try:
+        result = train_lib.train(config, folder)
+      except NonFiniteError:
+        if diverged is None:
+          raise
+        seconds = time.monotonic() - start
+        values = {"metrics": dict(diverged), "seconds": seconds}
+      else:
+        if result.interrupted:
+          raise InterruptedRunError(
+            f"{folder} stopped at step {result.step}: {result.reason}. The same"
+            " command continues."
+          )
+        values = {"metrics": result.metrics, "seconds": result.elapsed_s}
       folder.mkdir(parents=True, exist_ok=True)
       partial = record.with_suffix(".partial")
       partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")

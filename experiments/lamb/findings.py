@@ -15,6 +15,7 @@ LOSS = "heldout/mlm_loss"
 _ACCURACY = "heldout/mlm_accuracy"
 _UNIGRAM = "heldout/unigram_loss"
 MARGIN = 0.1  # nats
+DIVERGED = {LOSS: math.inf, _ACCURACY: 0.0, "loss": math.inf}
 
 
 def outcome(runs: Sequence[arms.Run], trials: Sequence[arms.Run]) -> Outcome:
@@ -76,9 +77,10 @@ def _learning_until(runs: Sequence[arms.Run], optimizer: str) -> int:
   0 if there is none.
   """
   last = 0
+  frequencies = next(
+    run.metrics[_UNIGRAM] for run in runs if _UNIGRAM in run.metrics
+  )
   for size in _sizes(runs):
-    factors = dict(optimizer=optimizer, batch_size=size)
-    frequencies = arms.stat(runs, _UNIGRAM, **factors).mean
     if not _at(runs, optimizer, size).mean < frequencies - MARGIN:
       break
     last = size

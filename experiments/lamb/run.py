@@ -24,7 +24,7 @@ from experiments.outcome import Outcome
 RATES = {
   findings.LAMB: (1e-2, 2e-2, 4e-2),
   findings.ADAMW: (2e-3, 4e-3, 8e-3),
-  findings.LARS: (1e-2, 3e-2, 1e-1, 3e-1),
+  findings.LARS: (1e-2, 3e-2, 1e-1),
 }
 WARMUP = 0.2  # of the run with the largest batch, as in the paper
 TRIALS = 2  # seeds of each rate
@@ -55,7 +55,7 @@ SCALES = {
     seeds=(0, 1, 2),
     examples=65_536,
     batch_sizes=(64, 256, 512, 1024, 4096),
-    rates=4,
+    rates=3,
   ),
   "tiny": Scale(
     variant="tiny",
@@ -106,6 +106,7 @@ def _run(bench, scale, name, rate, batch_size, seed) -> arms.Run:
   return bench.run(
     config(scale, name, rate, batch_size),
     seed=seed,
+    diverged=findings.DIVERGED,
     optimizer=name,
     batch_size=batch_size,
     base_rate=rate,
