@@ -10,8 +10,9 @@ import jax
 import pytest
 from absl.testing import absltest, parameterized
 
-from bertjax import hardware
+from bertjax import experiment, hardware
 from bertjax.config import settings
+from bertjax.data.abstract import abstract_text
 from bertjax.parallel import wire
 from bertjax.plan import Plan, plan, stages
 from bertjax.planning import advice, links, page
@@ -97,6 +98,19 @@ class ConfigsTest(parameterized.TestCase):
     self.assertGreater(facts.parameters, 4_369_408)  # the encoder, and a head
     ((_, _, steps),) = stages(config, rows_per_epoch=100 * facts.batch_size)
     self.assertEqual(steps, 300)
+
+  @parameterized.parameters(
+    ("auto", "key<fry>", "key<rbg>"), ("threefry2x32", *["key<fry>"] * 2)
+  )
+  def test_steps_draw_by_the_cheapest_generator(self, given, on_cpu, on_tpu):
+    fields = tiny.config(pathlib.Path("nowhere"), prng=given)
+    stage = settings(fields)
+    data = abstract_text(stage.data, 96)
+    for devices, wanted in ((jax.devices(), on_cpu), (_devices(), on_tpu)):
+      if devices[0].platform == "cpu" and "rbg" in wanted:
+        continue  # no compiler for TPUs
+      built = experiment.build(stage, devices=devices, data=data)
+      self.assertEqual(str(built.abstract_state.key.dtype), wanted)
 
   def test_a_model_that_is_not_here_is_asked_for(self):
     path = next(p for p in _CONFIGS if p.stem == "fine_tune")

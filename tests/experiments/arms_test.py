@@ -7,6 +7,7 @@ from unittest import mock
 from absl.testing import absltest, parameterized
 
 from bertjax import train
+from bertjax.metrics.accumulator import NonFiniteError
 from experiments import arms
 
 
@@ -56,6 +57,17 @@ class BenchTest(absltest.TestCase):
     bench.run({"model": {"size": "tiny"}}, seed=0, arm="b")
     self.assertLen(set(self.folders()), 4)
     self.assertLen(bench.runs, 4)
+
+  def test_a_run_that_diverges_is_an_error_or_a_finding(self):
+    self.train.side_effect = NonFiniteError("loss is nan")
+    bench = arms.Bench(self.workdir)
+    with self.assertRaisesRegex(NonFiniteError, "loss is nan"):
+      bench.run({}, seed=0, arm="a")
+    self.assertEmpty(bench.runs)
+    for _ in range(2):
+      found = bench.run({}, seed=0, diverged={"accuracy": 0.0}, arm="a")
+      self.assertEqual(found.metrics, {"accuracy": 0.0})
+    self.assertEqual(self.train.call_count, 2)  # remembered
 
   def test_a_killed_run_goes_on_in_its_folder(self):
     self.train.side_effect = KeyboardInterrupt
