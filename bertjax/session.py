@@ -186,7 +186,9 @@ class Session:
     restored = self._checkpointer.restore(
       experiment.abstract_state, adapt=adapt
     )
-    self.start, self.state = restored.step, restored.state
+    self.start, state = restored.step, restored.state
+    resumed = experiment.optimizer.resumed(state.opt_state)
+    self.state = state.replace(opt_state=resumed)
     hosts.say(f"Resuming at step {self.start}.")
     for line in records.config_changes(experiment, self._workdir):
       hosts.say(f"Changed since the run began: {line}")

@@ -20,6 +20,7 @@ from bertjax import experiment, train
 from bertjax.checkpoint import load_params
 from bertjax.config import settings
 from bertjax.metrics.accumulator import NonFiniteError
+from bertjax.optim import Optimizer
 from tests import noted, processes, tiny
 
 
@@ -181,6 +182,16 @@ class TrainTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "params/encoder/.*mlp"):
       train.train(self._config(model=dict(mlp_dim=40)), folder)
     self.assertTrue((folder / "checkpoints" / "2").exists())
+
+  def test_the_optimizer_says_what_a_resumed_run_goes_on_with(self):
+    with (
+      mock.patch.object(
+        Optimizer, "resumed", side_effect=ZeroDivisionError
+      ) as asked,
+      self.assertRaises(ZeroDivisionError),
+    ):
+      train.train(self._config(stop=dict(steps=3)), self._begun())
+    asked.assert_called_once()
 
   def test_a_resume_tells_what_changed_in_the_config(self):
     folder = self._begun()

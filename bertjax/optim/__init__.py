@@ -65,6 +65,7 @@ from bertjax.optim.schedules import (
 from bertjax.optim.state import adapt, hand_over, state_shardings
 from bertjax.optim.trust_ratio import layer_statistics, scale_by_trust_ratio
 from bertjax.optim.zero_one_adam import zero_one_adam
+from bertjax.parallel import error_feedback
 from bertjax.parallel.error_feedback import Workers
 from bertjax.parallel.sharding import parameter_shardings
 
@@ -118,6 +119,8 @@ class Optimizer:
       it takes none.
     compact_every: steps between two looks, on the host, at whether a part of
       the state can be given up (`compact`); None if it never can.
+    reset_errors: whether a resumed run forgets what its compressed averages
+      still owed.
     layerwise: the same as `transform` and `optax.apply_updates`, one layer
       after another; None where that is no gain.
   """
@@ -127,6 +130,7 @@ class Optimizer:
   local_gradients: bool = False
   statistics: Wanted | None = None
   compact_every: int | None = None
+  reset_errors: bool = False
   layerwise: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None
 
   def apply(
@@ -146,6 +150,12 @@ class Optimizer:
       grads, opt_state, params, **extra
     )
     return optax.apply_updates(params, updates), opt_state
+
+  def resumed(self, opt_state: Any) -> Any:
+    """What a run goes on with, of what its last checkpoint held."""
+    return (
+      error_feedback.forgotten(opt_state) if self.reset_errors else opt_state
+    )
 
   def compact(self, opt_state: Any) -> Any:
     """The state without what its next steps do not read; it may wait."""
@@ -185,7 +195,9 @@ def build_optimizer(
     spec: `name`, that row's options, and the options of `_surround`:
       `learning_rate` (the peak, required), `schedule` (a row of `SCHEDULES`),
       `precondition` (see `build_preconditioning`), `clip_norm`, `clip_scope`,
-      `lr_multipliers`, `layerwise_decay`, `freeze`, `freeze_lowest`.
+      `lr_multipliers`, `layerwise_decay`, `freeze`, `freeze_lowest`. With an
+      optimizer that compresses, `reset_errors`: a resumed run begins without
+      the errors of its checkpoint, as DeepSpeed's do; False keeps them.
     total_steps: steps of the run, for the schedule.
     params: parameters, possibly abstract (`jax.ShapeDtypeStruct`); only paths,
       shapes and dtypes are read.
@@ -214,7 +226,11 @@ def build_optimizer(
     if parameter.kind is parameter.KEYWORD_ONLY
   }
   takes = inspect.signature(builder).parameters
-  _check_options(spec, {*common, *takes, "name", "schedule", "precondition"})
+  resets = {"reset_errors"} if "workers" in takes else set()
+  _check_options(
+    spec, {*common, *takes, *resets, "name", "schedule", "precondition"}
+  )
+  reset_errors = spec.pop("reset_errors", False)
 
   stacked = (
     selection.no_axes
@@ -292,6 +308,7 @@ def build_optimizer(
     local_gradients=local,
     statistics=None if before is None else before.wanted,
     compact_every=None if before is None else before.compact_every,
+    reset_errors=reset_errors,
     layerwise=(
       _layerwise(transform, params, stacked, mesh, options.get("clip_norm"))
       if before is None and not local and not options.keys() - _CLIPPING

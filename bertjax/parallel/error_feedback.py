@@ -317,3 +317,18 @@ def shard(node: Any, by_name: Mapping[str, Any], replicated: Any) -> Any:
 def is_per_worker(node: Any) -> bool:
   """Whether `shard` knows the node."""
   return isinstance(node, PerWorker | ErrorFeedback)
+
+
+def forgotten(tree: Any) -> Any:
+  """The tree as if nothing were owed: all `ErrorFeedback` in it is 0."""
+
+  def zeros(node):
+    if not isinstance(node, ErrorFeedback):
+      return node
+    return jax.tree.map(
+      lambda x: jax.jit(jnp.zeros_like, out_shardings=x.sharding)(x), node
+    )
+
+  return jax.tree.map(
+    zeros, tree, is_leaf=lambda x: isinstance(x, ErrorFeedback)
+  )

@@ -443,6 +443,26 @@ class ElasticTest(parameterized.TestCase):
       jax.device_get((straight.params, straight.opt_state)),
     )
 
+  def test_what_is_owed_is_forgotten_if_asked(self):
+    w = world(**_ONEBIT, reset_errors=True)
+    state, _ = w.run(w.init(), 0, 5)
+    resumed = w.optimizer.resumed(state.opt_state)
+    (before,), (after,) = (
+      _nodes(tree, ErrorFeedback) for tree in (state.opt_state, resumed)
+    )
+    self.assertGreater(max(np.abs(x).max() for x in jax.tree.leaves(before)), 0)
+    for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after)):
+      self.assertEqual(x.sharding, y.sharding)
+      np.testing.assert_array_equal(y, 0)
+    (old,), (new,) = (
+      _nodes(tree, OneBitAdamState) for tree in (state.opt_state, resumed)
+    )
+    jax.tree.map(np.testing.assert_array_equal, old.nu, new.nu)
+    kept = world(**_ONEBIT).optimizer
+    self.assertIs(kept.resumed(state.opt_state), state.opt_state)
+    with self.assertRaisesRegex(ValueError, "optim.reset_errors is not"):
+      world(name="adamw", reset_errors=True)
+
   def test_another_optimizer_is_refused(self):
     w, other = world(**_ONEBIT), world(name="onebit_sgd")
     folder = pathlib.Path(self.create_tempdir())
