@@ -399,14 +399,14 @@ class PreprocessTest(FineTuningTestCase):
     raw, clean = ("@bob DOG barks", "@eve"), ("the dog barks", "the")
     bare = dataclasses.replace(self.models[0], preprocess=())
     for model in self.models:
-      np.testing.assert_array_equal(
-        predict.embed(model, raw), predict.embed(bare, clean)
+      # Published folders do not name the attention, whose sums differ.
+      np.testing.assert_allclose(
+        predict.embed(model, raw), predict.embed(bare, clean), atol=1e-5
       )
       said, want = predict.classify(model, raw), predict.classify(bare, clean)
-      self.assertEqual(said, want)
-    self.assertFalse(
-      np.array_equal(predict.embed(bare, raw), predict.embed(bare, clean))
-    )
+      self.assertEqual([x["label"] for x in said], [x["label"] for x in want])
+    unlike = predict.embed(bare, raw) - predict.embed(bare, clean)
+    self.assertGreater(np.abs(unlike).max(), 1e-3)
 
   def test_evaluation_of_another_source_applies_them(self):
     lines = (self.root / "test.jsonl").read_text()

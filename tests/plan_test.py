@@ -206,6 +206,7 @@ class CompiledPlanTest(absltest.TestCase):
   importlib.util.find_spec("libtpu"),
   "libtpu is not installed: pip install 'bertjax[test]'",
 )
+@pytest.mark.slow  # hlo_test reads such programs
 class SlicesTest(absltest.TestCase):
   def test_gradients_cross_slices_after_they_were_reduced_inside(self):
     # So wide that the padding of tiles hardly counts.

@@ -38,6 +38,7 @@ class Scale:
     evaluations: batches of held-out text.
     size: of the BERT whose parameters are averaged on pods.
     topologies: of the pods, by increasing size.
+    arms: of all, those that are run; None: every one.
   """
 
   seeds: tuple[int, ...]
@@ -49,6 +50,7 @@ class Scale:
   evaluations: int
   size: str
   topologies: tuple[str, ...]
+  arms: tuple[str, ...] | None = None
 
 
 SCALES = {
@@ -73,6 +75,7 @@ SCALES = {
     evaluations=2,
     size="tiny",
     topologies=(),
+    arms=(findings.ADAM, findings.ONEBIT, findings.ZERO_ONE),
   ),
 }
 
@@ -108,7 +111,7 @@ def optimizers(scale: Scale) -> dict[str, dict[str, Any]]:
   lamb = adam | dict(learning_rate=1e-2)
   settled = scale.steps // 4
   onebit = adam | dict(name="onebit_adam", freeze_step=settled)
-  return {
+  every = {
     findings.ADAM: adam | dict(name="adamw"),
     findings.ONEBIT: onebit,
     findings.PER_TENSOR: onebit | dict(granularity="tensor"),
@@ -125,6 +128,8 @@ def optimizers(scale: Scale) -> dict[str, dict[str, Any]]:
     findings.LAMB: lamb | dict(name="lamb"),
     findings.ONEBIT_LAMB: lamb | dict(name="onebit_lamb", freeze_step=settled),
   }
+  chosen = every if scale.arms is None else scale.arms
+  return {arm: every[arm] for arm in chosen}
 
 
 def config(scale: Scale, optimizer: dict[str, Any]) -> dict[str, Any]:

@@ -276,5 +276,25 @@ ENTRY %main (p: f32[4], c: pred[]) -> f32[4] {{
     self.assertEqual([c.branch for c in found], [(), (1,)])
 
 
+class SlicesTest(absltest.TestCase):
+  def test_what_the_host_carries_between_slices_is_a_collective(self):
+    text = """HloModule two_slices, num_partitions=4
+
+ENTRY %main (p: f32[2,8,128]) -> f32[2,8,128] {
+  %p = f32[2,8,128]{2,1,0} parameter(0)
+  %token = token[] after-all()
+  %send = (f32[2,8,128]{2,1,0}, u32[], token[]) send(%p, %token), channel_id=8, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{1,3:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv = (f32[2,8,128]{2,1,0}, u32[], token[]) recv(%token), channel_id=9, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{1,3:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %out = f32[2,8,128]{2,1,0} get-tuple-element(%recv), index=0
+}
+"""  # noqa: E501
+    (found,) = read_collectives(Module(text))
+    self.assertEqual(found.kind, "all-reduce")
+    self.assertEqual(found.groups, ((1, 3, 4),))
+    self.assertEqual(found.slices, 3)
+    self.assertEqual(found.operand_bytes, 2 * 8 * 128 * 4)
+    self.assertAlmostEqual(found.sent_bytes, 2 * 2 / 3 * 8192)
+
+
 if __name__ == "__main__":
   absltest.main()

@@ -187,6 +187,7 @@ def _interpolated(
 def _pivots(products: Array, rank: int) -> Int[Array, "*stack rank"]:
   """Greedily, the row that the ones chosen explain least."""
   stack, n = products.shape[:-2], products.shape[-1]
+  rows = jnp.arange(n).reshape((1,) * len(stack) + (n,))
 
   def one(step, carry):
     left, columns, chosen = carry
@@ -201,7 +202,7 @@ def _pivots(products: Array, rank: int) -> Int[Array, "*stack rank"]:
     )
     columns = columns.at[..., step].set(column)
     left = jnp.maximum(left - column * column, 0.0)
-    left = jnp.where(jnp.arange(n) == pivot, 0.0, left)
+    left = jnp.where(rows == pivot, 0.0, left)
     return left, columns, chosen.at[..., step].set(pivot[..., 0])
 
   start = (

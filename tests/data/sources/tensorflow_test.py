@@ -108,7 +108,9 @@ class TfdsTest(parameterized.TestCase):
         "train": [
           (i, {"body": t, "year": 2000 + i}) for i, t in enumerate(texts)
         ],
-        "test": [(0, {"body": "Held out.", "year": 1})],
+        "test": [
+          (i, {"body": "Held out.", "year": 1}) for i in range(num_shards or 1)
+        ],
       },
       data_dir=folder or cls.folder,
       disable_shuffling=True,
