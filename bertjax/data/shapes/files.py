@@ -52,9 +52,6 @@ class Clouds(Sequence[Cloud]):
   def __len__(self) -> int:
     return len(self._paths)
 
-  def __getitem__(self, index):
-    raise NotImplementedError
-
 
 class ShapeNet55(Clouds):
   """`shapenet_pc/SYNSET-MODEL.npy` [8192, 3], named in train.txt and test.txt.
