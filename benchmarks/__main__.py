@@ -2,7 +2,7 @@
 
   python -m benchmarks [PART ...] [--json FILE] [--no-history]
 
-About 10 minutes on two cores: reading 1, step 2, ragged 3, compiling 1, tpu 2.
+About 16 minutes on two cores: ragged 10, step 3, reading 2, tpu and compiling 1.
 Every part has a process of its own and can be run by itself, as `python -m
 benchmarks.step`.
 """
