@@ -61,7 +61,10 @@ def write_workdir(model: LoadedModel, folder: pathlib.Path, dtype: str) -> None:
     model.tokenizer.save(folder / "tokenizer")
   checkpointer = Checkpointer(folder, save_async=False)
   checkpointer.save(
-    0, {"params": model.params}, iterator_state={}, config=config
+    0,
+    {"params": model.params, "extra": dict(model.extra)},
+    iterator_state={},
+    config=config,
   )
   checkpointer.wait()
 
@@ -126,6 +129,11 @@ def convert(
   write = lookup(FORMATS, format, "format")
   stored = lookup(published.DTYPES, dtype, "dtype")
   model = load_model(source, step=step, ignore=ignore)
+  if "max_positions" not in model.spec:
+    raise ValueError(
+      f"{source}: model.name={model.spec['name']!r} is no encoder of text; only"
+      " those have another layout."
+    )
   if not tokenizer:
     model = dataclasses.replace(model, tokenizer=None)
   target = pathlib.Path(target)

@@ -20,7 +20,7 @@ from absl import app, flags
 from bertjax import cli, registry
 from bertjax.config import cache_path
 from bertjax.evals import EVALUATORS
-from bertjax.experiment import build_data
+from bertjax.experiment import build_data, takes
 from bertjax.loading import LoadedModel, load_model
 from bertjax.parallel.mesh import make_mesh
 
@@ -45,7 +45,8 @@ def _data_spec(
   if name != saved.get("name", "text") or (source and name != "text"):
     # Other data have other options.
     saved, name = {}, data.get("name", "text")
-  spec = {**_ANY, **(_TEXT if name == "text" else {}), **saved}
+  needed = {k: v for k, v in _ANY.items() if takes({"name": name}, k)}
+  spec = {**needed, **(_TEXT if name == "text" else {}), **saved}
   if name == "text" and (source or "source" not in saved):
     # Guessing needs frequencies, and a foreign source may have one split only.
     spec["train_split"] = split
@@ -84,11 +85,9 @@ def evaluate(
   """
   model = load_model(path)
   spec = _data_spec(model, split, source, data or {})
-  built = build_data(
-    spec | {"tokenizer": model.need_tokenizer()},
-    seed=0,
-    cache_dir=cache_path(),
-  )
+  if takes(spec, "tokenizer"):
+    spec["tokenizer"] = model.need_tokenizer()
+  built = build_data(spec, seed=0, cache_dir=cache_path())
   built.objective(model.objective_spec)
   # One device: the batch need not divide over anything.
   mesh = make_mesh(devices=jax.devices()[:1])
@@ -107,7 +106,7 @@ def evaluate(
       mesh=mesh,
     )
     values |= evaluator.baseline()
-    values |= evaluator({"params": model.params}, jax.random.key(0))
+    values |= evaluator(model.variables, jax.random.key(0))
   return values
 
 

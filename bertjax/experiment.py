@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from bertjax import registry, resolve, train_state, train_step
+from bertjax import objectives, registry, resolve, train_state, train_step
 from bertjax.config import Settings
 from bertjax.data.base import Data
 from bertjax.data.static import StaticData
@@ -19,11 +19,9 @@ from bertjax.data.text import TextData
 from bertjax.evals import EVALUATORS, Evaluator
 from bertjax.metrics import meters
 from bertjax.models import DTYPES, MODELS
-from bertjax.objectives import OBJECTIVES
 from bertjax.optim import Optimizer, build_optimizer, selection
 from bertjax.parallel.mesh import make_mesh
 from bertjax.registry import lookup
-from bertjax.rules import path_name
 from bertjax.stopping import StopRules, build_stop
 from bertjax.tasks import TaskData
 from bertjax.train_state import TrainState
@@ -118,14 +116,12 @@ class Experiment:
       for key, value in evaluator.baseline().items()
     }
 
-  def flops_per_token(self) -> float:
-    """Training FLOPs of one token of a full row."""
-    row = meters.train_flops(
-      **model_sizes(self.abstract_state.params),
-      seq_len=self.data.seq_len,
-      max_masked=self.data.vocabulary_slots,
-    )
-    return row / self.data.seq_len
+  def flops_per_token(self) -> float | None:
+    """Training FLOPs of one token of a full row; None if nobody counted."""
+    row = self.objective.row_flops(self.abstract_state.params, self.batch_spec)
+    if row is None:
+      return None
+    return meters.TRAINING * row / self.data.dataset().tokens_per_batch(1)
 
 
 def build_data(
@@ -144,15 +140,15 @@ def build_data(
   """
   spec = {"name": "text", **spec}
   context = dict(seed=seed, cache_dir=cache_dir)
-  if _draws_masks(spec):
+  if takes(spec, "mask_seed"):
     context["mask_seed"] = mask_seed
   return registry.build(DATA, spec, "data", **context)
 
 
-def _draws_masks(spec) -> bool:
-  """Whether `config.data` masks as it reads."""
+def takes(spec, option: str) -> bool:
+  """Whether the data that `config.data` names have an option."""
   builder = lookup(DATA, spec.get("name", "text"), "data.name")
-  return "mask_seed" in inspect.signature(builder).parameters
+  return option in inspect.signature(builder).parameters
 
 
 def build_evaluator(experiment: Experiment, spec, field: str) -> Evaluator:
@@ -167,53 +163,31 @@ def build_evaluator(experiment: Experiment, spec, field: str) -> Evaluator:
   )
 
 
-def model_sizes(params: Any) -> dict[str, int]:
-  """Dimensions of an encoder, read off its (abstract) parameters."""
-  leaves = {
-    path_name(path): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params["encoder"])
-  }
-  vocab_size, emb_dim = leaves["embeddings/token/embedding"].shape
-  inner = [v for k, v in leaves.items() if k.endswith("mlp/up/bias")]
-  mlp_dim = inner[0].shape[-1]
-  return dict(
-    vocab_size=vocab_size,
-    emb_dim=emb_dim,
-    mlp_dim=mlp_dim,
-    num_layers=sum(v.size for v in inner) // mlp_dim,
-  )
-
-
-def build_objective(
-  settings: Settings, *, vocab_size: int, seq_len: int
-) -> nn.Module:
+def build_objective(settings: Settings, data: Data) -> nn.Module:
   """The model and its objective.
 
   Args:
     settings: the config.
-    vocab_size: of the tokenizer; `model.vocab_size` may be larger.
-    seq_len: of the data.
+    data: what will be read.
 
   Raises:
-    ValueError: the model's table of tokens or positions is too small.
+    ValueError: model, objective and data do not fit each other.
   """
   dtype = lookup(DTYPES, settings.dtype, "dtype")
-  spec = {"vocab_size": vocab_size, **settings.model}
-  if spec["vocab_size"] < vocab_size:
-    raise ValueError(
-      f"model.vocab_size={spec['vocab_size']} is smaller than the tokenizer's"
-      f" {vocab_size}; use at least that, or leave it out."
-    )
+  spec = data.model(settings.model)
   encoder = registry.build(MODELS, spec, "model", dtype=dtype)
-  longest = encoder.make_embeddings().max_positions
-  if seq_len > longest:
+  data.check(encoder)
+  return objectives.build_objective(settings.objective, encoder)
+
+
+def _check_batch(settings: Settings, objective: nn.Module, batch: Any) -> None:
+  """Raises ValueError where the objective reads what the data lack."""
+  if missing := [name for name in objective.reads if name not in batch]:
     raise ValueError(
-      f"data.seq_len={seq_len} exceeds model.max_positions={longest}; shorten"
-      " the one or raise the other."
+      f"objective.name={settings.objective['name']!r} reads"
+      f" {', '.join(missing)}, which these data do not have; their batches"
+      f" hold {', '.join(batch)}."
     )
-  return registry.build(
-    OBJECTIVES, settings.objective, "objective", encoder=encoder
-  )
 
 
 def _generator(name: str, mesh: Mesh) -> str:
@@ -249,8 +223,8 @@ def build(
   settings = dataclasses.replace(settings, prng=_generator(settings.prng, mesh))
   resolve.check_length(settings)
   settings = resolve.inherit(settings)
-  if settings.seeds.get("masks") is not None and not _draws_masks(
-    settings.data
+  if settings.seeds.get("masks") is not None and not takes(
+    settings.data, "mask_seed"
   ):
     raise ValueError(
       f"seeds.masks={settings.seeds['masks']}: data.name="
@@ -266,10 +240,9 @@ def build(
   settings = resolve.complete(settings, data)
   stop = build_stop(settings.stop, settings.evals)
   train_step.check_batch(data.batch_size, settings.microbatches, mesh)
-  objective = build_objective(
-    settings, vocab_size=data.tokenizer.vocab_size, seq_len=data.seq_len
-  )
+  objective = build_objective(settings, data)
   batch_spec = data.batch_spec(data.batch_size)
+  _check_batch(settings, objective, batch_spec)
   params, axes = train_state.abstract_params(objective, batch_spec)
   optimizer = build_optimizer(
     settings.optim,

@@ -16,6 +16,7 @@ import numpy as np
 from bertjax import registry
 from bertjax.adaptation import reinitialise, vocabulary
 from bertjax.checkpoint import Checkpointer
+from bertjax.data.textual import TextualData
 from bertjax.data.tokenizers import load_tokenizer
 from bertjax.experiment import Experiment
 from bertjax.interop import names
@@ -97,7 +98,7 @@ def initial_state(experiment: Experiment) -> TrainState:
       old.opt_state, state.opt_state, reset_schedule=source.reset_schedule
     )
     step = jnp.zeros_like(old.step) if source.reset_schedule else old.step
-    return state.replace(params=old.params, opt_state=opt_state, step=step)
+    return old.replace(opt_state=opt_state, step=step, key=state.key)
   params = load_params_for(
     source.path,
     experiment.abstract_state.params,
@@ -138,6 +139,8 @@ def _extend(
   """What adds the rows of new pieces to a table; None: nothing may."""
   if source.new_rows is None:
     return None
+  if not isinstance(experiment.data, TextualData):
+    raise ValueError("init_from.new_rows is for data of text; leave it out.")
   folder = describe(source.path).tokenizer
   if folder is None:
     raise ValueError(

@@ -19,12 +19,12 @@ import numpy as np
 from flax.typing import Dtype
 
 from bertjax import interop, registry
-from bertjax.checkpoint import load_params
+from bertjax.checkpoint import load_variables
 from bertjax.data.sources import text_function
 from bertjax.data.tokenizers import Tokenizer, load_tokenizer
 from bertjax.interop import model_spec, names, published, tf1
 from bertjax.models import MODELS
-from bertjax.objectives import OBJECTIVES
+from bertjax.objectives import build_objective
 
 WORKDIR, HUGGINGFACE, TF1 = "workdir", "huggingface", "tf1"
 _PUBLISHED = {HUGGINGFACE: published.read_huggingface, TF1: published.read_tf1}
@@ -44,6 +44,7 @@ class LoadedModel:
     config: the run's whole config; None for published models.
     path: where it came from.
     preprocess: `config.data.preprocess`, what texts must go through.
+    extra: further collections, such as the averages of batch norms.
   """
 
   objective: nn.Module
@@ -55,6 +56,12 @@ class LoadedModel:
   config: dict[str, Any] | None
   path: str
   preprocess: Sequence[Any] = ()
+  extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+  @property
+  def variables(self) -> dict[str, Any]:
+    """All collections, as `objective.apply` takes them."""
+    return {"params": self.params, **self.extra}
 
   @functools.cached_property
   def clean(self) -> Callable[[str], str]:
@@ -130,6 +137,7 @@ class SavedModel:
   spec: dict[str, Any]
   objective_spec: dict[str, Any]
   config: dict[str, Any] | None = None
+  extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def read_model(
@@ -163,7 +171,8 @@ def read_model(
 def _read_workdir(
   path: str | os.PathLike, step: int | None, scan: bool | None
 ) -> SavedModel:
-  params, config = load_params(path, step)
+  extra, config = load_variables(path, step)
+  params = extra.pop("params")
   for field in ("model", "objective"):
     if field not in config:
       raise ValueError(
@@ -171,20 +180,28 @@ def _read_workdir(
         " bertjax.train."
       )
   spec = _resolved(config["model"], params)
-  if scan is not None:
-    params = with_scan(params, spec["num_layers"], scan)
-  spec["scan"] = names.is_scanned(params)
+  if "scan" in spec:
+    if scan is not None:
+      params = with_scan(params, spec["num_layers"], scan)
+    spec["scan"] = names.is_scanned(params)
+  elif scan:
+    raise ValueError(
+      f"scan=True: model.name={spec['name']!r} of {path} has no stack of"
+      " layers."
+    )
   folder = pathlib.Path(path) / "tokenizer"
   tokenizer = load_tokenizer(folder) if folder.is_dir() else None
   return SavedModel(
-    WORKDIR, params, tokenizer, spec, dict(config["objective"]), config
+    WORKDIR, params, tokenizer, spec, dict(config["objective"]), config, extra
   )
 
 
 def _resolved(model: Mapping[str, Any], params: Any) -> dict[str, Any]:
   """A run's `config.model`, every dimension and default written out."""
-  vocab_size = len(params["encoder"]["embeddings"]["token"]["embedding"])
-  return model_spec.resolve({**model, "vocab_size": vocab_size})
+  if "embeddings" in params["encoder"]:
+    vocab_size = len(params["encoder"]["embeddings"]["token"]["embedding"])
+    model = {**model, "vocab_size": vocab_size}
+  return model_spec.resolve(model)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,6 +297,7 @@ def load_model(
     config=saved.config,
     path=str(path),
     preprocess=_preprocess(pathlib.Path(path), saved.config),
+    extra=jax.tree.map(jnp.asarray, dict(saved.extra)),
   )
 
 
@@ -287,9 +305,7 @@ def _objective(
   spec: Mapping[str, Any], objective_spec: Mapping[str, Any], dtype: Dtype
 ) -> nn.Module:
   encoder = registry.build(MODELS, spec, "model", dtype=dtype)
-  return registry.build(
-    OBJECTIVES, objective_spec, "objective", encoder=encoder
-  )
+  return build_objective(objective_spec, encoder)
 
 
 def in_memory(

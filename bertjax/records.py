@@ -30,8 +30,7 @@ def record(experiment: Experiment, workdir: pathlib.Path) -> None:
   }
   write_json(workdir / "run.json", facts)
   write_json(workdir / "config.json", experiment.settings.to_json())
-  if not (workdir / "tokenizer").exists():
-    experiment.data.tokenizer.save(workdir / "tokenizer")
+  experiment.data.save(workdir)
 
 
 def config_changes(experiment: Experiment, workdir: pathlib.Path) -> list[str]:

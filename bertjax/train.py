@@ -168,15 +168,7 @@ def run(
 def _check_together(experiment: Experiment, workdir: pathlib.Path) -> None:
   """Refuses processes that would train something else, or elsewhere."""
   agreement.agree("config", dict(flat(experiment.settings.to_json())))
-  data = experiment.data
-  agreement.agree(
-    "data",
-    {
-      # Trained on each host alone, pieces of one count may be ordered anyhow.
-      "tokenizer": data.tokenizer.fingerprint(),
-      "rows": data.dataset().fingerprint(),
-    },
-  )
+  agreement.agree("data", experiment.data.identity())
   agreement.check_shared(workdir)
 
 

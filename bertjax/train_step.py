@@ -1,7 +1,7 @@
 """The one training step: loss, accumulation, gradient reduction, update."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bertjax.layers import statistics
 from bertjax.objectives.base import Metrics, Objective, total_loss
+from bertjax.objectives.step import clock, streams
 from bertjax.optim import Optimizer, curvature_metrics, gradient_norm
 from bertjax.parallel.error_feedback import local_params
 from bertjax.parallel.sharding import batch_sharding, batch_shards
@@ -37,6 +38,30 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
       f" {batch_size // microbatches} rows, which do not divide over"
       f" {shards} batch shards (mesh.data x mesh.fsdp); use a batch size that"
       f" is a multiple of {microbatches * shards}."
+    )
+
+
+# Collections that come out the same on every worker of a step split by hand.
+_SHARED = ("batch_stats",)
+
+
+def check_collections(optimizer: Optimizer, collections: Sequence[str]) -> None:
+  """Refuses state of which every worker would keep its own version.
+
+  Args:
+    optimizer: how.
+    collections: of the objective, besides the parameters.
+
+  Raises:
+    ValueError: the optimizer has workers that see only their part of a batch,
+      and a collection follows what they see.
+  """
+  own = sorted(set(collections) - set(_SHARED))
+  if optimizer.local_gradients and own:
+    raise ValueError(
+      f"optim: with an optimizer that averages by itself every worker would"
+      f" have its own {', '.join(own)} of the objective, and save only one;"
+      " choose another optim.name, such as 'adamw' or 'lamb'."
     )
 
 
@@ -129,10 +154,10 @@ def train_step(
     def loss_fn(variables, extra, batch, key):
       with statistics.capture(wanted, batch):
         (sums, metrics), extra = objective.apply(
-          {**variables, **extra},
+          {**variables, **extra, **clock(state.step)},
           batch,
           train=True,
-          rngs={"dropout": key},
+          rngs=streams(key),
           mutable=list(extra),
         )
       loss = total_loss(sums, weights, objective.coefficients)
@@ -209,10 +234,12 @@ def compile_step(
     microbatches: parts that the batch is split into.
 
   Raises:
-    ValueError: the batch does not divide (`check_batch`).
+    ValueError: the batch does not divide (`check_batch`), or the optimizer has
+      no use for the objective's state (`check_collections`).
   """
   batch_size = next(iter(batch_spec.values())).shape[0]
   check_batch(batch_size, microbatches, mesh)
+  check_collections(optimizer, shardings.extra)
   step = train_step(objective, optimizer, microbatches)
   if optimizer.local_gradients:
     # Of each worker's own; the axes within a worker stay automatic.

@@ -17,7 +17,7 @@ checkpoint, says so, and leaves the damaged one where it is.
 
 from bertjax.checkpoint.checkpointer import Checkpointer, Restored
 from bertjax.checkpoint.disk import CheckpointError, DamagedError, verify
-from bertjax.checkpoint.parameters import load_params
+from bertjax.checkpoint.parameters import load_params, load_variables
 
 __all__ = [
   "CheckpointError",
@@ -25,5 +25,6 @@ __all__ = [
   "DamagedError",
   "Restored",
   "load_params",
+  "load_variables",
   "verify",
 ]

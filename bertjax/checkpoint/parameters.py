@@ -10,11 +10,21 @@ from etils import epath
 
 from bertjax.checkpoint import disk
 
+_EXTRA = "extra"  # the field of `TrainState` with all other collections
+
 
 def load_params(
   path: epath.PathLike, step: int | None = None
 ) -> tuple[Any, dict[str, Any]]:
-  """Parameters as nested dicts of numpy arrays, and the config they had.
+  """Parameters and the config they had; see `load_variables`."""
+  variables, config = load_variables(path, step)
+  return variables["params"], config
+
+
+def load_variables(
+  path: epath.PathLike, step: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """All of a model's variables, and the config that it had.
 
   Needs neither a mesh nor a model, and reads no optimizer state.
 
@@ -22,6 +32,10 @@ def load_params(
     path: a workdir, its `checkpoints` folder, or one checkpoint in it.
     step: which checkpoint; by default the best by the run's own
       `keep.best_metric`, or else the newest intact one.
+
+  Returns:
+    By collection, "params" among them, nested dicts of numpy arrays; and the
+    config.
 
   Raises:
     FileNotFoundError: there is no checkpoint.
@@ -45,7 +59,7 @@ def load_params(
   meta = disk.read_json(folder / str(chosen) / disk.META)
   item: dict[str, Any] = {}
   for name, shape, dtype in meta["arrays"]:
-    if name.startswith("params/"):
+    if name.startswith(("params/", f"{_EXTRA}/")):
       *parents, leaf = name.split("/")
       node = item
       for parent in parents:
@@ -61,7 +75,7 @@ def load_params(
         item=item, restore_args=as_numpy, partial_restore=True
       ),
     )
-  return tree["params"], meta["config"]
+  return {"params": tree["params"], **tree.get(_EXTRA, {})}, meta["config"]
 
 
 def _selected_step(folder: epath.Path, steps: Iterable[int]) -> int | None:

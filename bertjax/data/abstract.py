@@ -1,16 +1,18 @@
 """The shapes of a run's batches from its config alone: no data is read."""
 
+import abc
 import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
+import flax.linen as nn
 import jax
 
 from bertjax import registry
 from bertjax.data import instances as instances_lib
-from bertjax.data import text_dataset
+from bertjax.data import text_dataset, textual
 from bertjax.data.tokenizers import TOKENIZERS, build_tokenizer, training
 
 _NOMINAL_ROWS = 1_000_000
@@ -22,33 +24,18 @@ def steps_of(epochs: float, rows: int, batch_size: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Vocabulary:
-  """What remains of a tokenizer.
-
-  Attributes:
-    vocab_size: number of ids.
-  """
-
-  vocab_size: int
-
-
-@dataclasses.dataclass(frozen=True)
-class AbstractData:
+class AbstractData(abc.ABC):
   """What `bertjax.experiment.build` asks of data, and nothing to read.
 
   Attributes:
-    tokenizer: its size only.
     batch_size: rows of the global batch.
-    seq_len: length of a row.
     row_spec: shapes of one row.
-    vocabulary_slots: as of `Data`.
+    unit: as of `RowDataset`.
   """
 
-  tokenizer: Vocabulary
   batch_size: int
-  seq_len: int
   row_spec: Mapping[str, jax.ShapeDtypeStruct]
-  vocabulary_slots: int
+  unit: ClassVar[str] = "tokens"
 
   def dataset(self) -> "AbstractData":
     """Itself: a dataset has a `batch_spec`, and so has it."""
@@ -62,8 +49,16 @@ class AbstractData:
     }
 
   def objective(self, given: Mapping[str, Any]) -> dict[str, Any]:
-    """`config.objective`: text adds nothing to it."""
+    """`config.objective`; by default the data add nothing to it."""
     return dict(given)
+
+  def model(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.model`; by default the data add nothing to it."""
+    return dict(given)
+
+  def check(self, encoder: nn.Module) -> None:
+    """Raises ValueError for a model that cannot read the rows."""
+    del encoder
 
   def steps(self, epochs: float) -> int:
     """Steps of epochs of a million rows: how many there are the data know.
@@ -72,14 +67,37 @@ class AbstractData:
     """
     return steps_of(epochs, _NOMINAL_ROWS, self.batch_size)
 
+  @abc.abstractmethod
   def tokens_per_batch(self, batch_size: int) -> int:
     """Slots of a batch, padding included."""
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractText(AbstractData):
+  """Rows of token ids.
+
+  Attributes:
+    vocab_size: number of ids.
+    seq_len: length of a row.
+  """
+
+  vocab_size: int
+  seq_len: int
+
+  def model(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    """`config.model` with the size of the vocabulary."""
+    return textual.with_vocabulary(given, self.vocab_size)
+
+  def check(self, encoder: nn.Module) -> None:
+    textual.check_length(encoder, self.seq_len)
+
+  def tokens_per_batch(self, batch_size: int) -> int:
     return batch_size * self.seq_len
 
 
 def abstract_text(
   spec: Mapping[str, Any], vocab_size: int | None = None
-) -> AbstractData:
+) -> AbstractText:
   """The batches of `config.data` of text.
 
   Args:
@@ -100,12 +118,11 @@ def abstract_text(
   if vocab_size is None:
     vocab_size = tokenizer_size(spec["tokenizer"])
   seq_len = spec["seq_len"]
-  return AbstractData(
-    tokenizer=Vocabulary(vocab_size),
+  return AbstractText(
     batch_size=spec["batch_size"],
-    seq_len=seq_len,
     row_spec=text_dataset.text_row_spec(mode, masking, seq_len),
-    vocabulary_slots=masking.slots(seq_len) if masking else 0,
+    vocab_size=vocab_size,
+    seq_len=seq_len,
   )
 
 

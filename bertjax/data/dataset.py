@@ -8,7 +8,7 @@ takes its contiguous slice, so the state of reading is one integer.
 import abc
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import grain
 import jax
@@ -22,13 +22,15 @@ class RowDataset(abc.ABC):
 
   Attributes:
     seq_len: length t of a row.
-    pad_id: what fills rows.
+    pad_id: what fills rows of tokens.
     seed: of shuffling, instance making and masking.
+    unit: what a row is made of, for rates.
   """
 
   seq_len: int
-  pad_id: int
+  pad_id: int = 0
   seed: int
+  unit: ClassVar[str] = "tokens"
 
   @property
   @abc.abstractmethod

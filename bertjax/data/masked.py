@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 
 from bertjax.data import audit
-from bertjax.data.base import Data
 from bertjax.data.masking import Masking
+from bertjax.data.textual import TextualData
 from bertjax.data.unigram import unigram_baseline
 from bertjax.objectives.fine_tuning import FINE_TUNING
 
 _AUDITED_BATCHES = 32
 
 
-class MaskedData(Data):
+class MaskedData(TextualData):
   """Rows with masked tokens to guess.
 
   Attributes:
@@ -28,10 +28,6 @@ class MaskedData(Data):
   @abc.abstractmethod
   def token_counts(self, split: str | None = None) -> np.ndarray:
     """How often each id occurs in a split, the training one by default."""
-
-  @property
-  def vocabulary_slots(self) -> int:
-    return self.batch_spec(1)["labels"].shape[1]
 
   def objective(self, given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("name") in FINE_TUNING:

@@ -50,6 +50,8 @@ def resolve(spec: Mapping[str, Any]) -> dict[str, Any]:
     p.name: p.default for p in parameters if isinstance(p.default, plain)
   }
   values |= spec
+  if "size" not in values:
+    return values  # of a model without published sizes
   for name, size in lookup(SIZES, values.pop("size"), "model.size").items():
     if values[name] is None:
       values[name] = size

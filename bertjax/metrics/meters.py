@@ -53,9 +53,13 @@ def forward_flops(
   return float(num_layers * layer + head)
 
 
+# A training step's FLOPs over the forward pass's: backward costs two of them.
+TRAINING = 3
+
+
 def train_flops(**sizes: int) -> float:
-  """FLOPs of one row's training step: the backward pass costs two forwards."""
-  return 3 * forward_flops(**sizes)
+  """FLOPs of one row's training step."""
+  return TRAINING * forward_flops(**sizes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -15,8 +16,10 @@ from bertjax.layers.attention import PROJECTIONS
 from bertjax.layers.block import SUM
 from bertjax.layers.feed_forward import INNER
 from bertjax.layers.statistics import ROWS, SUMS
+from bertjax.metrics import meters
 from bertjax.parallel.sharding import constrain, platform
 from bertjax.registry import lookup
+from bertjax.rules import path_name
 from kernels.flash_attention.backend import RESIDUALS
 
 # What a remat policy keeps of the forward pass; all else is computed again.
@@ -110,6 +113,11 @@ class Encoder(nn.Module):
   unroll: int = 1
   keep_layers: bool = False
 
+  @property
+  def vocab_size(self) -> int:
+    """Rows of the token embedding."""
+    return self.style.vocab_size
+
   def setup(self):
     self.embeddings = self.make_embeddings()
     if self.scan:
@@ -171,6 +179,36 @@ class Encoder(nn.Module):
   ) -> Float[Array, "b m v"]:
     """Vocabulary scores by the token embedding (tied weights), float32."""
     return self.embeddings.token.logits(hidden, hidden.dtype)
+
+  def row_flops(
+    self, params: Mapping[str, Any], seq_len: int, slots: int = 0
+  ) -> float:
+    """FLOPs of the matrix products of one row's forward pass.
+
+    Args:
+      params: the encoder's parameters, or their shapes.
+      seq_len: length of the row.
+      slots: positions whose scores of the vocabulary a head computes.
+    """
+    sizes = sizes_of(params)
+    return meters.forward_flops(**sizes, seq_len=seq_len, max_masked=slots)
+
+
+def sizes_of(params: Mapping[str, Any]) -> dict[str, int]:
+  """Dimensions of an encoder, read off its (abstract) parameters."""
+  leaves = {
+    path_name(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+  }
+  vocab_size, emb_dim = leaves["embeddings/token/embedding"].shape
+  inner = [v for k, v in leaves.items() if k.endswith("mlp/up/bias")]
+  mlp_dim = inner[0].shape[-1]
+  return dict(
+    vocab_size=vocab_size,
+    emb_dim=emb_dim,
+    mlp_dim=mlp_dim,
+    num_layers=sum(v.size for v in inner) // mlp_dim,
+  )
 
 
 def stack_layers(params: dict, num_layers: int) -> dict:

@@ -1,12 +1,13 @@
 """The contract of an objective, and the one way its terms become a loss."""
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+BatchSpec = Mapping[str, jax.ShapeDtypeStruct]
 Terms = dict[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
@@ -23,10 +24,12 @@ class Objective(Protocol):
     coefficients: factor of every term.
     fresh: parts of the parameter tree that may begin untrained when a run takes
       its weights from elsewhere; () if all must be there.
+    reads: arrays of a batch without which it cannot train.
   """
 
   coefficients: Mapping[str, float]
   fresh: tuple[str, ...]
+  reads: tuple[str, ...]
 
   def weights(self, batch: Mapping[str, ArrayLike]) -> Terms:
     """Total weight of every term in the batch; scalars."""
@@ -44,6 +47,18 @@ class Objective(Protocol):
 
   def outputs(self, batch: Mapping[str, ArrayLike]) -> Terms:
     """All that the model says of rows without labels, for comparisons."""
+    ...
+
+  def row_flops(self, params: Any, batch: BatchSpec) -> float | None:
+    """FLOPs of the matrix products of one row's forward pass.
+
+    Args:
+      params: the objective's parameters, or their shapes.
+      batch: shapes of a batch.
+
+    Returns:
+      None if nobody has counted them; then there is no MFU.
+    """
     ...
 
 

@@ -6,8 +6,9 @@ question, the right one of several choices. `logits` gives what predictions are
 made from.
 """
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float
 from bertjax.layers.dropout import Dropout
 from bertjax.layers.linear import Linear
 from bertjax.models.encoder import Encoder
-from bertjax.objectives.base import Metrics, Terms
+from bertjax.objectives.base import BatchSpec, Metrics, Terms
 from bertjax.objectives.masked_lm import Pooler, cross_entropy
 
 Batch = Mapping[str, jax.Array]
@@ -37,10 +38,12 @@ class FineTuning(nn.Module):
     encoder: what is trained.
     fresh: parts that may begin untrained when the encoder's weights come from
       elsewhere.
+    reads: see `Objective`.
   """
 
   encoder: Encoder
   fresh: ClassVar[tuple[str, ...]] = ("pooler", "classifier")
+  reads: ClassVar[tuple[str, ...]] = ("tokens", "segment_ids", "labels")
 
   def encode(self, batch: Batch) -> Float[Array, "b t e"]:
     """Final hidden states, without dropout."""
@@ -49,6 +52,12 @@ class FineTuning(nn.Module):
   def outputs(self, batch: Batch) -> dict[str, jax.Array]:
     """All that the model says of plain rows, for comparisons."""
     return {"hidden": self.encode(batch), "logits": self.logits(batch)}
+
+  def row_flops(self, params: Any, batch: BatchSpec) -> float:
+    """Of the encoder, for each of a row's texts; heads count nothing."""
+    _, *texts, seq_len = batch["tokens"].shape
+    one = self.encoder.row_flops(params["encoder"], seq_len)
+    return math.prod(texts) * one
 
 
 class Classification(FineTuning):

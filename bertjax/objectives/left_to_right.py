@@ -8,7 +8,7 @@ that the two are compared on the same guesses.
 """
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -16,8 +16,9 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from bertjax.models.encoder import Encoder
-from bertjax.objectives.base import Metrics, Terms
+from bertjax.objectives.base import BatchSpec, Metrics, Terms
 from bertjax.objectives.masked_lm import (
+  MaskedLM,
   MaskedLMHead,
   cross_entropy,
   gather_positions,
@@ -48,10 +49,12 @@ class LeftToRightLM(nn.Module):
     encoder: with causal attention, such as the model "left_to_right_bert";
       with any other it would see what it has to predict.
     fresh: see `Objective`.
+    reads: see `Objective`.
   """
 
   encoder: Encoder
   fresh: ClassVar[tuple[str, ...]] = ()
+  reads: ClassVar[tuple[str, ...]] = MaskedLM.reads
 
   @property
   def coefficients(self) -> dict[str, float]:
@@ -80,6 +83,11 @@ class LeftToRightLM(nn.Module):
   def encode(self, batch: Batch) -> Float[Array, "b t e"]:
     """Final hidden states of the batch's own tokens, without dropout."""
     return self.encoder(batch, train=False).hidden
+
+  def row_flops(self, params: Any, batch: BatchSpec) -> float:
+    """Of encoder and head, which guesses what follows each token but one."""
+    seq_len = batch["tokens"].shape[-1]
+    return self.encoder.row_flops(params["encoder"], seq_len, seq_len - 1)
 
   def outputs(self, batch: Batch) -> Terms:
     """Hidden states and, for each token, scores of what follows."""

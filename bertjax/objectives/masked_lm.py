@@ -6,7 +6,7 @@ sentence order (SOP), which is the same head on other labels.
 """
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from bertjax.layers.linear import Linear
 from bertjax.layers.norm import LayerNorm
 from bertjax.models.encoder import Encoder, HeadStyle
-from bertjax.objectives.base import Metrics, Terms
+from bertjax.objectives.base import BatchSpec, Metrics, Terms
 from bertjax.registry import lookup
 
 
@@ -103,11 +103,13 @@ class MaskedLM(nn.Module):
     encoder: what is trained.
     pair_task: "nsp" or "sop" to learn `pair_labels`, None to leave it out.
     fresh: see `Objective`.
+    reads: see `Objective`.
   """
 
   encoder: Encoder
   pair_task: str | None = None
   fresh: ClassVar[tuple[str, ...]] = ()
+  reads: ClassVar[tuple[str, ...]] = ("tokens", "masked_positions", "labels")
 
   @property
   def coefficients(self) -> dict[str, float]:
@@ -163,6 +165,13 @@ class MaskedLM(nn.Module):
     if (everything and self.pair_task) or "pair_head" in heads:
       found["pair_logits"] = self.pair_logits(hidden)
     return found
+
+  def row_flops(self, params: Any, batch: BatchSpec) -> float:
+    """Of encoder and masked-token head."""
+    seq_len, slots = (
+      batch[name].shape[-1] for name in ("tokens", "masked_positions")
+    )
+    return self.encoder.row_flops(params["encoder"], seq_len, slots)
 
   def mlm_logits(self, hidden: Float[Array, "b m e"]) -> Float[Array, "b m v"]:
     """Vocabulary scores of hidden states, float32."""

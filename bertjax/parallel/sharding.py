@@ -53,6 +53,12 @@ def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, partition)
 
 
+def split_by_hand(axis: str) -> bool:
+  """Whether this is traced inside `shard_map` over a mesh axis."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return not mesh.empty and axis in mesh.manual_axes
+
+
 def current_batch_shards() -> int:
   """`batch_shards` of the mesh that is set while tracing; 1 without one.
 

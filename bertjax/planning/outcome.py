@@ -77,8 +77,8 @@ class Plan:
 
   @property
   def mfu(self) -> float | None:
-    """Share of the peak that the model's own FLOPs are."""
-    if self.step_s is None:
+    """Share of the peak that the model's own FLOPs are, if they are known."""
+    if self.step_s is None or self.facts.model_flops is None:
       return None
     chips = self.topology.num_devices
     peak = self.step_s * chips * self.topology.chip.peak_flops

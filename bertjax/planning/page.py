@@ -86,7 +86,7 @@ def render(plan: Plan, name: str = "") -> str:
   lines = [
     f"{name or 'plan'} on {plan.topology.name}:"
     f" {plan.topology.num_devices} chips, mesh {mesh or 'of one chip'}",
-    f"batch {facts.batch_size:,} x {facts.seq_len} tokens,"
+    f"batch {facts.batch_size:,} x {facts.seq_len} {facts.unit},"
     f" {facts.parameters:,} parameters",
     "",
     *_memory_lines(plan),
@@ -177,10 +177,11 @@ def _speed_lines(plan: Plan) -> list[str]:
       f"step         {units.duration(plan.step_s)} if the shorter of the two"
       f" hides; {together} if it does not",
     ]
-  lines.append(
-    f"speed        {plan.tokens_per_s_per_chip:,.0f} tokens/s per chip,"
-    f" MFU {plan.mfu:.1%} ({plan.facts.model_flops:.3g} model FLOP per step)"
-  )
+  speed = f"{plan.tokens_per_s_per_chip:,.0f} {plan.facts.unit}/s per chip"
+  if plan.mfu is not None:
+    flops = f"{plan.facts.model_flops:.3g} model FLOP per step"
+    speed += f", MFU {plan.mfu:.1%} ({flops})"
+  lines.append(f"speed        {speed}")
   if plan.steps:
     lines.append(
       f"{plan.steps:,} steps  {plan.hours:,.1f} hours,"

@@ -25,23 +25,26 @@ class StepFacts:
     mesh: size of each axis.
     batch_size: rows of the global batch.
     seq_len: slots of a row.
-    vocab_size: rows of the token embedding.
+    unit: what stands in a slot.
+    vocab_size: rows of the token embedding, or codes; None without any.
     parameters: number of them, over all devices.
     parameter_bytes: on one device.
     optimizer_bytes: on one device.
     batch_bytes: on one device.
-    model_flops: that the model needs for a batch of full rows.
+    model_flops: that the model needs for a batch of full rows; None if nobody
+      has counted them.
   """
 
   mesh: Mapping[str, int]
   batch_size: int
   seq_len: int
-  vocab_size: int
+  vocab_size: int | None
   parameters: int
   parameter_bytes: int
   optimizer_bytes: int
   batch_bytes: int
-  model_flops: float
+  model_flops: float | None
+  unit: str = "tokens"
 
   @property
   def tokens(self) -> int:
@@ -106,17 +109,19 @@ def _without_folder(settings: Settings) -> Settings:
 
 def _facts(experiment: Experiment, batch: Mapping[str, Any]) -> StepFacts:
   state, data = experiment.abstract_state, experiment.data
-  tokens = data.batch_size * data.seq_len
+  rows = data.dataset()
+  slots, flops = rows.tokens_per_batch(1), experiment.flops_per_token()
   return StepFacts(
     mesh=dict(experiment.mesh.shape),
     batch_size=data.batch_size,
-    seq_len=data.seq_len,
-    vocab_size=experiment_lib.model_sizes(state.params)["vocab_size"],
+    seq_len=slots,
+    unit=rows.unit,
+    vocab_size=getattr(experiment.objective.encoder, "vocab_size", None),
     parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
     parameter_bytes=_device_bytes(state.params),
     optimizer_bytes=_device_bytes(state.opt_state),
     batch_bytes=_device_bytes(batch),
-    model_flops=tokens * experiment.flops_per_token(),
+    model_flops=None if flops is None else data.batch_size * slots * flops,
   )
 
 

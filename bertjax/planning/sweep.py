@@ -152,7 +152,7 @@ def _cells(trial: Trial) -> list[str]:
     units.duration(plan.compute_s),
     units.duration(plan.exchange_s),
     f"{plan.tokens_per_s_per_chip:,.0f}",
-    f"{plan.mfu:.1%}",
+    "" if plan.mfu is None else f"{plan.mfu:.1%}",
   ]
 
 

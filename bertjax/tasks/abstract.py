@@ -14,7 +14,7 @@ from bertjax.tasks.table import PUBLISHED, build_task
 
 
 @dataclasses.dataclass(frozen=True)
-class AbstractTask(abstract.AbstractData):
+class AbstractTask(abstract.AbstractText):
   """What `bertjax.experiment.build` asks of `TaskData`, and nothing to read.
 
   Attributes:
@@ -60,10 +60,9 @@ def abstract_task(
     vocab_size = abstract.tokenizer_size(spec["tokenizer"])
   shapes = kind.row_shapes(spec["seq_len"]) | {"index": ((), "int32")}
   return AbstractTask(
-    tokenizer=abstract.Vocabulary(vocab_size),
     batch_size=spec["batch_size"],
-    seq_len=spec["seq_len"],
     row_spec={k: jax.ShapeDtypeStruct(*v) for k, v in shapes.items()},
-    vocabulary_slots=0,
+    vocab_size=vocab_size,
+    seq_len=spec["seq_len"],
     kind=kind,
   )

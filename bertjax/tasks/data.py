@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from bertjax.data.base import Data
 from bertjax.data.dataset import RowDataset
 from bertjax.data.sources import base, text_function
 from bertjax.data.sources.filters import named
+from bertjax.data.textual import TextualData
 from bertjax.data.tokenizers import Tokenizer
 from bertjax.tasks import records
 from bertjax.tasks.inputs import pair_style_of
@@ -117,7 +117,7 @@ class TaskDataset(RowDataset):
       return self._orders[epoch]
 
 
-class TaskData(Data):
+class TaskData(TextualData):
   """The labelled examples of a downstream task.
 
   Attributes:

@@ -30,7 +30,7 @@ class AbstractTextTest(parameterized.TestCase):
       abstract.dataset().tokens_per_batch(6),
       real.dataset().tokens_per_batch(6),
     )
-    self.assertEqual(abstract.tokenizer.vocab_size, real.tokenizer.vocab_size)
+    self.assertEqual(abstract.vocab_size, real.tokenizer.vocab_size)
     self.assertEqual(
       (abstract.batch_size, abstract.seq_len), (real.batch_size, real.seq_len)
     )
