@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from bertjax import objectives, registry, resolve, train_state, train_step
 from bertjax.config import Settings
 from bertjax.data.base import Data
+from bertjax.data.points import PointData
 from bertjax.data.static import StaticData
 from bertjax.data.text import TextData
 from bertjax.evals import EVALUATORS, Evaluator
@@ -28,6 +29,7 @@ from bertjax.train_state import TrainState
 
 DATA: dict[str, Callable[..., Data]] = {
   "text": TextData,
+  "points": PointData,
   "static": StaticData,
   "task": TaskData,
 }

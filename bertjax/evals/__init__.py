@@ -9,12 +9,14 @@ from collections.abc import Callable
 from bertjax.evals.base import Evaluator
 from bertjax.evals.objective import objective_eval
 from bertjax.evals.pseudo_perplexity import pseudo_perplexity
+from bertjax.evals.reconstruction import reconstruction
 from bertjax.evals.replicas import ReplicaError, replicas
 from bertjax.evals.task_metrics import task_metrics
 
 EVALUATORS: dict[str, Callable[..., Evaluator]] = {
   "objective": objective_eval,
   "pseudo_perplexity": pseudo_perplexity,
+  "reconstruction": reconstruction,
   "replicas": replicas,
   "task_metrics": task_metrics,
 }
@@ -25,6 +27,7 @@ __all__ = [
   "ReplicaError",
   "objective_eval",
   "pseudo_perplexity",
+  "reconstruction",
   "replicas",
   "task_metrics",
 ]

@@ -1,16 +1,19 @@
-"""Encoders by name."""
+"""Models by name."""
 
 from collections.abc import Callable
 
+import flax.linen as nn
 import jax.numpy as jnp
 from flax.typing import Dtype
 
 from bertjax.models.bert import bert, left_to_right_bert, roberta
 from bertjax.models.encoder import Encoded, Encoder, HeadStyle
+from bertjax.models.point_bert import point_tokenizer
 
-MODELS: dict[str, Callable[..., Encoder]] = {
+MODELS: dict[str, Callable[..., nn.Module]] = {
   "bert": bert,
   "left_to_right_bert": left_to_right_bert,
+  "point_tokenizer": point_tokenizer,
   "roberta": roberta,
 }
 
@@ -25,5 +28,6 @@ __all__ = [
   "HeadStyle",
   "bert",
   "left_to_right_bert",
+  "point_tokenizer",
   "roberta",
 ]

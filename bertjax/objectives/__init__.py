@@ -10,11 +10,16 @@ from bertjax import registry
 from bertjax.objectives.fine_tuning import FINE_TUNING
 from bertjax.objectives.left_to_right import LeftToRightLM, left_to_right_lm
 from bertjax.objectives.masked_lm import MaskedLM, masked_lm
+from bertjax.objectives.point_reconstruction import (
+  PointReconstruction,
+  point_reconstruction,
+)
 
 # A builder's `encoder` is annotated with the kind of model that it can train.
 OBJECTIVES: dict[str, Callable[..., nn.Module]] = {
   "left_to_right_lm": left_to_right_lm,
   "masked_lm": masked_lm,
+  "point_reconstruction": point_reconstruction,
   **FINE_TUNING,
 }
 
@@ -44,7 +49,9 @@ __all__ = [
   "OBJECTIVES",
   "LeftToRightLM",
   "MaskedLM",
+  "PointReconstruction",
   "build_objective",
   "left_to_right_lm",
   "masked_lm",
+  "point_reconstruction",
 ]

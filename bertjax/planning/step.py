@@ -12,6 +12,7 @@ from bertjax import experiment as experiment_lib
 from bertjax import resolve
 from bertjax.config import Settings
 from bertjax.data.abstract import abstract_text
+from bertjax.data.points import abstract_points
 from bertjax.experiment import Experiment
 from bertjax.parallel.sharding import batch_sharding
 from bertjax.tasks.abstract import abstract_task
@@ -84,7 +85,11 @@ def lower_step(
 
 
 # By name of the data; what is not here has to be read.
-_ABSTRACT = {"text": abstract_text, "task": abstract_task}
+_ABSTRACT = {
+  "points": abstract_points,
+  "task": abstract_task,
+  "text": abstract_text,
+}
 
 
 def _without_folder(settings: Settings) -> Settings:

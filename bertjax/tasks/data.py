@@ -1,12 +1,10 @@
 """`config.data` for a downstream task, and the dataset of its rows."""
 
-import collections
 import functools
 import hashlib
 import json
 import operator
 import pathlib
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +12,7 @@ import jax
 import numpy as np
 
 from bertjax.data.dataset import RowDataset
+from bertjax.data.orders import Orders
 from bertjax.data.sources import base, text_function
 from bertjax.data.sources.filters import named
 from bertjax.data.textual import TextualData
@@ -22,8 +21,6 @@ from bertjax.tasks import records
 from bertjax.tasks.inputs import pair_style_of
 from bertjax.tasks.kinds import Features, Kind
 from bertjax.tasks.table import Task, build_task
-
-_ORDERS_KEPT = 2
 
 
 class TaskDataset(RowDataset):
@@ -51,10 +48,7 @@ class TaskDataset(RowDataset):
     self._count = len(features.arrays["labels"])
     if not self._count:
       raise ValueError("data.task has no examples in this split.")
-    self._orders: collections.OrderedDict[int, np.ndarray] = (
-      collections.OrderedDict()
-    )
-    self._lock = threading.Lock()
+    self._orders = Orders(self._count, self.seed)
 
   @functools.cached_property
   def row_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -74,12 +68,7 @@ class TaskDataset(RowDataset):
 
   def rows(self, first: int, stop: int) -> dict[str, np.ndarray]:
     """Rows `first:stop` of the endless stream of shuffled epochs."""
-    numbers = np.arange(first, stop)
-    index = np.empty(len(numbers), np.int32)
-    epochs, places = np.divmod(numbers, self._count)
-    for epoch in np.unique(epochs):
-      here = epochs == epoch
-      index[here] = self._order(int(epoch))[places[here]]
+    index = self._orders.find(first, stop)[1].astype(np.int32)
     batch = {k: v[index] for k, v in self.features.arrays.items()}
     return {**batch, "index": index}
 
@@ -106,15 +95,6 @@ class TaskDataset(RowDataset):
       digest.update(json.dumps([name, array.shape, array.dtype.str]).encode())
       digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]
-
-  def _order(self, epoch: int) -> np.ndarray:
-    with self._lock:
-      if epoch not in self._orders:
-        rng = np.random.default_rng([self.seed, epoch])
-        self._orders[epoch] = rng.permutation(self._count)
-        if len(self._orders) > _ORDERS_KEPT:
-          self._orders.popitem(last=False)
-      return self._orders[epoch]
 
 
 class TaskData(TextualData):

@@ -5,6 +5,7 @@ neither sampled nor scaled. Point-BERT (Yu et al. 2022) uses all four.
 """
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import pickle
@@ -13,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from bertjax.data.sources.base import fingerprint_of
 from bertjax.registry import lookup
 
 
@@ -38,9 +40,11 @@ class Clouds(Sequence[Cloud]):
 
   Attributes:
     classes: their names, by number.
+    class_parts: of each class, the numbers of its parts; () without parts.
   """
 
   classes: tuple[str, ...] = ()
+  class_parts: tuple[tuple[int, ...], ...] = ()
 
   def __init__(self, paths: Sequence[pathlib.Path], labels: Sequence[int]):
     """Args:
@@ -51,6 +55,19 @@ class Clouds(Sequence[Cloud]):
 
   def __len__(self) -> int:
     return len(self._paths)
+
+  @property
+  def labels(self) -> np.ndarray:
+    """The class of each cloud, int32, without reading one."""
+    return np.asarray(self._labels, np.int32)
+
+  def fingerprint(self) -> str:
+    """Changes whenever a cloud could: by names, sizes and times of files."""
+    files = []
+    for path in dict.fromkeys(self._paths):
+      stat = path.stat()
+      files.append([str(path), stat.st_size, stat.st_mtime_ns])
+    return fingerprint_of(type(self).__name__, files, self.labels.tolist())
 
 
 class ShapeNet55(Clouds):
@@ -162,6 +179,65 @@ class ModelNet40Cache(Clouds):
     return Cloud(rows[:, :3], self._labels[index], normals=rows[:, 3:])
 
 
+class FewShotPickle(Clouds):
+  """Point-BERT's pickle of a few-shot task, `5way10shot/0.pkl` of ModelNet40.
+
+  It holds {"train": [(points, new label, old label) ...], "test": ...}; the
+  folder may also be called `5way_10shot`.
+  """
+
+  def __init__(
+    self,
+    folder: str | pathlib.Path,
+    split: str,
+    ways: int,
+    shots: int,
+    fold: int = 0,
+  ):
+    """Args:
+    folder: that holds the folders of tasks.
+    split: "train" or "test".
+    ways: classes.
+    shots: training clouds of each.
+    fold: number of the task, from 0.
+
+    Raises:
+      ValueError: an unknown split, or a file that holds something else.
+      FileNotFoundError: it is missing.
+    """
+    spellings = (f"{ways}way{shots}shot", f"{ways}way_{shots}shot")
+    paths = [pathlib.Path(folder) / s / f"{fold}.pkl" for s in spellings]
+    path = next((p for p in paths if p.exists()), None)
+    if path is None:
+      raise FileNotFoundError(
+        f"there is no {fold}.pkl in {' or '.join(spellings)}."
+      )
+    lookup(dict.fromkeys(("train", "test")), split, "split")
+    with open(path, "rb") as file:
+      found = _Arrays(file).load()
+    try:
+      rows = [
+        (cloud, int(np.asarray(new).item()), int(np.asarray(old).item()))
+        for cloud, new, old in found[split]
+      ]
+    except (KeyError, TypeError, ValueError) as err:
+      raise ValueError(
+        f"{path} is no few-shot task of (points, new label, old label)."
+      ) from err
+    names = {new: str(old) for _, new, old in rows}
+    if sorted(names) != list(range(ways)):
+      raise ValueError(
+        f"{path}, {split!r}, has the labels {sorted(names)}; they should be"
+        f" 0..{ways - 1}."
+      )
+    self._rows = [_array(path, cloud, 3) for cloud, _, _ in rows]
+    super().__init__([path] * len(rows), [new for _, new, _ in rows])
+    self.classes = tuple(names[i] for i in range(ways))
+
+  def __getitem__(self, index: int) -> Cloud:
+    return Cloud(self._rows[index], self._labels[index])
+
+
 class _Arrays(pickle.Unpickler):
   """Reads arrays; a pickle may ask for any function otherwise."""
 
@@ -255,8 +331,16 @@ class ShapeNetPart(Clouds):
   """`SYNSET/MODEL.txt` of "x y z nx ny nz part" a line, lists in JSON.
 
   `synsetoffset2category.txt` names the categories,
-  `train_test_split/shuffled_*_file_list.json` the models of a split.
+  `train_test_split/shuffled_*_file_list.json` the models of a split. Parts are
+  numbered category by category.
   """
+
+  class_parts = tuple(
+    tuple(range(first, stop))
+    for first, stop in itertools.pairwise(
+      (0, 4, 6, 8, 12, 16, 19, 22, 24, 28, 30, 36, 38, 41, 44, 47, 50)
+    )
+  )
 
   def __init__(self, folder: str | pathlib.Path, split: str = "trainval"):
     """Args:

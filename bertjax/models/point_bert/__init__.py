@@ -7,3 +7,6 @@ from bertjax.models.point_bert.patch_embedding import (
 )
 from bertjax.models.point_bert.tokenizer import PointTokenizer as PointTokenizer
 from bertjax.models.point_bert.tokenizer import Reconstruction as Reconstruction
+from bertjax.models.point_bert.tokenizer import (
+  point_tokenizer as point_tokenizer,
+)

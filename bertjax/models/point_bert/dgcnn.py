@@ -25,10 +25,12 @@ class DGCNN(nn.Module):
   Attributes:
     features: width of the output.
     dtype: compute dtype.
+    shrink: by what the widths of hidden layers are divided.
   """
 
   features: int
   dtype: Dtype = jnp.float32
+  shrink: int = 1
 
   @nn.compact
   def __call__(
@@ -36,12 +38,13 @@ class DGCNN(nn.Module):
   ) -> Float[Array, "b g e"]:
     count = min(_NEIGHBOURS, centres.shape[1])
     index, _ = points.nearest(centres, centres, count)
-    x = nn.Dense(128, dtype=self.dtype, name="input")(x)
+    x = nn.Dense(128 // self.shrink, dtype=self.dtype, name="input")(x)
     kept = []
     for number, width in enumerate(_WIDTHS):
       around = points.gather(x, index)
       middle = jnp.broadcast_to(x[:, :, None], around.shape)
       edges = jnp.concatenate([around - middle, middle], axis=-1)
+      width //= self.shrink
       x = self._convolved(edges, width, f"edge_{number}").max(axis=2)
       kept.append(x)
     return self._convolved(

@@ -22,6 +22,7 @@ class Folding(nn.Module):
   Attributes:
     size: points m of a patch, a multiple of 4.
     dtype: compute dtype.
+    shrink: by what the widths of hidden layers are divided.
 
   Raises:
     ValueError: another size.
@@ -29,6 +30,7 @@ class Folding(nn.Module):
 
   size: int
   dtype: Dtype = jnp.float32
+  shrink: int = 1
 
   @nn.compact
   def __call__(
@@ -44,8 +46,9 @@ class Folding(nn.Module):
       return nn.Dense(width, dtype=self.dtype, name=name)
 
     b, g, e = features.shape
-    x = jax.nn.relu(dense(1024, "coarse_in")(features))
-    x = jax.nn.relu(dense(1024, "coarse_middle")(x))
+    wide, narrow = 1024 // self.shrink, 512 // self.shrink
+    x = jax.nn.relu(dense(wide, "coarse_in")(features))
+    x = jax.nn.relu(dense(wide, "coarse_middle")(x))
     x = dense(3 * (self.size // _FOLD), "coarse_out")(x)
     coarse = x.reshape(b, g, -1, 3)
     anchors = jnp.repeat(coarse, _FOLD, axis=2)
@@ -57,7 +60,7 @@ class Folding(nn.Module):
     )
     x = jnp.concatenate(parts, axis=-1)
     for number in range(2):
-      x = dense(512, f"fold_{number}")(x)
+      x = dense(narrow, f"fold_{number}")(x)
       x = jax.nn.relu(batch_norm(train, f"fold_norm_{number}", self.dtype)(x))
     fine = dense(3, "fold_out")(x) + anchors
     return coarse.astype(jnp.float32), fine.astype(jnp.float32)

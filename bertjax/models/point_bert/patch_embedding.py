@@ -36,10 +36,12 @@ class MiniPointNet(nn.Module):
   Attributes:
     features: width of a patch's vector.
     dtype: compute dtype.
+    shrink: by what the widths of hidden layers are divided.
   """
 
   features: int = 256
   dtype: Dtype = jnp.float32
+  shrink: int = 1
 
   @nn.compact
   def __call__(
@@ -48,11 +50,11 @@ class MiniPointNet(nn.Module):
     def dense(width, name):
       return nn.Dense(width, dtype=self.dtype, name=name)
 
-    x = dense(128, "point_in")(patches)
+    x = dense(128 // self.shrink, "point_in")(patches)
     x = jax.nn.relu(batch_norm(train, "point_norm", self.dtype)(x))
-    x = dense(256, "point_out")(x)
+    x = dense(256 // self.shrink, "point_out")(x)
     whole = x.max(axis=-2, keepdims=True)
     x = jnp.concatenate([jnp.broadcast_to(whole, x.shape), x], axis=-1)
-    x = dense(512, "patch_in")(x)
+    x = dense(512 // self.shrink, "patch_in")(x)
     x = jax.nn.relu(batch_norm(train, "patch_norm", self.dtype)(x))
     return dense(self.features, "patch_out")(x).max(axis=-2)

@@ -1,0 +1,155 @@
+"""Rows of points: drawn anew from stored clouds in every epoch."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from bertjax.data.dataset import RowDataset
+from bertjax.data.orders import Orders
+from bertjax.data.shapes import drawing
+from bertjax.data.shapes.files import Clouds
+from bertjax.data.shapes.procedural import normalised
+from bertjax.data.sources.base import fingerprint_of
+from bertjax.registry import lookup
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reading:
+  """How a row is made of a stored cloud.
+
+  Attributes:
+    num_points: of a row.
+    draw: key of `DRAWS`: which points a training row takes.
+    draw_eval: the same for evaluation.
+    unit_sphere: rows are moved and scaled so that centroid and largest norm
+      are 0 and 1, before they are augmented.
+    augment: names of `AUGMENTATIONS` with options; training rows only.
+    parts: rows also tell the part of every point.
+  """
+
+  num_points: int
+  draw: str = "subset"
+  draw_eval: str = "subset"
+  unit_sphere: bool = True
+  augment: Sequence[Mapping[str, Any]] = ()
+  parts: bool = False
+
+  def __post_init__(self):
+    if self.num_points < 1:
+      raise ValueError(f"data.num_points={self.num_points} must be positive.")
+    lookup(drawing.DRAWS, self.draw, "data.draw")
+    lookup(drawing.DRAWS, self.draw_eval, "data.draw_eval")
+    drawing.augmentation(self.augment)
+
+  def row_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a row."""
+    shapes = {"points": ((self.num_points, 3), np.float32)}
+    shapes |= {name: ((), np.int32) for name in ("labels", "index")}
+    if self.parts:
+      shapes |= {"category": ((), np.int32)}
+      shapes |= {"parts": ((self.num_points,), np.int32)}
+    return {k: jax.ShapeDtypeStruct(*v) for k, v in shapes.items()}
+
+  def facts(self) -> dict[str, Any]:
+    """All that a row depends on, as JSON values."""
+    found = dataclasses.asdict(self)
+    return found | {"augment": [dict(step) for step in self.augment]}
+
+
+class PointDataset(RowDataset):
+  """Clouds in another order every epoch, other points of each.
+
+  A row is a pure function of the seed, the epoch and the cloud. A batch has
+  `points` [b, n, 3], `labels` [b] and `index` [b], the number of the cloud;
+  with parts also `category` [b], the same as `labels`, and `parts` [b, n].
+  Rows that fill the last batch of an evaluation have -1 for all of these.
+  """
+
+  unit = "points"
+
+  def __init__(self, clouds: Clouds, reading: Reading, seed: int = 0):
+    """Args:
+    clouds: of a split.
+    reading: how rows are made of them.
+    seed: of their order, and of what is drawn.
+
+    Raises:
+      ValueError: no cloud, or clouds without the parts that are asked for.
+    """
+    if not len(clouds):
+      raise ValueError("data.source has no cloud in this split.")
+    if reading.parts and not clouds.class_parts:
+      raise ValueError(
+        "data.parts=True: these clouds do not tell the parts of their points;"
+        " leave it out."
+      )
+    self.clouds, self.reading, self.seed = clouds, reading, seed
+    self._orders = Orders(len(clouds), seed)
+    self._draw = drawing.DRAWS[reading.draw]
+    self._augment = drawing.augmentation(reading.augment)
+
+  @property
+  def row_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+    return self.reading.row_spec()
+
+  def rows_per_epoch(self, epoch: int) -> int:
+    return len(self.clouds)
+
+  def epoch_of(self, row: int) -> tuple[int, int]:
+    return divmod(row, len(self.clouds))
+
+  def tokens_per_batch(self, batch_size: int) -> int:
+    """Points of a batch."""
+    return batch_size * self.reading.num_points
+
+  def rows(self, first: int, stop: int) -> dict[str, np.ndarray]:
+    epochs, index = self._orders.find(first, stop)
+    rows = [self._row(int(e), int(i)) for e, i in zip(epochs, index)]
+    return {
+      name: np.array([row[name] for row in rows], spec.dtype).reshape(
+        len(rows), *spec.shape
+      )
+      for name, spec in self.row_spec.items()
+    }
+
+  def _row(self, epoch: int, index: int) -> dict[str, Any]:
+    rng = np.random.default_rng([self.seed, epoch, index])
+    cloud = self.clouds[index]
+    chosen = self._draw(len(cloud.points), self.reading.num_points, rng)
+    points = cloud.points[chosen].astype(np.float64)
+    if self.reading.unit_sphere:
+      points = normalised(points)
+    row = {
+      "points": self._augment(points, rng),
+      "labels": cloud.label,
+      "index": index,
+    }
+    if self.reading.parts:
+      row |= {"category": cloud.label, "parts": cloud.parts[chosen]}
+    return row
+
+  def evaluation_batches(self, *args, **options):
+    """As of `RowDataset`: points as for evaluation, nothing augmented."""
+    still = dataclasses.replace(
+      self.reading, draw=self.reading.draw_eval, augment=()
+    )
+    plain = PointDataset(self.clouds, still, self.seed)
+    return RowDataset.evaluation_batches(plain, *args, **options)
+
+  def empty_rows(self, count: int) -> dict[str, np.ndarray]:
+    """Rows of points at the origin, without a label."""
+    return {
+      k: np.full((count, *v.shape), 0 if k == "points" else -1, v.dtype)
+      for k, v in self.row_spec.items()
+    }
+
+  def fingerprint(self) -> str:
+    return fingerprint_of(
+      self.clouds.fingerprint(), self.reading.facts(), self.seed
+    )
+
+  def reseeded(self, seed: int) -> "PointDataset":
+    return PointDataset(self.clouds, self.reading, seed)

@@ -1,0 +1,97 @@
+"""Clouds sampled from the surfaces of mesh files, by trimesh."""
+
+import pathlib
+from collections.abc import Collection, Mapping, Sequence
+
+import numpy as np
+
+from bertjax.data.shapes.files import Cloud, Clouds
+from bertjax.data.sources.base import fingerprint_of
+
+ENDINGS = (".obj", ".off", ".stl", ".ply", ".glb")
+
+
+class Meshes(Clouds):
+  """A mesh a file, its class the folder that it lies in."""
+
+  def __init__(
+    self,
+    paths: Sequence[pathlib.Path],
+    names: Sequence[str],
+    classes: Sequence[str],
+    num_points: int,
+  ):
+    """Args:
+    paths: of the split.
+    names: the class of each.
+    classes: all of them, those of other splits too.
+    num_points: of each cloud.
+    """
+    numbers = {name: i for i, name in enumerate(classes)}
+    super().__init__(paths, [numbers[name] for name in names])
+    self.classes, self._num_points = tuple(classes), num_points
+
+  def __getitem__(self, index: int) -> Cloud:
+    return Cloud(
+      sampled(self._paths[index], self._num_points), self._labels[index]
+    )
+
+  def fingerprint(self) -> str:
+    return fingerprint_of(super().fingerprint(), self._num_points)
+
+
+def class_of(
+  path: pathlib.Path, folder: pathlib.Path, splits: Collection[str]
+) -> str:
+  """The innermost folder below `folder` that is not named as a split."""
+  names = path.relative_to(folder).parts[:-1]
+  return next((n for n in reversed(names) if n not in splits), "mesh")
+
+
+def found_in(folder: pathlib.Path) -> list[pathlib.Path]:
+  """All mesh files below a folder, in order.
+
+  Raises:
+    ValueError: there is none.
+  """
+  paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS)
+  if not paths:
+    raise ValueError(
+      f"data.source.path={str(folder)!r} holds no mesh ({', '.join(ENDINGS)})."
+    )
+  return paths
+
+
+def split_of(
+  path: pathlib.Path, folder: pathlib.Path, fractions: Mapping[str, float]
+) -> str:
+  """A folder named as a split that it lies in, or by a hash of its name."""
+  inside = path.relative_to(folder)
+  for name in inside.parts[:-1]:
+    if name in fractions:
+      return name
+  place = int(fingerprint_of(str(inside))[:13], 16) / 16**13
+  bounds = np.cumsum(list(fractions.values()))
+  return list(fractions)[int(np.searchsorted(bounds, place * bounds[-1]))]
+
+
+def sampled(path: pathlib.Path, num_points: int) -> np.ndarray:
+  """Points on the surface of a mesh, uniform by area, float32 [n, 3].
+
+  A file gives the same points every time.
+
+  Raises:
+    ValueError: it holds no surface.
+  """
+  try:
+    import trimesh
+  except ImportError as err:
+    raise ValueError(
+      "Meshes need trimesh: pip install 'bertjax[points]'."
+    ) from err
+  mesh = trimesh.load(path, force="mesh", process=False)
+  if not len(getattr(mesh, "faces", ())) or not mesh.area > 0:
+    raise ValueError(f"{path} holds no surface to draw points from.")
+  seed = int(fingerprint_of(path.name)[:8], 16)
+  found, _ = trimesh.sample.sample_surface(mesh, num_points, seed=seed)
+  return np.asarray(found, np.float32)

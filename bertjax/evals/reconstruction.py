@@ -1,0 +1,93 @@
+"""How well a tokenizer of points decodes what it codes, by category."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bertjax.evals.base import Evaluator, read_batches
+from bertjax.objectives.point_reconstruction import (
+  PointReconstruction,
+  perplexity,
+)
+from bertjax.parallel.sharding import put_batch
+
+
+def reconstruction(
+  *,
+  objective: Any,
+  data: Any,
+  mesh: Mesh,
+  split: str = "validation",
+  num_batches: int | None = None,
+  batch_size: int | None = None,
+  by_class: bool = True,
+) -> Evaluator:
+  """Distances of decoded clouds from their originals, and use of the codes.
+
+  Values are those of `PointReconstruction.measure`, averaged over clouds, each
+  also as NAME/CLASS; `code_usage`, the share of codes that are some patch's
+  likeliest one; `code_perplexity`, exp of the entropy of their shares.
+
+  Args:
+    objective: a `PointReconstruction`.
+    data: the experiment's data.
+    mesh: the device mesh.
+    split: of the source.
+    num_batches: at most so many; None reads the whole split.
+    batch_size: of the global batch; that of training by default.
+    by_class: also average over each class alone.
+
+  Raises:
+    ValueError: another objective; when called, a split without clouds.
+  """
+  if not isinstance(objective, PointReconstruction):
+    raise ValueError(
+      "evals: reconstruction needs objective.name='point_reconstruction', not"
+      f" {type(objective).__name__}."
+    )
+  whole = NamedSharding(mesh, PartitionSpec())
+
+  def sums(variables, batch, num_classes):
+    clouds, counts = objective.apply(variables, batch, method="measure")
+    # A row that fills a batch is of no class.
+    member = jax.nn.one_hot(batch["labels"], num_classes, dtype=jnp.float32)
+    found = {name: x @ member for name, x in clouds.items()}
+    return found, member.sum(0), counts
+
+  # Every process reads the sums.
+  run = jax.jit(sums, static_argnums=2, out_shardings=whole)
+
+  def evaluate(variables, key) -> dict[str, float]:
+    del key
+    classes, total = data.dataset(split).clouds.classes, None
+    with jax.set_mesh(mesh):
+      for batch in read_batches(data, mesh, split, num_batches, batch_size):
+        found = jax.device_get(
+          run(variables, put_batch(batch, mesh), len(classes))
+        )
+        total = jax.tree.map(np.add, total or _zeros(found), found)
+    if total is None:
+      raise ValueError(f"split={split!r} has no cloud to evaluate on.")
+    clouds, members, counts = total
+    values = {
+      name: float(x.sum() / members.sum()) for name, x in clouds.items()
+    }
+    values["code_usage"] = float((counts > 0).mean())
+    values["code_perplexity"] = float(perplexity(counts))
+    if by_class:
+      values |= {
+        f"{name}/{label}": float(x[i] / members[i])
+        for name, x in clouds.items()
+        for i, label in enumerate(classes)
+        if members[i]
+      }
+    return values
+
+  return Evaluator(evaluate)
+
+
+def _zeros(tree: Any) -> Any:
+  return jax.tree.map(lambda x: np.zeros(x.shape), tree)
