@@ -67,27 +67,28 @@ def _dvae() -> ml_collections.ConfigDict:
 
 
 def _small() -> ml_collections.ConfigDict:
-  """Generated shapes, 16 patches of 16 points, 64 codes."""
+  """Generated shapes, 16 patches of 32 points, 64 codes."""
   c = _dvae()
   c.model = dict(
     name="point_tokenizer",
     patches=16,
-    patch_size=16,
+    patch_size=32,
     vocab_size=64,
     features=64,
     shrink=8,
   )
-  c.data.source = dict(name="procedural")
-  c.data.num_points = 256
-  c.data.batch_size = 32
-  c.data.augment = (dict(name="scale_shift"),)
-  c.objective.temperature_steps = 1000
-  c.objective.kl_delay, c.objective.kl_steps = 100, 1000
-  c.optim.learning_rate = 2e-3
+  c.data.source = dict(name="procedural", points=1024)
+  c.data.num_points = 512
+  # Even samples: what differs between patches is more surface, less chance.
+  c.data.stored_points, c.data.farthest = 640, True
+  c.data.batch_size = 16
+  c.objective.temperature_steps = 500
+  c.objective.kl_delay, c.objective.kl_steps = 100, 400
+  c.optim.learning_rate = 5e-3
   c.optim.schedule = dict(name="cosine", warmup=0.05, end_factor=2e-3)
-  c.stop.steps = 1500
-  c.evals.heldout = dict(name="reconstruction", split="test", every=250)
-  c.every = dict(log=25, checkpoint=250)
+  c.stop.steps = 700
+  c.evals.heldout = dict(name="reconstruction", split="test", every=100)
+  c.every = dict(log=25, checkpoint=350)
   return c
 
 
@@ -99,6 +100,7 @@ def _tiny() -> ml_collections.ConfigDict:
   c.model.shrink = 32
   c.data.source.sizes = dict(train=48, validation=12, test=12)
   c.data.source.points = 128
+  c.data.stored_points = 80
   c.data.num_points, c.data.batch_size = 64, 8
   c.stop.steps = 8
   c.evals.heldout.every = 4

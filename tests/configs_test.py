@@ -25,13 +25,14 @@ class ConfigsTest(parameterized.TestCase):
   def test_tiny_variant_trains_two_steps(self, path):
     config = plain(_load(path, "tiny"))
     folder = pathlib.Path(self.create_tempdir())
-    if "source" in config["data"]:
+    if "splitter" in config["data"]:
       # The same run on a corpus that needs no scan of all installed packages.
       corpus = tiny.config(folder)
       tiny.write_corpus(folder)
       config["data"]["source"] = corpus["data"]["source"]
       config["data"]["splitter"] = "lines"
-    config["data"]["tokenizer"]["vocab_size"] = 300
+    if "tokenizer" in config["data"]:
+      config["data"]["tokenizer"]["vocab_size"] = 300
     config["data"]["batch_size"] = 2 * len(jax.devices())
     config["cache_dir"] = str(folder / "cache")
     for stage in config.get("stages", {}).values():

@@ -105,8 +105,7 @@ class PointData(Data):
     if train:
       clouds = fraction_of(clouds, *self._fraction)
     count, farthest = self._keep
-    if self.source.dear and count is None:
-      count = len(clouds[0].points)
+    count = self.source.kept if count is None else count
     if count is not None:
       clouds = Stored(clouds, count, self._cache_dir, farthest=farthest)
     return clouds

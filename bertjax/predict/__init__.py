@@ -11,11 +11,13 @@ from bertjax.predict.answers import answer, choose, classify, tag
 from bertjax.predict.embed import POOLING, embed
 from bertjax.predict.fill_mask import Guess, fill_mask
 from bertjax.predict.samples import SAMPLERS, samples
+from bertjax.predict.tokenize_points import PointTokens, tokenize_points
 
 __all__ = [
   "POOLING",
   "SAMPLERS",
   "Guess",
+  "PointTokens",
   "answer",
   "choose",
   "classify",
@@ -23,4 +25,5 @@ __all__ = [
   "fill_mask",
   "samples",
   "tag",
+  "tokenize_points",
 ]

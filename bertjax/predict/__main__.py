@@ -4,6 +4,8 @@ r"""Uses a trained or published model from the command line.
       --text="The default [MASK] is None."
   python -m bertjax.predict embed --model=FOLDER --file=texts.txt \
       --pooling=mean --normalize --output=vectors.npy
+  python -m bertjax.predict tokenize_points --model=runs/dvae \
+      --input=chair.obj --reconstruction=chair.ply
   python -m bertjax.predict classify --model=runs/sentiment --file=texts.txt
   python -m bertjax.predict answer --model=runs/squad \
       --text="Who wrote it?" --pair="Ada wrote the notes."
@@ -12,7 +14,8 @@ Texts come from --text (several times), --file (a text a line, or a .jsonl file
 of objects) or standard input; second texts, such as contexts, from --pair (as
 often as --text). Objects have the fields text, pair (classify), text or words
 (tag), question, context (answer), text, endings (choose). Classes, tags,
-answers and choices are written as JSON lines.
+answers, choices and codes of points are written as JSON lines. Point clouds
+come from --input: arrays (.npy), tables (.txt) or meshes (.obj, .off...).
 """
 
 import contextlib
@@ -32,6 +35,12 @@ from bertjax.models import DTYPES
 from bertjax.predict.answers import REQUESTS
 from bertjax.predict.embed import POOLING, embed
 from bertjax.predict.fill_mask import fill_mask
+from bertjax.predict.tokenize_points import (
+  num_points_of,
+  read_cloud,
+  tokenize_points,
+  write_cloud,
+)
 from bertjax.registry import lookup
 
 Request = dict[str, Any]
@@ -116,9 +125,31 @@ def _ask(task: str) -> Callable[[LoadedModel, list[Request], Any], None]:
   return run
 
 
+def _tokenize_points(
+  model: LoadedModel, requests: list[Request], f: Any
+) -> None:
+  del requests  # clouds are no text
+  if f.reconstruction and len(f.input) > 1:
+    raise ValueError(
+      f"--reconstruction={f.reconstruction} holds one cloud, and --input is"
+      f" given {len(f.input)} times."
+    )
+  count = num_points_of(model)
+  clouds = [read_cloud(path, count) for path in f.input]
+  found = tokenize_points(model, clouds, batch_size=f.batch_size)
+  with _opened(f.output) as out:
+    for path, tokens in zip(f.input, found):
+      line = {"input": path, "codes": tokens.codes.tolist()}
+      centres = [[round(float(x), 6) for x in row] for row in tokens.centres]
+      _print_json(line | {"centres": centres}, out)
+  if f.reconstruction:
+    write_cloud(f.reconstruction, found[0].points)
+
+
 Command = Callable[[LoadedModel, list[Request], Any], None]
 
-# By name: what it does, the fields of a request, and what does and prints it.
+# By name: what it does, the fields of a request (none if it takes no text), and
+# what does and prints it.
 TASKS: dict[str, tuple[str, tuple[str, ...], Command]] = {
   "fill_mask": ("guesses for every mask", ("text",), _fill_mask),
   "embed": ("one vector a text (.npy or JSON lines)", ("text",), _embed),
@@ -128,6 +159,7 @@ TASKS: dict[str, tuple[str, tuple[str, ...], Command]] = {
   "tag": ("a label for every word", REQUESTS["tag"][0], _ask("tag")),
   "answer": ("a span of the context", REQUESTS["answer"][0], _ask("answer")),
   "choose": ("the right ending", REQUESTS["choose"][0], _ask("choose")),
+  "tokenize_points": ("codes of a cloud's patches", (), _tokenize_points),
 }  # fmt: skip
 
 
@@ -151,6 +183,10 @@ def _define_flags() -> None:
   flags.DEFINE_integer("max_length", None, "embed: longest row in tokens.")
   flags.DEFINE_bool("normalize", False, "embed: vectors of length 1.")
   flags.DEFINE_bool("null_answer", None, "answer: may there be no answer?")
+  flags.DEFINE_multi_string("input", [], "tokenize_points: a cloud or mesh.")
+  flags.DEFINE_string(
+    "reconstruction", None, "tokenize_points: file of the decoded points."
+  )
 
 
 def _lines(path: pathlib.Path, first: str) -> list[Request]:
@@ -207,7 +243,7 @@ def _requests(f: Any, fields: tuple[str, ...]) -> list[Request]:
 def main(argv: list[str]) -> None:
   f = flags.FLAGS
   if len(argv) != 2 or not f.model:
-    tasks = "\n".join(f"  {k:12s}{v[0]}" for k, v in TASKS.items())
+    tasks = "\n".join(f"  {k:16s}{v[0]}" for k, v in TASKS.items())
     raise app.UsageError(
       f"Usage: python -m bertjax.predict TASK --model=FOLDER ...\n{tasks}"
     )
@@ -216,7 +252,8 @@ def main(argv: list[str]) -> None:
   with cli.clear_errors():
     _, fields, command = lookup(TASKS, argv[1], "task")
     cli.check_output("output", f.output)
-    requests = _requests(f, fields)
+    cli.check_output("reconstruction", f.reconstruction)
+    requests = _requests(f, fields) if fields else []
     model = load_model(
       f.model, dtype=DTYPES[f.dtype], step=f.step, ignore=f.ignore
     )

@@ -32,10 +32,11 @@ class ShapeSource(abc.ABC):
   """Clouds by split.
 
   Attributes:
-    dear: reading a cloud takes so long that its points are worth keeping.
+    kept: points of clouds that take long to make, and so are kept on disk; None
+      reads clouds as they are.
   """
 
-  dear: bool = False
+  kept: int | None = None
 
   @abc.abstractmethod
   def open(self, split: str) -> Clouds:
@@ -72,6 +73,8 @@ class ProceduralClouds(Clouds):
     return numbers % np.int32(len(self.classes))
 
   def __getitem__(self, index: int) -> Cloud:
+    if not 0 <= index < self._count:
+      raise IndexError(f"cloud {index} of {self._count}")
     shape = self._shapes[index]
     return Cloud(shape.points, shape.label, parts=shape.parts)
 
@@ -203,8 +206,6 @@ class MeshFolder(ShapeSource):
   divided by a hash of their names.
   """
 
-  dear = True
-
   def __init__(
     self,
     *,
@@ -221,7 +222,7 @@ class MeshFolder(ShapeSource):
     Raises:
       ValueError: shares that are negative or do not add up to 1.
     """
-    self._path, self._num_points = path, points
+    self._path, self.kept = path, points
     self._fractions = dict(
       fractions or dict(train=0.8, validation=0.1, test=0.1)
     )
@@ -250,7 +251,7 @@ class MeshFolder(ShapeSource):
         f" in the split {split!r}."
       )
     mine, kinds = zip(*chosen)
-    return meshes.Meshes(mine, kinds, sorted(set(names)), self._num_points)
+    return meshes.Meshes(mine, kinds, sorted(set(names)), self.kept)
 
   def about(self) -> About:
     return About()

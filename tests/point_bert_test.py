@@ -1,0 +1,178 @@
+"""A tokenizer of points, from a config to codes, through the same commands."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import jax
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from bertjax import experiment, train
+from bertjax.checkpoint import load_variables
+from bertjax.config import merge, plain, settings
+from bertjax.convert import convert
+from bertjax.evaluate import evaluate
+from bertjax.handover import initial_state
+from bertjax.loading import load_model
+from bertjax.predict import tokenize_points
+from bertjax.predict.tokenize_points import read_cloud, write_cloud
+from tests import optimized
+from tests.configs_test import _CONFIGS, _load
+
+
+def config(**changes):
+  path = next(p for p in _CONFIGS if p.stem == "point_bert")
+  return merge(plain(_load(path, "tiny")), changes)
+
+
+def assert_equal_trees(a, b):
+  jax.tree.map(
+    np.testing.assert_array_equal, jax.device_get(a), jax.device_get(b)
+  )
+
+
+class RunTest(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.root = pathlib.Path(
+      cls.enterClassContext(tempfile.TemporaryDirectory())
+    )
+    cls.config = config(
+      cache_dir=str(cls.root / "cache"), mesh=dict(data=2, fsdp=4)
+    )
+    cls.workdir = cls.root / "run"
+    cls.result = train.train(cls.config, cls.workdir)
+    cls.model = load_model(cls.workdir)
+
+  def test_a_run_that_was_ended_goes_on_with_its_statistics(self):
+    half = merge(self.config, dict(stop=dict(steps=4), horizon=8))
+    folder = self.root / "halves"
+    train.train(half, folder)
+    again = train.train(merge(half, dict(stop=dict(steps=8))), folder)
+    for tree in ("params", "extra"):
+      assert_equal_trees(
+        getattr(again.state, tree), getattr(self.result.state, tree)
+      )
+
+  def test_a_model_is_read_with_its_averages(self):
+    stats = self.model.extra["batch_stats"]
+    self.assertEqual(set(self.model.variables), {"params", "batch_stats"})
+    assert_equal_trees(self.result.state.extra["batch_stats"], stats)
+    moved = [np.abs(x).max() for x in jax.tree.leaves(stats)]
+    self.assertGreater(min(moved), 0)
+    variables, _ = load_variables(self.workdir)
+    self.assertEqual(set(variables), {"params", "batch_stats"})
+
+  def test_evaluation_by_command_repeats_that_of_training(self):
+    values = evaluate(self.workdir, split="test", evaluators=["reconstruction"])
+    measured = self.result.metrics
+    for name in ("cd_l1", "cd_l2", "f_score", "code_usage", "cd_l2/torus"):
+      np.testing.assert_allclose(
+        values[name], measured[f"heldout/{name}"], rtol=1e-4
+      )
+
+  def test_codes_of_a_cloud_wherever_it_is(self):
+    cloud = np.random.default_rng(0).normal(size=(90, 3)).astype(np.float32)
+    here, there = tokenize_points(self.model, [cloud, 50 * cloud + 7])
+    self.assertEqual(here.codes.shape, (6,))
+    np.testing.assert_array_equal(here.codes, there.codes)
+    np.testing.assert_allclose(50 * here.points + 7, there.points, atol=2e-3)
+    gap = np.abs(cloud[:, None] - here.centres).sum(-1).min(0)
+    np.testing.assert_allclose(gap, 0, atol=1e-5)  # centres are points of it
+    (alone,) = tokenize_points(self.model, [cloud], batch_size=1)
+    np.testing.assert_array_equal(alone.codes, here.codes)
+
+  def test_the_model_has_no_other_layout(self):
+    with self.assertRaisesRegex(ValueError, "'point_tokenizer' is no encoder"):
+      convert(self.workdir, self.root / "out", format="huggingface")
+
+  @parameterized.parameters(
+    (dict(data=dict(num_points=7)), "data.num_points=7 is too few .* need 8"),
+    (dict(model=dict(name="bert", size="tiny", vocab_size=9)), "reads no poin"),
+    (dict(model=dict(patch_size=10)), "model.patch_size=10 must be a multiple"),
+    (dict(model=dict(shrink=3)), "model.shrink=3 must be a power of 2"),
+    (dict(objective=dict(name="masked_lm")), "trains a model of the kind Enco"),
+    (dict(seeds=dict(masks=1)), "seeds.masks=1: data.name='points' draws no"),
+    (dict(samples=["a [MASK]"]), "samples are texts"),
+  )
+  def test_parts_that_do_not_fit(self, changes, message):
+    with self.assertRaisesRegex(ValueError, message):
+      experiment.build(settings(merge(self.config, changes)))
+
+  def test_a_vocabulary_cannot_grow_where_there_is_none(self):
+    start = dict(path=str(self.workdir), new_rows="mean")
+    with self.assertRaisesRegex(ValueError, "new_rows is for data of text"):
+      train.train(merge(self.config, dict(init_from=start)), self.root / "new")
+
+  def test_a_stage_that_keeps_the_optimizer_keeps_averages_too(self):
+    start = dict(path=str(self.workdir), carry="optimizer")
+    stage = settings(merge(self.config, dict(init_from=start)))
+    state = initial_state(experiment.build(stage))
+    assert_equal_trees(state.extra, self.result.state.extra)
+
+  def test_codes_from_the_command_line(self):
+    cloud = np.random.default_rng(0).normal(size=(90, 3)).astype(np.float32)
+    np.save(self.root / "cloud.npy", cloud)
+    done = subprocess.run(
+      [
+        *(sys.executable, "-m", "bertjax.predict", "tokenize_points"),
+        f"--model={self.workdir}",
+        f"--input={self.root / 'cloud.npy'}",
+        f"--reconstruction={self.root / 'out.npy'}",
+      ],
+      cwd=pathlib.Path(__file__).parents[1],
+      env=optimized.environment() | {"JAX_PLATFORMS": "cpu"},
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    self.assertEqual(done.returncode, 0, done.stderr)
+    (tokens,) = tokenize_points(self.model, [cloud])
+    self.assertEqual(json.loads(done.stdout)["codes"], tokens.codes.tolist())
+    decoded = np.load(self.root / "out.npy")
+    np.testing.assert_allclose(decoded, tokens.points, atol=1e-4)
+
+
+class CloudFilesTest(parameterized.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.root = pathlib.Path(self.create_tempdir())
+    self.cloud = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
+
+  def test_tables_and_arrays(self):
+    rows = np.concatenate([self.cloud, np.ones((9, 2))], 1)
+    np.save(self.root / "a.npy", rows)
+    np.savetxt(self.root / "b.txt", rows)
+    np.savetxt(self.root / "c.csv", rows, delimiter=",")
+    for name in ("a.npy", "b.txt", "c.csv"):
+      found = read_cloud(self.root / name, 5)
+      np.testing.assert_allclose(found, self.cloud, rtol=1e-6)
+
+  def test_clouds_that_are_written(self):
+    import trimesh
+
+    write_cloud(self.root / "a.ply", self.cloud)
+    found = trimesh.load(self.root / "a.ply").vertices
+    np.testing.assert_allclose(found, self.cloud, atol=1e-5)
+    with self.assertRaisesRegex(ValueError, "a.gif must end in .npy or .ply"):
+      write_cloud(self.root / "a.gif", self.cloud)
+
+  @parameterized.parameters(
+    ("a.txt", "x y z", "a.txt holds no points"),
+    ("a.txt", "1 2", r"array of shape \(1, 2\)"),
+    ("a.gif", "1 2 3", "the ending must be one of .npy"),
+  )
+  def test_what_is_no_cloud(self, name, text, message):
+    (self.root / name).write_text(text)
+    with self.assertRaisesRegex(ValueError, message):
+      read_cloud(self.root / name, 5)
+    with self.assertRaisesRegex(ValueError, "nowhere.npy is not a file"):
+      read_cloud(self.root / "nowhere.npy", 5)
+
+
+if __name__ == "__main__":
+  absltest.main()
