@@ -14,6 +14,7 @@ from bertjax.analysis import ANALYSES
 from bertjax.data.beam import __main__ as beam
 from bertjax.data.instances import INSTANCES
 from bertjax.data.masking import UNITS
+from bertjax.data.shapes.sources import SHAPE_SOURCES
 from bertjax.data.sources import (
   FILTERS,
   PREPROCESSORS,
@@ -48,6 +49,7 @@ _TABLES = {
   "STOP_RULES": stopping.STOP_RULES,
   "DATA": experiment.DATA,
   "SOURCES": SOURCES,
+  "SHAPE_SOURCES": SHAPE_SOURCES,
   "PREPROCESSORS": PREPROCESSORS,
   "FILTERS": FILTERS,
   "SCORERS": SCORERS,

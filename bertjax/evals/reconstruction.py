@@ -76,7 +76,7 @@ def reconstruction(
       name: float(x.sum() / members.sum()) for name, x in clouds.items()
     }
     values["code_usage"] = float((counts > 0).mean())
-    values["code_perplexity"] = float(perplexity(counts))
+    values["code_perplexity"] = float(perplexity(jnp.asarray(counts)))
     if by_class:
       values |= {
         f"{name}/{label}": float(x[i] / members[i])

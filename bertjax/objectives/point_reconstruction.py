@@ -45,7 +45,7 @@ class HalfCosine:
   steps: int
   delay: int = 0
 
-  def __call__(self, step: ArrayLike) -> Float[Array, ""]:
+  def __call__(self, step: ArrayLike) -> Float[Array, "*n"]:
     part = jnp.clip((step - self.delay) / self.steps, 0, 1)
     rest = (1 + jnp.cos(jnp.pi * part)) / 2
     return self.end + (self.start - self.end) * rest

@@ -47,6 +47,7 @@ class ReconstructionTest(parameterized.TestCase):
       "index": np.arange(B, dtype=np.int32),
       "labels": np.array([0, 2, 2, 0], np.int32),
     }
+    cls.batch = jax.tree.map(jnp.asarray, cls.batch)
     cls.variables = cls.objective.init(
       jax.random.key(0), cls.batch, train=False
     )
@@ -119,7 +120,7 @@ class ReconstructionTest(parameterized.TestCase):
 
   def test_rows_that_fill_a_batch_count_nothing(self):
     filled = {
-      k: np.concatenate([v, np.full_like(v[:3], 0 if k == "points" else -1)])
+      k: jnp.concatenate([v, jnp.full_like(v[:3], 0 if k == "points" else -1)])
       for k, v in self.batch.items()
     }
     terms, metrics = self.apply()
@@ -188,7 +189,9 @@ class ReconstructionTest(parameterized.TestCase):
     values = reconstruction(
       objective=self.objective, data=data, mesh=mesh, split="train"
     )(self.variables, None)
-    rows = [b for b in dataset.evaluation_batches(1)]
+    rows = [
+      jax.tree.map(jnp.asarray, row) for row in dataset.evaluation_batches(1)
+    ]
     each = [
       self.objective.apply(self.variables, row, method="measure")
       for row in rows
@@ -242,7 +245,8 @@ class FlopsTest(absltest.TestCase):
     counted = flops.products(
       lambda v: objective.apply(v, batch, train=False), variables
     )
-    self.assertEqual(objective.row_flops(variables["params"], batch), counted)
+    spec = jax.eval_shape(lambda x: x, batch)
+    self.assertEqual(objective.row_flops(variables["params"], spec), counted)
     self.assertEqual(
       meters.train_flops(
         num_layers=3, emb_dim=8, mlp_dim=20, seq_len=9, vocab_size=23,
