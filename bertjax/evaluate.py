@@ -6,6 +6,8 @@ r"""Evaluates a trained run or a published checkpoint on any source.
   python -m bertjax.evaluate --model=FOLDER --split=validation \
       --data='{"name": "task", "task": {"name": "glue/sst2"}}'
 
+  python -m bertjax.evaluate --model=runs/dvae --evaluators=reconstruction
+
 Of a masked LM its accuracy, loss and pseudo-perplexity, of a fine-tuned model
 the task's metrics, beside what guessing by frequency achieves.
 """
@@ -42,7 +44,8 @@ def _data_spec(
   """`config.data` of what is read: the run's own unless another is named."""
   saved = dict((model.config or {}).get("data", {}))
   name = data.get("name", saved.get("name", "text"))
-  if name != saved.get("name", "text") or (source and name != "text"):
+  elsewhere = source and not takes({"name": name}, "source")
+  if name != saved.get("name", "text") or elsewhere:
     # Other data have other options.
     saved, name = {}, data.get("name", "text")
   needed = {k: v for k, v in _ANY.items() if takes({"name": name}, k)}
@@ -71,8 +74,9 @@ def evaluate(
   Args:
     path: a workdir, or a published folder.
     split: of the source.
-    source: of text: a name of `SOURCES` and its options; by default that of the
-      run, or `python_docs` for a published model.
+    source: a name of `SOURCES`, or of points of `SHAPE_SOURCES`, and its
+      options; by default that of the run, or `python_docs` for a published
+      model.
     evaluators: names of `EVALUATORS`; by default those that suit the data.
     num_batches: of the evaluator "objective"; None reads the whole split.
     num_rows: of the evaluator "pseudo_perplexity".

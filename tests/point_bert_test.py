@@ -1,10 +1,12 @@
 """A tokenizer of points, from a config to codes, through the same commands."""
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
 import tempfile
+from unittest import mock
 
 import jax
 import numpy as np
@@ -41,9 +43,9 @@ class RunTest(parameterized.TestCase):
     cls.root = pathlib.Path(
       cls.enterClassContext(tempfile.TemporaryDirectory())
     )
-    cls.config = config(
-      cache_dir=str(cls.root / "cache"), mesh=dict(data=2, fsdp=4)
-    )
+    cache = {"BERTJAX_CACHE": str(cls.root / "cache")}
+    cls.enterClassContext(mock.patch.dict(os.environ, cache))
+    cls.config = config(mesh=dict(data=2, fsdp=4))
     cls.workdir = cls.root / "run"
     cls.result = train.train(cls.config, cls.workdir)
     cls.model = load_model(cls.workdir)
@@ -74,6 +76,13 @@ class RunTest(parameterized.TestCase):
       np.testing.assert_allclose(
         values[name], measured[f"heldout/{name}"], rtol=1e-4
       )
+
+  def test_evaluation_of_clouds_from_elsewhere(self):
+    source = dict(name="procedural", classes=("torus",), sizes=dict(other=9))
+    values = evaluate(
+      self.workdir, split="other", source=source, evaluators=["reconstruction"]
+    )
+    self.assertEqual(values["cd_l2"], values["cd_l2/torus"])
 
   def test_codes_of_a_cloud_wherever_it_is(self):
     cloud = np.random.default_rng(0).normal(size=(90, 3)).astype(np.float32)

@@ -126,6 +126,8 @@ class PointData(Data):
 
   def objective(self, given: Mapping[str, Any]) -> dict[str, Any]:
     """`config.objective` with the classes and parts that it asks for."""
+    if not asks_for_classes(given):
+      return dict(given)  # and no cloud needs to be there
     return with_classes(given, self.about, self.dataset().clouds.classes)
 
   def check(self, encoder: nn.Module) -> None:
@@ -150,6 +152,17 @@ class PointData(Data):
     return {}
 
 
+_KNOWN = ("num_classes", "labels", "class_parts")
+
+
+def asks_for_classes(given: Mapping[str, Any]) -> bool:
+  """Whether an objective's builder takes something that the data know."""
+  builder = OBJECTIVES.get(given.get("name"))
+  return builder is not None and not set(_KNOWN).isdisjoint(
+    inspect.signature(builder).parameters
+  )
+
+
 def with_classes(
   given: Mapping[str, Any], about: About, labels: Sequence[str] = ()
 ) -> dict[str, Any]:
@@ -163,17 +176,13 @@ def with_classes(
   Raises:
     ValueError: it says something else.
   """
-  known = {
-    "num_classes": about.num_classes,
-    "labels": tuple(labels) or None,
-    "class_parts": about.class_parts or None,
-  }
+  values = about.num_classes, tuple(labels), about.class_parts
+  known = dict(zip(_KNOWN, values, strict=True))
   found, builder = dict(given), OBJECTIVES.get(given.get("name"))
   if builder is None:
     return found
   for key in inspect.signature(builder).parameters:
-    value = known.get(key)
-    if value is None:
+    if not (value := known.get(key)):
       continue
     if key in found and _plain(found[key]) != _plain(value):
       raise ValueError(

@@ -2,6 +2,7 @@
 
 import pathlib
 import pickle
+import zipfile
 from unittest import mock
 
 import numpy as np
@@ -351,6 +352,31 @@ class MeshesTest(absltest.TestCase):
     ]
     self.assertEqual(sum(counts), 30)
     self.assertBetween(counts[0], 17, 29)
+
+  def test_libraries_of_furniture(self):
+    root = pathlib.Path(self.create_tempdir())
+    self.write(root / "made", "a.obj")
+    lines = ["id=SweetHome3D#Toy"]
+    with zipfile.ZipFile(root / "toy.sh3f", "w") as archive:
+      for number in range(12):
+        member = f"toy/{number}.obj"
+        archive.write(root / "made" / "a.obj", member)
+        category = "Küche" if number % 3 else "Bad"
+        lines += [f"model#{number}=/{member}", f"category#{number}={category}"]
+      lines += ["model#12=/toy/lost.obj", "category#12=Bad"]
+      text = "\n".join(lines).encode("latin-1")
+      archive.writestr("PluginFurnitureCatalog.properties", text)
+    source = dict(name="furniture", path=str(root), points=50)
+    found = data(source=source).source
+    clouds = found.open("train")
+    self.assertEqual(clouds.classes, ("Bad", "Küche"))
+    self.assertBetween(len(clouds), 5, 12)
+    half = np.array([1, 0.5, 0.25])
+    points_ = clouds[0].points
+    self.assertTrue(np.isclose(np.abs(points_), half, atol=1e-5).any(1).all())
+    (root / "bad.sh3f").write_text("no archive")
+    with self.assertRaisesRegex(ValueError, "bad.sh3f is no library"):
+      data(source=source).dataset()
 
   def test_what_is_no_mesh(self):
     root = pathlib.Path(self.create_tempdir())

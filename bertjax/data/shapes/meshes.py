@@ -2,6 +2,7 @@
 
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
+from typing import BinaryIO
 
 import numpy as np
 
@@ -70,15 +71,27 @@ def split_of(
   for name in inside.parts[:-1]:
     if name in fractions:
       return name
-  place = int(fingerprint_of(str(inside))[:13], 16) / 16**13
+  return split_by_hash(str(inside), fractions)
+
+
+def split_by_hash(name: str, fractions: Mapping[str, float]) -> str:
+  """A split, drawn with these probabilities by a hash of a name."""
+  place = int(fingerprint_of(name)[:13], 16) / 16**13
   bounds = np.cumsum(list(fractions.values()))
   return list(fractions)[int(np.searchsorted(bounds, place * bounds[-1]))]
 
 
-def sampled(path: pathlib.Path, num_points: int) -> np.ndarray:
+def sampled(
+  path: pathlib.Path, num_points: int, file: BinaryIO | None = None
+) -> np.ndarray:
   """Points on the surface of a mesh, uniform by area, float32 [n, 3].
 
-  A file gives the same points every time.
+  A file of the same name gives the same points every time.
+
+  Args:
+    path: of the mesh; its ending says what it is.
+    num_points: how many.
+    file: what is read in its place, as out of an archive.
 
   Raises:
     ValueError: it holds no surface.
@@ -89,7 +102,13 @@ def sampled(path: pathlib.Path, num_points: int) -> np.ndarray:
     raise ValueError(
       "Meshes need trimesh: pip install 'bertjax[points]'."
     ) from err
-  mesh = trimesh.load(path, force="mesh", process=False)
+  mesh = trimesh.load(
+    path if file is None else file,
+    file_type=path.suffix.lower().removeprefix("."),
+    force="mesh",
+    process=False,
+    skip_materials=True,
+  )
   if not len(getattr(mesh, "faces", ())) or not mesh.area > 0:
     raise ValueError(f"{path} holds no surface to draw points from.")
   seed = int(fingerprint_of(path.name)[:8], 16)

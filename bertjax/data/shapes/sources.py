@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bertjax.data.shapes import files, meshes
+from bertjax.data.shapes import files, furniture, meshes
 from bertjax.data.shapes.files import Cloud, Clouds
 from bertjax.data.shapes.procedural import SHAPES, ProceduralShapes
 from bertjax.data.sources.base import fingerprint_of
@@ -199,19 +199,11 @@ def shapenetpart(*, path: str) -> OnDisk:
   )
 
 
-class MeshFolder(ShapeSource):
-  """Mesh files (OBJ, OFF, STL, PLY, GLB) in a folder for each class.
-
-  A folder named as a split, at any depth, holds its files; the others are
-  divided by a hash of their names.
-  """
+class Divided(ShapeSource):
+  """Meshes that are sampled once and divided into splits here."""
 
   def __init__(
-    self,
-    *,
-    path: str,
-    points: int = 8192,
-    fractions: Mapping[str, float] | None = None,
+    self, path: str, points: int, fractions: Mapping[str, float] | None
   ):
     """Args:
     path: of the folder.
@@ -233,11 +225,45 @@ class MeshFolder(ShapeSource):
         " and add up to 1."
       )
 
+  @abc.abstractmethod
+  def _open(self, folder: pathlib.Path, split: str) -> Clouds:
+    """The clouds of a known split."""
+
   def open(self, split: str) -> Clouds:
     lookup(self._fractions, split, "data.source.fractions")
     folder = pathlib.Path(self._path)
     if not folder.is_dir():
       raise ValueError(f"data.source.path={self._path!r} is not a folder.")
+    clouds = self._open(folder, split)
+    if not len(clouds):
+      raise ValueError(
+        f"data.source.path={self._path!r}: none of its meshes is in the split"
+        f" {split!r}."
+      )
+    return clouds
+
+  def about(self) -> About:
+    return About()
+
+
+class MeshFolder(Divided):
+  """Mesh files (OBJ, OFF, STL, PLY, GLB) in a folder for each class.
+
+  A folder named as a split, at any depth, holds its files; the others are
+  divided by a hash of their names.
+  """
+
+  def __init__(
+    self,
+    *,
+    path: str,
+    points: int = 8192,
+    fractions: Mapping[str, float] | None = None,
+  ):
+    """See `Divided`."""
+    super().__init__(path, points, fractions)
+
+  def _open(self, folder: pathlib.Path, split: str) -> Clouds:
     paths = meshes.found_in(folder)
     names = [meshes.class_of(p, folder, self._fractions) for p in paths]
     chosen = [
@@ -245,19 +271,47 @@ class MeshFolder(ShapeSource):
       for path, name in zip(paths, names)
       if meshes.split_of(path, folder, self._fractions) == split
     ]
-    if not chosen:
-      raise ValueError(
-        f"data.source.path={self._path!r}: none of its {len(paths)} meshes is"
-        f" in the split {split!r}."
-      )
-    mine, kinds = zip(*chosen)
-    return meshes.Meshes(mine, kinds, sorted(set(names)), self.kept)
+    return meshes.Meshes(
+      [path for path, _ in chosen],
+      [name for _, name in chosen],
+      sorted(set(names)),
+      self.kept,
+    )
 
-  def about(self) -> About:
-    return About()
+
+class FurnitureFolder(Divided):
+  """Libraries of Sweet Home 3D; see `bertjax.data.shapes.furniture`."""
+
+  def __init__(
+    self,
+    *,
+    path: str,
+    points: int = 8192,
+    fractions: Mapping[str, float] | None = None,
+  ):
+    """See `Divided`; the folder holds *.sh3f files."""
+    super().__init__(path, points, fractions)
+
+  def _open(self, folder: pathlib.Path, split: str) -> Clouds:
+    libraries = sorted(folder.glob("*.sh3f"))
+    if not libraries:
+      raise ValueError(
+        f"data.source.path={self._path!r} holds no library (*.sh3f)."
+      )
+    models = [m for library in libraries for m in furniture.catalogue(library)]
+    return furniture.Furniture(
+      [
+        m
+        for m in models
+        if meshes.split_by_hash(m.member, self._fractions) == split
+      ],
+      sorted({m.category for m in models}),
+      self.kept,
+    )
 
 
 SHAPE_SOURCES: dict[str, Callable[..., ShapeSource]] = {
+  "furniture": FurnitureFolder,
   "meshes": MeshFolder,
   "modelnet40": modelnet40,
   "modelnet40_cache": modelnet40_cache,
