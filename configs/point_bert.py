@@ -82,13 +82,13 @@ def _small() -> ml_collections.ConfigDict:
   # Even samples: what differs between patches is more surface, less chance.
   c.data.stored_points, c.data.farthest = 640, True
   c.data.batch_size = 16
-  c.objective.temperature_steps = 500
-  c.objective.kl_delay, c.objective.kl_steps = 100, 400
+  c.objective.temperature_steps = 900
+  c.objective.kl_delay, c.objective.kl_steps = 150, 750
   c.optim.learning_rate = 5e-3
   c.optim.schedule = dict(name="cosine", warmup=0.05, end_factor=2e-3)
-  c.stop.steps = 700
-  c.evals.heldout = dict(name="reconstruction", split="test", every=100)
-  c.every = dict(log=25, checkpoint=350)
+  c.stop.steps = 1200
+  c.evals.heldout = dict(name="reconstruction", split="test", every=150)
+  c.every = dict(log=25, checkpoint=600)
   return c
 
 

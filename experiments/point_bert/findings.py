@@ -140,5 +140,5 @@ def _draw_clouds(figure: Figure, run: arms.Run, count: int) -> None:
     for panel, (points, colours, title) in zip(axes[2 * number :], pairs):
       panel.scatter(*points.T, c=colours % 20, cmap="tab20", s=2)
       panel.set_title(title, fontsize=8)
-      panel.set_box_aspect(np.ptp(cloud, axis=0) + 0.1)
+      panel.set_box_aspect(np.ptp(cloud, axis=0) + 0.1, zoom=1.5)
       panel.set_axis_off()

@@ -1,7 +1,9 @@
 """Rows of points: what is drawn, what is done to it, what a split holds."""
 
+import os
 import pathlib
 import pickle
+import shutil
 import zipfile
 from unittest import mock
 
@@ -311,7 +313,15 @@ class StoredTest(absltest.TestCase):
     with self.assertRaisesRegex(
       ValueError, "Cloud 0 has 9 points, fewer .* 10"
     ):
-      data(root, source=source, stored_points=10).clouds()
+      data(root / "new", source=source, stored_points=10).clouds()
+    self.assertEmpty(list((root / "new").glob("points/*")))  # nor a part
+    # The collection is the same elsewhere, and another one when it changes.
+    moved = shutil.copytree(root, f"{root}-moved")
+    elsewhere = source | dict(path=moved)
+    first = data(root, source=source).clouds().fingerprint()
+    self.assertEqual(data(source=elsewhere).clouds().fingerprint(), first)
+    os.utime(pathlib.Path(moved) / "shapenet_pc" / names[1], (1, 1))
+    self.assertNotEqual(data(source=elsewhere).clouds().fingerprint(), first)
 
 
 class MeshesTest(absltest.TestCase):

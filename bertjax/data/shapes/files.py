@@ -62,11 +62,14 @@ class Clouds(Sequence[Cloud]):
     return np.asarray(self._labels, np.int32)
 
   def fingerprint(self) -> str:
-    """Changes whenever a cloud could: by names, sizes and times of files."""
+    """Changes whenever a cloud could: by names, sizes and times of files.
+
+    A collection that is moved as a whole, with its times, stays the same.
+    """
     files = []
     for path in dict.fromkeys(self._paths):
       stat = path.stat()
-      files.append([str(path), stat.st_size, stat.st_mtime_ns])
+      files.append([path.name, stat.st_size, int(stat.st_mtime)])
     return fingerprint_of(type(self).__name__, files, self.labels.tolist())
 
 

@@ -4,9 +4,12 @@ Meshes are sampled, and clouds brought into the order of farthest point
 sampling, once: the result is an array that is read by index from then on.
 """
 
+import contextlib
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -68,26 +71,35 @@ class Stored(Clouds):
 
   def _write(self, clouds: Clouds, count: int, farthest: bool) -> None:
     self._folder.mkdir(parents=True, exist_ok=True)
-    kept, parts = np.empty((len(clouds), count, 3), np.float32), []
-    for start in range(0, len(clouds), _BATCH):
-      stop = min(start + _BATCH, len(clouds))
-      batch = [clouds[i] for i in range(start, stop)]
-      for number, cloud in enumerate(batch, start):
-        if len(cloud.points) < count:
-          raise ValueError(
-            f"Cloud {number} has {len(cloud.points)} points, fewer than the"
-            f" {count} that data.stored_points asks for."
-          )
-      index = [np.arange(count)] * len(batch)
-      if farthest:
-        index = _farthest([cloud.points for cloud in batch], count)
-      for number, (cloud, chosen) in enumerate(zip(batch, index), start):
-        kept[number] = cloud.points[chosen]
-        if cloud.parts is not None:
-          parts.append(cloud.parts[chosen])
-    if parts:
-      _save(self._path("parts"), np.stack(parts))
-    _save(self._path("points"), kept)  # last: it says that all is there
+    kept = {"points": ((3,), np.float32)}
+    if clouds.class_parts:
+      kept["parts"] = (), np.int32
+    with contextlib.ExitStack() as stack:
+      # What is opened first is closed last: points say that all is there.
+      arrays = {
+        what: stack.enter_context(
+          _written(self._path(what), (len(clouds), count, *shape), dtype)
+        )
+        for what, (shape, dtype) in kept.items()
+      }
+      for start in range(0, len(clouds), _BATCH):
+        numbers = range(start, min(start + _BATCH, len(clouds)))
+        batch = [_checked(clouds[i], i, count) for i in numbers]
+        index = [np.arange(count)] * len(batch)
+        if farthest:
+          index = _farthest([cloud.points for cloud in batch], count)
+        for number, cloud, chosen in zip(numbers, batch, index):
+          for what, array in arrays.items():
+            array[number] = getattr(cloud, what)[chosen]
+
+
+def _checked(cloud: Cloud, number: int, count: int) -> Cloud:
+  if len(cloud.points) < count:
+    raise ValueError(
+      f"Cloud {number} has {len(cloud.points)} points, fewer than the {count}"
+      " that data.stored_points asks for."
+    )
+  return cloud
 
 
 def _farthest(clouds: list[np.ndarray], count: int) -> np.ndarray:
@@ -104,10 +116,19 @@ def _farthest(clouds: list[np.ndarray], count: int) -> np.ndarray:
   return np.where(found < np.array([[len(x)] for x in clouds]), found, 0)
 
 
-def _save(path: pathlib.Path, array: np.ndarray) -> None:
-  """Writes a file that is whole at any moment."""
-  with tempfile.NamedTemporaryFile(
-    dir=path.parent, suffix=".partial", delete=False
-  ) as file:
-    np.save(file, array)
-  os.replace(file.name, path)
+@contextlib.contextmanager
+def _written(
+  path: pathlib.Path, shape: tuple[int, ...], dtype: Any
+) -> Iterator[np.ndarray]:
+  """An array on disk to be filled; the file is whole at any moment."""
+  handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
+  os.close(handle)
+  try:
+    array = np.lib.format.open_memmap(
+      partial, mode="w+", dtype=dtype, shape=shape
+    )
+    yield array
+    array.flush()
+    os.replace(partial, path)
+  finally:
+    pathlib.Path(partial).unlink(missing_ok=True)
