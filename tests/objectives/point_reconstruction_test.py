@@ -188,7 +188,7 @@ class ReconstructionTest(parameterized.TestCase):
     mesh = make_mesh(devices=jax.devices()[:1])
     values = reconstruction(
       objective=self.objective, data=data, mesh=mesh, split="train"
-    )(self.variables, None)
+    )(self.variables, jax.random.key(0))
     rows = [
       jax.tree.map(jnp.asarray, row) for row in dataset.evaluation_batches(1)
     ]

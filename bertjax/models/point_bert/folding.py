@@ -35,7 +35,7 @@ class Folding(nn.Module):
   @nn.compact
   def __call__(
     self, features: Float[Array, "b g e"], *, train: bool
-  ) -> tuple[Float[Array, "b g m/4 3"], Float[Array, "b g m 3"]]:
+  ) -> tuple[Float[Array, "b g k 3"], Float[Array, "b g m 3"]]:
     """The coarse and the fine patch, relative to its centre, float32."""
     if self.size % _FOLD or self.size < 1:
       raise ValueError(

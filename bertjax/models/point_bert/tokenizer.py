@@ -25,7 +25,7 @@ class Reconstruction(NamedTuple):
   """
 
   logits: Float[Array, "b g v"]
-  coarse: Float[Array, "b g m/4 3"]
+  coarse: Float[Array, "b g k 3"]
   fine: Float[Array, "b g m 3"]
 
 
