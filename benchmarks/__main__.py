@@ -2,7 +2,7 @@
 
   python -m benchmarks [PART ...] [--json FILE] [--no-history]
 
-About 16 minutes on two cores: ragged 10, step 3, reading 2, tpu and compiling 1.
+About 16 minutes on two cores: ragged 10, step 3, reading 2, the others 1 each.
 Every part has a process of its own and can be run by itself, as `python -m
 benchmarks.step`.
 """
