@@ -50,12 +50,40 @@ class _Stack(nn.Module):
     return {"squares": (squares * batch["weight"]).sum()}, {}
 
 
-_STACK = _Stack()
+class _Plain(nn.Module):
+  """Layers that are no stack: a narrow one, and two alike with a bias."""
+
+  coefficients = {"squares": 1.0}
+  fresh = ()
+
+  def weights(self, batch):
+    return {"squares": jnp.sum(batch["weight"])}
+
+  @nn.compact
+  def __call__(self, batch, *, train):
+    del train
+    init = nn.initializers.normal(0.3)
+    x = batch["x"]
+    for name in ("first", "second"):
+      x += jnp.tanh(Linear(
+        "be,ef->bf", (INPUTS,), ("norm", "norm"), name=name, kernel_init=init
+      )(x))  # fmt: skip
+    found = Linear(
+      "be,ef->bf", (OUTPUTS,), ("norm", "norm"), name="third", use_bias=False,
+      kernel_init=init,
+    )(x)  # fmt: skip
+    squares = jnp.square(found - batch["y"]).sum(-1)
+    return {"squares": (squares * batch["weight"]).sum()}, {}
 
 
-def _world(fraction, axes=(("data", _WORKERS),), form="eigen"):
+_STACK, _PLAIN = _Stack(), _Plain()
+
+
+def _world(
+  fraction, axes=(("data", _WORKERS),), form="eigen", objective=_STACK
+):
   return world(
-    objective=_STACK, name="sgd", learning_rate=0.02, axes=axes,
+    objective=objective, name="sgd", learning_rate=0.02, axes=axes,
     precondition=(
       ("name", "kfac"), ("form", form), ("inverse_interval", 2),
       ("grad_worker_fraction", fraction),
@@ -137,6 +165,52 @@ class SharingTest(parameterized.TestCase):
     with jax.set_mesh(w.mesh):
       found = jax.jit(lambda x: sharing.decompose(jnp.linalg.inv, x))(x)
     np.testing.assert_allclose(found, np.linalg.inv(x), rtol=1e-3, atol=1e-5)
+
+  @parameterized.parameters(1.0, 0.0)
+  def test_layers_of_no_stack_share_without_a_change(self, fraction):
+    alone = _run(_world(None, (("data", 1),), objective=_PLAIN))
+    params, losses = _run(_world(fraction, objective=_PLAIN))
+    np.testing.assert_allclose(losses, alone[1], rtol=2e-5)
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+      params,
+      alone[0],
+    )
+
+  def test_what_layers_of_no_stack_send_and_keep(self):
+    """Decompositions are sent once; rows are kept where they divide."""
+    w = _world(0.0, objective=_PLAIN)
+    _, found = _collectives(w)
+    decompositions = [
+      c for c in found if c.kind == "all-reduce" and len(c.branch) == 2
+    ]
+    sides = 2 * [INPUTS, INPUTS + 1] + [OUTPUTS, INPUTS]
+    self.assertEqual(
+      sum(c.operand_bytes for c in decompositions),
+      4 * sum(d * d + d for d in sides),
+    )
+    factors = curvature(w.abstract.opt_state).factors
+    for leaf in jax.tree.leaves(factors):
+      local = leaf.sharding.shard_shape(leaf.shape)
+      parts = _WORKERS if leaf.ndim == 2 and leaf.shape[0] % 4 == 0 else 1
+      self.assertEqual(local, (leaf.shape[0] // parts, *leaf.shape[1:]))
+
+  @parameterized.parameters(0, 2, 5)
+  def test_one_matrix_is_decomposed_by_its_owner_alone(self, owner):
+    calls = []
+
+    def counted(x):
+      place = jax.lax.axis_index("data")
+      jax.debug.callback(lambda i: calls.append(int(i)), place)
+      return jnp.linalg.inv(x)
+
+    w = _world(1.0)
+    x = 2 * jnp.eye(3)
+    with jax.set_mesh(w.mesh):
+      found = jax.jit(lambda x: sharing.decompose(counted, x, owner))(x)
+    jax.effects_barrier()
+    np.testing.assert_allclose(found, 0.5 * np.eye(3))
+    self.assertEqual(calls, [owner % _WORKERS])
 
   def test_a_fraction_that_no_axes_make_is_refused(self):
     mesh = dict(data=2, fsdp=4, model=2)

@@ -97,7 +97,10 @@ class Kfac:
     output, inputs = sharing.keep((output, inputs), fraction)
 
     def decomposed():
-      made = tuple(sharing.decompose(self._made, x) for x in (output, inputs))
+      made = tuple(
+        sharing.decompose(self._made, x, owner=2 * layer.index + side)
+        for side, x in enumerate((output, inputs))
+      )
       return sharing.keep(made, fraction)
 
     left, right = jax.lax.cond(
@@ -178,7 +181,7 @@ def kfac(
   """D = (G (x) A + damping)^-1 of the gradient, or with damped inverses.
 
   The moving averages start at the identity, as KAISA's do. Workers share the
-  decompositions of stacked layers; see `sharing`.
+  decompositions; see `sharing`.
 
   Args:
     form: "eigen" damps the products of eigenvalues; "inverse" is

@@ -22,6 +22,7 @@ class Layer:
     stack: leading axes of the kernel that replicate the layer.
     summed: axes of inputs after them.
     bias: whether there is a bias that trains.
+    index: among the layers that are no stack; 0 of a stack.
   """
 
   path: str
@@ -29,6 +30,7 @@ class Layer:
   stack: int
   summed: int
   bias: bool
+  index: int = 0
 
   @property
   def size(self) -> LayerSize:
@@ -89,7 +91,7 @@ def find_layers(
       are inputs.
   """
   leaves = selection.by_name(params)
-  found = []
+  found: list[Layer] = []
   for name, leaf in leaves.items():
     path, _, last = name.rpartition("/")
     if last != "kernel" or (
@@ -115,7 +117,7 @@ def find_layers(
         f"optim.precondition: {name!r} of shape {tuple(leaf.shape)} has no bias"
         " that tells inputs from outputs; pass summed_axes."
       )
-    found.append(
-      Layer(path, tuple(leaf.shape), len(axes), summed, bias is not None)
-    )
+    index = 0 if axes else sum(not layer.stack for layer in found)
+    shape = tuple(leaf.shape)
+    found.append(Layer(path, shape, len(axes), summed, bias is not None, index))
   return tuple(found)

@@ -8,8 +8,10 @@ each decomposition is computed once.
 
 Layers of a stack are dealt out to workers by whole layers. A stack that they
 do not divide is kept in rows instead (see `memory`), and decomposed after
-padding it to a multiple; a layer that is no part of a stack is decomposed by
-everyone, as sending it would save no time.
+padding it to a multiple. Of layers that are no part of a stack, factors are
+decomposed by one worker after another, by the layers' numbers, and sent to all;
+they are kept in rows, or, where the workers do not divide their width, as those
+of inputs with a bias, whole by everyone.
 
 Reference: Pauloski et al. 2021 (KAISA), arXiv:2107.01739, section 3.
 """
@@ -107,32 +109,71 @@ def keep(factors: Any, fraction: float | None) -> Any:
 
 
 def decompose(
-  function: Callable[[Array], Any], matrices: Float[Array, "*stack d d"]
+  function: Callable[[Array], Any],
+  matrices: Float[Array, "*stack d d"],
+  owner: int = 0,
 ) -> Any:
   """`function` of a stack, each matrix by one worker of the mesh at hand.
 
   Args:
     function: batched over leading axes, [n, d, d] -> tree of [n, ...].
     matrices: symmetric.
+    owner: number of the worker, modulo workers, if there is only one matrix.
   """
   mesh = jax.sharding.get_abstract_mesh()
   axes = _free_axes(mesh)
   workers = math.prod(mesh.shape[axis] for axis in axes)
+  if workers == 1:
+    return function(matrices)
   stack, width = matrices.shape[:-2], matrices.shape[-1]
   number = math.prod(stack)
-  if workers == 1 or number == 1:
-    return function(matrices)
   flat = matrices.reshape(number, width, width)
+  if number == 1:
+    found = _by_owner(function, flat, axes, owner % workers)
+  else:
+    found = _by_all(function, flat, axes, workers)
+  return jax.tree.map(lambda x: x[:number].reshape(*stack, *x.shape[1:]), found)
+
+
+def _by_all(
+  function: Callable[[Array], Any],
+  flat: Float[Array, "n d d"],
+  axes: tuple[str, ...],
+  workers: int,
+) -> Any:
+  """Of as many matrices each, padded; [n + padding, ...]."""
+  number, width = flat.shape[:2]
   padding = -number % workers
   if padding:
     eye = jnp.eye(width, dtype=flat.dtype)
     eyes = jnp.broadcast_to(eye, (padding, width, width))
     flat = jnp.concatenate([flat, eyes])
   dealt = PartitionSpec(axes)
-  found = jax.shard_map(
+  return jax.shard_map(
     function, in_specs=dealt, out_specs=dealt, check_vma=False
   )(flat)
-  return jax.tree.map(lambda x: x[:number].reshape(*stack, *x.shape[1:]), found)
+
+
+def _by_owner(
+  function: Callable[[Array], Any],
+  flat: Float[Array, "1 d d"],
+  axes: tuple[str, ...],
+  owner: int,
+) -> Any:
+  """By one worker; the others add zeros to what it sends."""
+
+  def one(flat):
+    def nothing(flat):
+      shapes = jax.eval_shape(function, flat)
+      return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    mine = jax.lax.axis_index(axes) == owner
+    return jax.lax.psum(jax.lax.cond(mine, function, nothing, flat), axes)
+
+  whole = PartitionSpec()
+  return jax.shard_map(one, in_specs=whole, out_specs=whole, check_vma=False)(
+    flat
+  )
 
 
 def at_owners(
