@@ -271,6 +271,7 @@ def build_optimizer(
       learning_rate=schedule,
       total_steps=total_steps,
       linear_layers=linear_layers,
+      logical_axes=logical_axes,
     )
   for field in ("no_decay", "no_adaptation"):
     if field in spec:

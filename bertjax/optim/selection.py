@@ -127,6 +127,19 @@ def stacked_from_logical(logical_axes: Any) -> AxesFn:
   return stacked
 
 
+def with_logical_axis(
+  logical_axes: Any, axis: str
+) -> Callable[[str, Any], bool]:
+  """Selects the parameters that have a logical axis of this name.
+
+  Args:
+    logical_axes: as for `stacked_from_logical`.
+    axis: its name.
+  """
+  names = axes_by_name(logical_axes)
+  return lambda name, leaf: axis in names.get(name, ())
+
+
 def no_axes(name: str, leaf: Any) -> tuple[int, ...]:
   """No axis is stacked: every tensor is one layer."""
   del name, leaf

@@ -2,15 +2,46 @@
 
 import functools
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from bertjax import hardware
+from bertjax import hardware, train_state
 from bertjax.hardware import hlo
+from bertjax.layers.linear import Linear
+from bertjax.models import bert
+from bertjax.objectives import masked_lm
+from bertjax.optim import build_optimizer
 from tests.optim.workers import HIDDEN, INPUTS, OUTPUTS, Dense, batch, world
 
-_DENSE = Dense()
+
+class _Scores(nn.Module):
+  """A linear layer, and one that scores a vocabulary."""
+
+  coefficients = {"squares": 1.0}
+  fresh = ()
+
+  def weights(self, batch):
+    return {"squares": jnp.sum(batch["weight"])}
+
+  @nn.compact
+  def __call__(self, batch, *, train):
+    del train
+    init = nn.initializers.normal(0.5)
+    hidden = Linear(
+      "be,ef->bf", (HIDDEN,), ("norm", "embed"), kernel_init=init, name="up"
+    )(batch["x"])
+    found = Linear(
+      "be,ev->bv", (OUTPUTS,), ("embed", "vocab"), kernel_init=init,
+      name="decoder",
+    )(jnp.tanh(hidden))  # fmt: skip
+    squares = jnp.square(found - batch["y"]).sum(-1) * batch["weight"]
+    return {"squares": squares.sum()}, {}
+
+
+_DENSE, _SCORES = Dense(), _Scores()
 _SPECS = {
   "mkor": (("name", "mkor"), ("rule", "exact"), ("interval", 2),
            ("wire_dtype", "float32"), ("dtype", "float32")),
@@ -77,6 +108,79 @@ class TrainStepTest(parameterized.TestCase):
     self.assertIn(refresh[0].operand_bytes, (numbers * size, numbers * 4))
     kind = {"bfloat16": "bf16", "float32": "f32"}[wire_dtype]
     self.assertTrue(f"tensor<8x{numbers}x{kind}>" in lowered.as_text())
+
+
+class FirstOrderTest(parameterized.TestCase):
+  """Which layers are left to the optimizer alone."""
+
+  def _moved(self, spec):
+    options = {} if spec is None else {"precondition": spec}
+    w = world(
+      objective=_SCORES, name="sgd", learning_rate=0.02, axes=(("data", 1),),
+      **options,
+    )  # fmt: skip
+    state, _ = w.run(w.init(), 0, 1)
+    return w.optimizer.statistics, jax.device_get(state.params)
+
+  @parameterized.parameters("mkor", "kfac", "eva")
+  def test_a_vocabulary_is_scored_first_order_unless_opted_in(self, name):
+    plain = self._moved(None)[1]
+    wanted, params = self._moved(_SPECS[name])
+    self.assertEqual(set(wanted.layers), {"up"})
+    jax.tree.map(
+      np.testing.assert_array_equal, params["decoder"], plain["decoder"]
+    )
+    self.assertTrue(np.any(params["up"]["kernel"] != plain["up"]["kernel"]))
+    wanted, params = self._moved((*_SPECS[name], ("first_order", _is_up)))
+    self.assertEqual(set(wanted.layers), {"decoder"})
+    jax.tree.map(np.testing.assert_array_equal, params["up"], plain["up"])
+    self.assertTrue(
+      np.any(params["decoder"]["kernel"] != plain["decoder"]["kernel"])
+    )
+
+  @parameterized.parameters((None, False), ((), True), (("up/",), True))
+  def test_any_list_replaces_the_default(self, first_order, opted_in):
+    spec = dict(name="mkor")
+    if first_order is not None:
+      spec["first_order"] = first_order
+    shape = {"x": (2, INPUTS), "y": (2, OUTPUTS), "weight": (2,)}
+    layers = _layers(_SCORES, shape, jnp.float32, spec)
+    self.assertEqual("decoder" in layers, opted_in)
+    self.assertEqual("up" in layers, first_order != ("up/",))
+
+  def test_a_decoder_tied_to_embeddings_is_no_layer(self):
+    """Of BERT the encoder's dense layers and the heads' own, nothing else."""
+    objective = masked_lm(
+      encoder=bert(vocab_size=50, size="tiny"), pair_task="nsp"
+    )
+    rows = ("tokens", "segment_ids", "type_ids", "positions",
+            "masked_positions", "labels")  # fmt: skip
+    shapes = dict.fromkeys(rows, (2, 8)) | {"pair_labels": (2,)}
+    layers = _layers(objective, shapes, jnp.int32, dict(name="mkor"))
+    heads = {path for path in layers if not path.startswith("encoder/")}
+    self.assertEqual(heads, {"mlm_head/transform", "pooler/dense", "pair_head"})
+    self.assertFalse([path for path in layers if "embed" in path])
+    self.assertLen(layers, 6 + len(heads))
+    self.assertNotIn(50, [width for x in layers.values() for width in x[1:]])
+
+
+def _is_up(name, leaf):
+  del leaf
+  return name.startswith("up/")
+
+
+def _layers(objective, shapes, dtype, precondition):
+  """Those that are asked for statistics: sizes by path."""
+  spec = {k: jax.ShapeDtypeStruct(v, dtype) for k, v in shapes.items()}
+  params, axes = train_state.abstract_params(objective, spec)
+  optimizer = build_optimizer(
+    dict(name="sgd", learning_rate=0.1, precondition=precondition),
+    total_steps=9,
+    params=params,
+    logical_axes=axes,
+    linear_layers=lambda: train_state.linear_layers(objective, spec),
+  )
+  return optimizer.statistics.layers
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ PRECONDITIONERS: dict[str, Callable[..., Preconditioner]] = {
   "sngd": sngd,
 }
 _FIELD = "optim.precondition"
+_VOCABULARY = "vocab"  # as layers name it
 # Options of all of them, arguments of `precondition`.
 _COMMON = ("first_order", "skip_padding", "measure_captured")
 
@@ -63,24 +64,33 @@ def build_preconditioning(
   learning_rate: optax.Schedule,
   total_steps: int,
   linear_layers: Callable[[], Mapping[str, int]] | None = None,
+  logical_axes: Any = None,
 ) -> PreconditioningTransformation:
   """What `optim.precondition` of a config describes.
 
   Args:
     spec: `name`, that row's options, and those of `precondition`:
-      `first_order`, `skip_padding`, `measure_captured`, and `switch`, the
-      fields of a `SwitchRule` whose `step` may be a fraction of the run.
+      `first_order` (if left out, the layers that score a vocabulary: their
+      kernel has a logical axis "vocab"; `()` for none), `skip_padding`,
+      `measure_captured`, and `switch`, the fields of a `SwitchRule` whose
+      `step` may be a fraction of the run. Embeddings are no linear layers, and
+      neither is a decoder that is tied to them.
     params: parameters, possibly abstract.
     stacked: (name, leaf) -> axes that replicate layers.
     learning_rate: the schedule.
     total_steps: of the phase.
     linear_layers: see `build_optimizer`.
+    logical_axes: see `build_optimizer`.
 
   Raises:
     ValueError: names the option that does not fit.
   """
   spec = dict(spec)
   common = {key: spec.pop(key) for key in _COMMON if key in spec}
+  if logical_axes is not None:
+    common.setdefault(
+      "first_order", selection.with_logical_axis(logical_axes, _VOCABULARY)
+    )
   switch = spec.pop("switch", None)
   if switch is not None:
     switch = dict(switch)

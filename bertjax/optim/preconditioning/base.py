@@ -186,7 +186,7 @@ def precondition(
   stacked: selection.AxesFn,
   learning_rate: optax.Schedule | float,
   summed_axes: Mapping[str, int] | None = None,
-  first_order: Sequence[str] = (),
+  first_order: selection.Rule = (),
   skip_padding: bool = False,
   switch: SwitchRule | None = None,
   measure_captured: bool = False,
@@ -203,8 +203,7 @@ def precondition(
     stacked: (name, leaf) -> axes that replicate layers.
     learning_rate: for `rescale="kl"`.
     summed_axes: see `layers.find_layers`.
-    first_order: layers that pass unchanged; expressions on paths of
-      parameters.
+    first_order: layers that pass unchanged: a rule on kernels.
     skip_padding: statistics leave out padding.
     switch: when to give up; None for never.
     measure_captured: report |mean x|^2 / mean |x|^2 of layers' inputs: how good
