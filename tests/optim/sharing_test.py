@@ -212,6 +212,21 @@ class SharingTest(parameterized.TestCase):
     np.testing.assert_allclose(found, 0.5 * np.eye(3))
     self.assertEqual(calls, [owner % _WORKERS])
 
+  @parameterized.parameters(
+    ((16, 5, 5), (("data", "fsdp"),)),
+    ((12, 5, 5), ("fsdp",)),  # by layers over four, as eight do not divide them
+    ((12, 5), ("fsdp",)),
+    ((6, 16, 16), ("data",)),
+    ((5, 16, 16), (None, ("data", "fsdp"))),
+    ((5, 12, 12), (None, "fsdp")),
+    ((16, 16), (("data", "fsdp"),)),
+    ((5, 17, 17), ()),
+    ((16,), ()),
+  )
+  def test_as_many_workers_as_divide_a_factor_keep_it(self, shape, spec):
+    mesh = dict(data=2, fsdp=4, model=3)
+    self.assertEqual(tuple(sharing.place(shape, mesh, 0.0)), spec)
+
   def test_a_fraction_that_no_axes_make_is_refused(self):
     mesh = dict(data=2, fsdp=4, model=2)
     for fraction, axes in (

@@ -9,9 +9,10 @@ each decomposition is computed once.
 Layers of a stack are dealt out to workers by whole layers. A stack that they
 do not divide is kept in rows instead (see `memory`), and decomposed after
 padding it to a multiple. Of layers that are no part of a stack, factors are
-decomposed by one worker after another, by the layers' numbers, and sent to all;
-they are kept in rows, or, where the workers do not divide their width, as those
-of inputs with a bias, whole by everyone.
+decomposed by one worker each, by the layers' numbers, and sent to all; they are
+kept in rows. What no axis of the workers divides is whole everywhere: the 24
+input factors of width 1025 on a mesh of data=16, where data=2, fsdp=8 would
+deal them out to eight.
 
 Reference: Pauloski et al. 2021 (KAISA), arXiv:2107.01739, section 3.
 """
@@ -80,14 +81,23 @@ def place(
 ) -> PartitionSpec:
   """Where a factor [*stack, d, d], or its eigenvalues [*stack, d], is kept.
 
-  A stack by its layers; what they do not divide by rows; else whole everywhere.
+  A stack by its layers, over as many of the owners' axes as divide it; what
+  none divides, and what is no stack, by rows in the same way; else whole
+  everywhere.
   """
   axes = owner_axes(mesh, fraction)
-  size = math.prod(mesh[axis] for axis in axes)
+  single = sorted(axes, key=lambda axis: -mesh[axis])
+  choices = (axes, *((axis,) for axis in single))
   rank = len(shape)
+  if rank < 2:
+    return PartitionSpec()
   for axis in (0, rank - 2) if rank > 2 else (0,):
-    if rank > 1 and size > 1 and shape[axis] % size == 0:
-      return PartitionSpec(*(None,) * axis, axes if len(axes) > 1 else axes[0])
+    for some in choices:
+      size = math.prod(mesh[name] for name in some)
+      if size > 1 and shape[axis] % size == 0:
+        return PartitionSpec(
+          *(None,) * axis, some if len(some) > 1 else some[0]
+        )
   return PartitionSpec()
 
 
