@@ -16,7 +16,7 @@ from bertjax.data.abstract import abstract_text
 from bertjax.parallel import wire
 from bertjax.plan import Plan, plan, stages
 from bertjax.planning import advice, links, page
-from bertjax.planning.step import StepFacts, lower_step
+from bertjax.planning.step import StepFacts, device_bytes, lower_step
 from tests import tiny
 from tests.configs_test import _CONFIGS, _load
 
@@ -33,17 +33,18 @@ _FACTS = StepFacts(
 )
 
 
-# MKOR's of BERT-large, in bfloat16: squares of inputs (a bias is one more) and
-# outputs of attention, feed-forward, pooler, transform and next sentence.
-_FACTOR_BYTES = 2 * sum(
-  count * ((inputs + 1) ** 2 + outputs**2)
-  for count, inputs, outputs in (
-    (24 * 4 + 2, 1024, 1024),
-    (24, 1024, 4096),
-    (24, 4096, 1024),
-    (1, 1024, 2),
-  )
-)
+# Linear layers of BERT-large: number, inputs (a bias is one more), outputs of
+# attention and feed-forward; of pooler, transform and next sentence.
+_STACKED = ((24 * 4, 1025, 1024), (24, 1025, 4096), (24, 4097, 1024))
+_HEADS = ((2, 1025, 1024), (1, 1025, 2))
+
+
+def _sum(function, layers):
+  return sum(n * (function(i) + function(o)) for n, i, o in layers)
+
+
+# MKOR's, in bfloat16.
+_FACTOR_BYTES = 2 * _sum(lambda d: d * d, _STACKED + _HEADS)
 
 
 def _devices():
@@ -79,6 +80,34 @@ class ConfigsTest(parameterized.TestCase):
       if "precondition" in stage.optim:
         kept -= _FACTOR_BYTES / facts.parameter_bytes
       self.assertBetween(kept, 2, 2.01)
+
+  @parameterized.parameters(
+    ("mkor", _FACTOR_BYTES),
+    # A vector of inputs and one of output gradients, float32.
+    ("eva", 4 * _sum(lambda d: d, _STACKED + _HEADS)),
+    # Covariances and eigenvectors, and eigenvalues, float32. Eight workers
+    # divide 24 layers, and rows of the heads' outputs, 1024.
+    (
+      "kaisa",
+      4 * _sum(lambda d: 2 * d * d + d, _STACKED) / 8
+      + 4 * _sum(lambda d: 2 * d * d + d, _HEADS)
+      - 4 * 2 * 2 * 1024**2 * 7 / 8,
+    ),
+  )
+  def test_factors_have_their_closed_form(self, variant, expected):
+    """Per device, of eight; the rest is LAMB's and what it counts."""
+    path = next(p for p in _CONFIGS if p.stem == "mkor")
+
+    def optimizer_bytes(variant):
+      ((_, stage, _),) = stages(_load(path, variant))
+      built = experiment.build(
+        dataclasses.replace(stage, init_from=None),
+        data=abstract_text(stage.data, 30_522),
+      )
+      return device_bytes(built.abstract_state.opt_state)
+
+    factors = optimizer_bytes(variant) - optimizer_bytes("lamb")
+    self.assertAlmostEqual(factors, expected, delta=64)
 
   @parameterized.named_parameters((p.stem, p) for p in _CONFIGS)
   @pytest.mark.slow  # what lowers compiles, as far as we know

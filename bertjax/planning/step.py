@@ -123,14 +123,15 @@ def _facts(experiment: Experiment, batch: Mapping[str, Any]) -> StepFacts:
     unit=rows.unit,
     vocab_size=getattr(experiment.objective.encoder, "vocab_size", None),
     parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-    parameter_bytes=_device_bytes(state.params),
-    optimizer_bytes=_device_bytes(state.opt_state),
-    batch_bytes=_device_bytes(batch),
+    parameter_bytes=device_bytes(state.params),
+    optimizer_bytes=device_bytes(state.opt_state),
+    batch_bytes=device_bytes(batch),
     model_flops=None if flops is None else data.batch_size * slots * flops,
   )
 
 
-def _device_bytes(tree: Any) -> int:
+def device_bytes(tree: Any) -> int:
+  """Bytes that one device holds of a tree of arrays, abstract or not."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)

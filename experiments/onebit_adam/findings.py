@@ -1,5 +1,6 @@
 """What the runs say about 1-bit Adam's claims."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from matplotlib.figure import Figure
 
 from experiments import arms, plots
 from experiments.onebit_adam import speedup
+from experiments.onebit_adam.variance import THRESHOLD
 from experiments.outcome import Claim, Outcome
 
 PAPER = "1-bit Adam (Tang et al. 2021, arXiv:2102.02888)"
@@ -17,35 +19,50 @@ PER_TENSOR = "1-bit Adam, a scale per tensor"
 NO_FEEDBACK = "1-bit Adam, no error feedback"
 TOO_EARLY = "1-bit Adam, frozen too early"
 GRADIENT = "Adam on 1-bit gradients"
+ZERO_ONE_PER_TENSOR = "0/1 Adam, a scale per tensor"
+ZERO_ONE_RARE = "0/1 Adam, variance updated less often"
 LAMB, ONEBIT_LAMB = "LAMB", "1-bit LAMB"
 
-_LOSS = "heldout/mlm_loss"
+LOSS = "heldout/mlm_loss"
 _ACCURACY = "heldout/mlm_accuracy"
 # Nats by which a loss may exceed Adam's and still count as the same.
 TOLERANCE = 0.05
+DIVERGED = {LOSS: math.inf, _ACCURACY: 0.0, "loss": math.inf}
 
 
 def outcome(
   runs: Sequence[arms.Run],
+  trials: Sequence[arms.Run],
+  rates: Mapping[str, float],
   sent: Mapping[str, Sequence[float]],
   pods: Sequence[Mapping[str, Any]],
+  variance: Mapping[str, Any],
 ) -> Outcome:
   """Claims, tables and figure.
 
   Args:
     runs: finished, by factor "arm".
+    trials: those that chose the rates, by "arm" and "rate".
+    rates: of each arm, the one chosen.
     sent: bytes that a worker has sent after each step, by arm.
     pods: rows of `wires.measure`.
+    variance: what `variance.watch` found.
   """
+  metrics = [LOSS, _ACCURACY, "loss"]
   rows = [
-    run.row([_LOSS, _ACCURACY, "loss"])
-    | {"sent bytes": sent[run.factors["arm"]][-1]}
+    run.row(metrics)
+    | {
+      "rate": rates[run.factors["arm"]],
+      "sent bytes": sent[run.factors["arm"]][-1],
+    }
     for run in runs
   ]
   summary = [
-    row | {"MB sent": f"{sent[row['arm']][-1] / 1e6:.0f}"}
+    {"arm": row["arm"], "rate": f"{rates[row['arm']]:g}"}
+    | row
+    | {"MB sent": f"{sent[row['arm']][-1] / 1e6:.0f}"}
     for row in arms.summary(
-      runs, {"held-out loss": _LOSS, "masked accuracy": _ACCURACY}
+      runs, {"held-out loss": LOSS, "masked accuracy": _ACCURACY}
     )
   ]
   return Outcome(
@@ -56,9 +73,9 @@ def outcome(
       _volume(sent),
       *([_pods(pods)] if pods else []),
     ],
-    rows=[*rows, *pods],
+    rows=[*(run.row(metrics) for run in trials), *rows, *pods],
     summary=summary,
-    figure=_figure(runs, sent),
+    figure=_figure(runs, sent, variance),
   )
 
 
@@ -69,6 +86,7 @@ def _compared(runs: Sequence[arms.Run]) -> list[Claim]:
     (ONEBIT, ADAM, "GLUE and SQuAD within noise"),
     (PER_TENSOR, ADAM, "(not in the paper)"),
     (ZERO_ONE, ONEBIT, "same accuracy (Lu et al. 2022)"),
+    (ZERO_ONE_PER_TENSOR, PER_TENSOR, "(not in the paper)"),
     (ONEBIT_LAMB, LAMB, "1-bit LAMB: same convergence"),
   )
   worse = (
@@ -84,7 +102,7 @@ def _compared(runs: Sequence[arms.Run]) -> list[Claim]:
 
 def _same(runs, arm: str, reference: str, published: str) -> Claim:
   """Within the tolerance in every run, so that seeds do not average it away."""
-  gap = arms.gains(runs, _LOSS, "arm", arm, reference)
+  gap = arms.gains(runs, LOSS, "arm", arm, reference)
   return Claim(
     f"{arm} learns as {reference} does at equal steps (within"
     f" {TOLERANCE} nats)",
@@ -95,7 +113,7 @@ def _same(runs, arm: str, reference: str, published: str) -> Claim:
 
 
 def _worse(runs, arm: str, claim: str) -> Claim:
-  gap = arms.gains(runs, _LOSS, "arm", arm, ONEBIT)
+  gap = arms.gains(runs, LOSS, "arm", arm, ONEBIT)
   return Claim(
     f"1-bit Adam: {claim}",
     "shown as curves",
@@ -160,12 +178,15 @@ def _pods(pods: Sequence[Mapping[str, Any]]) -> Claim:
 
 
 def _figure(
-  runs: Sequence[arms.Run], sent: Mapping[str, Sequence[float]]
+  runs: Sequence[arms.Run],
+  sent: Mapping[str, Sequence[float]],
+  variance: Mapping[str, Any],
 ) -> Figure:
-  figure, panels = plots.panels(5, height=3.6)
-  steps, lambs, megabytes, levels, predicted = panels
+  figure, panels = plots.panels(6, height=3.6)
+  steps, lambs, megabytes, levels, ratios, predicted = panels
   curves = (
-    ADAM, ONEBIT, PER_TENSOR, ZERO_ONE, NO_FEEDBACK, TOO_EARLY, GRADIENT
+    ADAM, ONEBIT, PER_TENSOR, ZERO_ONE, ZERO_ONE_PER_TENSOR, ZERO_ONE_RARE,
+    NO_FEEDBACK, TOO_EARLY, GRADIENT,
   )  # fmt: skip
   known = {run.factors["arm"] for run in runs}
   for arm in filter(known.__contains__, curves):
@@ -186,7 +207,7 @@ def _figure(
   for panel in (steps, lambs, megabytes):
     panel.set_title("training loss")
   for arm in dict.fromkeys(run.factors["arm"] for run in runs):
-    loss = arms.stat(runs, _LOSS, arm=arm)
+    loss = arms.stat(runs, LOSS, arm=arm)
     plots.levels(levels, [sent[arm][-1] / 1e6], [loss], arm)
   levels.set_title("held-out loss")
   for panel in (steps, lambs, megabytes, levels):
@@ -194,10 +215,26 @@ def _figure(
   for panel in (megabytes, levels):
     panel.set_xscale("log")
     panel.set_xlabel("MB sent by a worker")
+  _watch(ratios, variance)
   _predict(predicted)
   for panel in panels:
     panel.legend(fontsize=6)
   return figure
+
+
+def _watch(panel, variance: Mapping[str, Any]) -> None:
+  """What the automatic rule sees, and where it would freeze."""
+  panel.plot(variance["steps"], variance["ratios"], label="Adam")
+  panel.axhline(THRESHOLD, color="black", linewidth=0.5, label=f"{THRESHOLD}")
+  if variance["frozen"] is not None:
+    panel.axvline(
+      variance["frozen"],
+      color="black",
+      linestyle=":",
+      label=f"freezes after {variance['frozen']}",
+    )
+  panel.set_xlabel("step")
+  panel.set_title("|v_old| / |v|, l1 norms")
 
 
 def _predict(panel) -> None:

@@ -137,7 +137,7 @@ def step_kinds(optimizer: Mapping[str, Any], steps: int) -> list[str]:
     due = bool(intervals.variance_due(step))
     kinds.append(FULL if due else ONE_BIT)
     if due:
-      intervals = intervals.variance_done(16)
+      intervals = intervals.variance_done(optimizer.get("variance_updates", 16))
   alone = 0
   for step in range(freeze, steps):
     doublings = (step - freeze) // optimizer["local_step_scaler"]
