@@ -18,19 +18,26 @@ MARGIN = 0.1  # nats
 DIVERGED = {LOSS: math.inf, _ACCURACY: 0.0, "loss": math.inf}
 
 
-def outcome(runs: Sequence[arms.Run], trials: Sequence[arms.Run]) -> Outcome:
+def outcome(
+  runs: Sequence[arms.Run],
+  trials: Sequence[arms.Run],
+  calmer: Sequence[arms.Run] = (),
+) -> Outcome:
   """Claims, tables and figure.
 
   Args:
     runs: finished, by factors "optimizer", "batch_size" and "base_rate".
     trials: those that chose the rates.
+    calmer: of other rates, to show beside them.
   """
   metrics = {"held-out loss": LOSS, "masked accuracy": _ACCURACY}
   return Outcome(
     paper=PAPER,
     claims=[_ordering(runs), _largest(runs)],
-    rows=[run.row([LOSS, _ACCURACY, "loss"]) for run in (*trials, *runs)],
-    summary=arms.summary(runs, metrics),
+    rows=[
+      run.row([LOSS, _ACCURACY, "loss"]) for run in (*trials, *runs, *calmer)
+    ],
+    summary=arms.summary((*runs, *calmer), metrics),
     figure=_figure(runs),
   )
 
