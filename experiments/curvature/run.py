@@ -49,7 +49,16 @@ class Scale:
 
 
 SCALES = {
-  command.FULL: Scale((), (0.0625, 0.25, 1.0, 4.0), 3, 400, 64, "full", 10, 3),
+  command.FULL: Scale(
+    arms=(),
+    rates=tuple(4.0**k for k in range(-3, 3)),
+    seeds=3,
+    steps=400,
+    batch_size=64,
+    timed="full",
+    interval=10,
+    rounds=3,
+  ),
   "tiny": Scale(("SGD", "LAMB", "MKOR, exact"), (1.0,), 1, 5, 8, "tiny", 2, 1),
 }
 # Peak rates that the multiples are of.
