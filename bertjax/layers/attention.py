@@ -7,13 +7,13 @@ from typing import Protocol, runtime_checkable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.typing import Dtype
+from flax.typing import Dtype, Initializer
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from bertjax.layers.dropout import dropout
 from bertjax.layers.flash import FlashAttend
-from bertjax.layers.linear import Linear
+from bertjax.layers.linear import Linear, bert_init
 from bertjax.layers.matmul import einsum
 
 # What remat policies call queries, keys and values.
@@ -195,6 +195,8 @@ class SelfAttention(nn.Module):
     attend: how scores become outputs; pass a kernel here, not a flag.
     dropout_rate: dropout of the attention weights.
     dtype: compute dtype.
+    projection_bias: whether queries, keys and values have a bias.
+    kernel_init: initializer of all kernels.
   """
 
   num_heads: int
@@ -202,6 +204,8 @@ class SelfAttention(nn.Module):
   attend: Attend = reference_attend
   dropout_rate: float = 0.0
   dtype: Dtype = jnp.float32
+  projection_bias: bool = True
+  kernel_init: Initializer = bert_init
 
   @nn.compact
   def __call__(
@@ -222,6 +226,8 @@ class SelfAttention(nn.Module):
         (self.num_heads, self.head_dim),
         ("embed", "heads", "head_dim"),
         dtype=self.dtype,
+        use_bias=self.projection_bias,
+        kernel_init=self.kernel_init,
         name=name,
       )(x)
       return checkpoint_name(projected, PROJECTIONS)
@@ -241,5 +247,6 @@ class SelfAttention(nn.Module):
       (x.shape[-1],),
       ("heads", "head_dim", "embed"),
       dtype=self.dtype,
+      kernel_init=self.kernel_init,
       name="output",
     )(mixed)

@@ -6,6 +6,7 @@ import flax.linen as nn
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from bertjax.layers.drop_path import DropPath
 from bertjax.layers.dropout import Dropout
 from bertjax.parallel.sharding import constrain
 
@@ -68,17 +69,28 @@ class Block(nn.Module):
     segment_ids: Int[Array, "b t"] | None,
     *,
     train: bool,
+    drop_path_rate: Float[Array, ""] | None = None,
     **shared: Array,
   ) -> Float[Array, "b t e"]:
-    """Runs the layer; `shared` is what all layers' mixers get."""
-    drop = Dropout(self.dropout_rate)
+    """Runs the layer.
+
+    Args:
+      x: its input.
+      segment_ids: 0 is padding; None: one full segment.
+      train: whether to drop anything.
+      drop_path_rate: probability that a row skips a sublayer; see `DropPath`.
+      **shared: what all layers' mixers get.
+    """
+    dropout, drop_path = Dropout(self.dropout_rate), DropPath()
+
+    def drop(h):
+      return drop_path(dropout(h, train=train), drop_path_rate, train=train)
 
     def mix(h):
-      mixed = self.mixer()(h, segment_ids, train=train, **shared)
-      return drop(mixed, train=train)
+      return drop(self.mixer()(h, segment_ids, train=train, **shared))
 
     def feed(h):
-      return drop(self.feed_forward()(h), train=train)
+      return drop(self.feed_forward()(h))
 
     def norm_named(name):
       return lambda h: self.norm(name=name)(h)

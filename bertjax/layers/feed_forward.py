@@ -6,11 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.typing import Dtype
+from flax.typing import Dtype, Initializer
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from bertjax.layers.linear import Linear
+from bertjax.layers.linear import Linear, bert_init
 from bertjax.layers.matmul import finished
 
 # What remat policies call the input of the activation.
@@ -61,11 +61,13 @@ class FeedForward(nn.Module):
     mlp_dim: inner width f.
     activation: applied between the two maps.
     dtype: compute dtype.
+    kernel_init: initializer of both kernels.
   """
 
   mlp_dim: int
   activation: Callable[[jax.Array], jax.Array] = gelu_tanh
   dtype: Dtype = jnp.float32
+  kernel_init: Initializer = bert_init
 
   @nn.compact
   def __call__(self, x: Float[Array, "b t e"]) -> Float[Array, "b t e"]:
@@ -74,6 +76,7 @@ class FeedForward(nn.Module):
       (self.mlp_dim,),
       ("embed", "mlp"),
       dtype=self.dtype,
+      kernel_init=self.kernel_init,
       name="up",
     )(x)
     inner = checkpoint_name(inner, INNER)
@@ -83,6 +86,7 @@ class FeedForward(nn.Module):
       (x.shape[-1],),
       ("mlp", "embed"),
       dtype=self.dtype,
+      kernel_init=self.kernel_init,
       name="down",
     )(inner)
     return finished(outer)

@@ -9,11 +9,13 @@ from flax.typing import Dtype
 from bertjax.models.bert import bert, left_to_right_bert, roberta
 from bertjax.models.encoder import Encoded, Encoder, HeadStyle
 from bertjax.models.point_bert import point_tokenizer
+from bertjax.models.point_bert.trunk import point_bert as point_bert_trunk
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
   "bert": bert,
   "left_to_right_bert": left_to_right_bert,
   "point_tokenizer": point_tokenizer,
+  "point_bert": point_bert_trunk,
   "roberta": roberta,
 }
 

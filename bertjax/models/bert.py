@@ -18,6 +18,7 @@ from bertjax.layers.embeddings import Embeddings
 from bertjax.layers.feed_forward import ACTIVATIONS, FeedForward
 from bertjax.layers.norm import LayerNorm
 from bertjax.layers.relative import RelativeBias
+from bertjax.models.checks import check_heads, check_rates
 from bertjax.models.encoder import Encoder, HeadStyle, remat_policy
 from bertjax.registry import lookup
 
@@ -70,6 +71,7 @@ def bert(
   epsilon: float = 1e-12,
   dropout_rate: float = 0.1,
   attention_dropout_rate: float | None = None,
+  drop_path_rate: float = 0.0,
   scan: bool = True,
   unroll: int = 1,
   remat: str = "auto",
@@ -98,6 +100,7 @@ def bert(
     epsilon: of every norm.
     dropout_rate: of embeddings and sublayer outputs.
     attention_dropout_rate: of attention weights; None: `dropout_rate`.
+    drop_path_rate: see `Encoder`.
     scan: see `Encoder`.
     unroll: see `Encoder`.
     remat: see `Encoder`.
@@ -114,8 +117,11 @@ def bert(
   )
   if attention_dropout_rate is None:
     attention_dropout_rate = dropout_rate
-  _check_rate("dropout_rate", dropout_rate)
-  _check_rate("attention_dropout_rate", attention_dropout_rate)
+  check_rates(
+    dropout_rate=dropout_rate,
+    attention_dropout_rate=attention_dropout_rate,
+    drop_path_rate=drop_path_rate,
+  )
   remat_policy(remat)
   if isinstance(attend, str):
     attend = lookup(ATTENTION, attend, "model.attend")
@@ -174,6 +180,7 @@ def bert(
     style=HeadStyle(vocab_size, dims["emb_dim"], act, epsilon, dtype),
     make_final_norm=make_norm if norm == "pre" else None,
     make_relative_bias=relative_bias if kind.relative_bias else None,
+    drop_path_rate=drop_path_rate,
     scan=scan,
     unroll=unroll,
     remat=remat,
@@ -185,17 +192,8 @@ def _dimensions(size: str, **given: int | None) -> dict[str, int]:
   """Those of a published size, but for what is given."""
   dims = lookup(SIZES, size, "model.size")
   dims = dims | {k: v for k, v in given.items() if v is not None}
-  if dims["emb_dim"] % dims["num_heads"]:
-    raise ValueError(
-      f"model.num_heads={dims['num_heads']} does not divide"
-      f" model.emb_dim={dims['emb_dim']}."
-    )
+  check_heads(dims["num_heads"], dims["emb_dim"])
   return dims
-
-
-def _check_rate(name: str, rate: float) -> None:
-  if not 0.0 <= rate < 1.0:
-    raise ValueError(f"model.{name}={rate} must lie in [0, 1).")
 
 
 # RoBERTa differs from BERT in data and objective; in the network only by these.

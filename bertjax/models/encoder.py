@@ -9,11 +9,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from bertjax.layers.attention import PROJECTIONS
 from bertjax.layers.block import SUM
+from bertjax.layers.drop_path import linear_rates
 from bertjax.layers.feed_forward import INNER
 from bertjax.layers.statistics import ROWS, SUMS
 from bertjax.metrics import meters
@@ -21,6 +21,8 @@ from bertjax.parallel.sharding import constrain, platform
 from bertjax.registry import lookup
 from bertjax.rules import path_name
 from kernels.flash_attention.backend import RESIDUALS
+
+Batch = Mapping[str, Any]
 
 # What a remat policy keeps of the forward pass; all else is computed again.
 REMAT: dict[str, Callable | None] = {
@@ -68,32 +70,44 @@ class HeadStyle:
   """What the heads on top of an encoder share with it.
 
   Attributes:
-    vocab_size: rows of the token embedding v.
+    vocab_size: rows of the token embedding v; None where there is none.
     emb_dim: model width e.
     activation: of the encoder's feed-forward layers.
     epsilon: of its norms.
     dtype: compute dtype.
   """
 
-  vocab_size: int
+  vocab_size: int | None
   emb_dim: int
   activation: Callable[[jax.Array], jax.Array]
   epsilon: float
   dtype: Dtype = jnp.float32
 
 
+def as_it_is(batch: Batch) -> Batch:
+  """The batch."""
+  return batch
+
+
 class Encoder(nn.Module):
   """Embeddings and `num_layers` equal blocks.
 
   Attributes:
-    make_embeddings: makes the input layer; it offers `token.logits`.
+    make_embeddings: makes the input layer; that of a language model offers
+      `token.logits`.
     make_block: makes a block, called as `block(x, segment_ids, train=...)`,
-      and with `relative_bias` if there is one.
+      and with `relative_bias` and `drop_path_rate` if there are any.
     num_layers: depth l.
     style: what heads need to know.
     make_final_norm: makes a norm of the output (pre-norm stacks), or None.
     make_relative_bias: makes what gives the layers their common bias by
       relative position, called as `relative_bias(t, t)`, or None.
+    make_positions: makes what is added to the input of every block, called as
+      `positions(batch)` for [b, t, e], or None.
+    prepare: what the batch goes through before any part sees it, without
+      parameters; doing it twice is doing it once, so that an objective may.
+    drop_path_rate: stochastic depth of the last layer; those before have less,
+      and the first has none.
     scan: parameters of all layers stacked on a leading axis, so that compile
       time is constant in depth. The unscanned twin keeps `layers_0`, ...
     remat: key of `REMAT`, or "auto": "products" on a TPU, where memory is the
@@ -108,6 +122,9 @@ class Encoder(nn.Module):
   style: HeadStyle
   make_final_norm: Callable[[], nn.Module] | None = None
   make_relative_bias: Callable[[], nn.Module] | None = None
+  make_positions: Callable[[], nn.Module] | None = None
+  prepare: Callable[[Batch], Batch] = as_it_is
+  drop_path_rate: float = 0.0
   scan: bool = True
   remat: str = "auto"
   unroll: int = 1
@@ -128,19 +145,32 @@ class Encoder(nn.Module):
       self.final_norm = self.make_final_norm()
     if self.make_relative_bias is not None:
       self.relative_bias = self.make_relative_bias()
+    if self.make_positions is not None:
+      self.positions = self.make_positions()
 
-  def __call__(
-    self, batch: Mapping[str, ArrayLike], *, train: bool = False
-  ) -> Encoded:
-    """Encodes `tokens` [b, t] with `segment_ids` (absent: one full segment)."""
+  def __call__(self, batch: Batch, *, train: bool = False) -> Encoded:
+    """Encodes what its embeddings read, such as `tokens` [b, t].
+
+    Positions see those with the same of the batch's `segment_ids`; where these
+    are absent, a row is one full segment.
+    """
+    batch = self.prepare(batch)
     x = self.embeddings(batch, train=train)
     x = constrain(x, ("batch", "length", None))
     segment_ids, shared = batch.get("segment_ids"), {}
     if self.make_relative_bias is not None:
       shared["relative_bias"] = self.relative_bias(x.shape[1], x.shape[1])
 
-    def body(block, x):
-      return block(x, segment_ids, train=train, **shared)
+    positions = None
+    if self.make_positions is not None:
+      positions = self.positions(batch)
+    rates = linear_rates(self.num_layers, self.drop_path_rate)
+
+    def body(block, x, rate):
+      own = {} if rate is None else {"drop_path_rate": rate}
+      if positions is not None:
+        x = x + positions
+      return block(x, segment_ids, train=train, **own, **shared)
 
     policy = remat_policy(self.remat)
     if policy is not None:
@@ -149,8 +179,8 @@ class Encoder(nn.Module):
 
     if self.scan:
 
-      def scanned(block, x, _):
-        y = body(block, x)
+      def scanned(block, x, rate):
+        y = body(block, x, rate)
         return y, y if self.keep_layers else None
 
       last, outputs = nn.scan(
@@ -160,19 +190,21 @@ class Encoder(nn.Module):
         length=self.num_layers,
         unroll=self.unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
-      )(self.layers, x, None)
+      )(self.layers, x, rates)
     else:
       last, outputs = x, []
-      for layer in self.layers:
-        last = body(layer, last)
+      for i, layer in enumerate(self.layers):
+        last = body(layer, last, None if rates is None else rates[i])
         outputs.append(last)
 
     layers = None
     if self.keep_layers:
       layers = jnp.concatenate([x[None], jnp.stack(list(outputs))])
-    if self.make_final_norm is not None:
-      last = self.final_norm(last)
-    return Encoded(last, layers)
+    return Encoded(self.normed(last), layers)
+
+  def normed(self, hidden: Float[Array, "*b e"]) -> Float[Array, "*b e"]:
+    """The final norm, also of a block before the last; without one, nothing."""
+    return hidden if self.make_final_norm is None else self.final_norm(hidden)
 
   def token_logits(
     self, hidden: Float[Array, "b m e"]

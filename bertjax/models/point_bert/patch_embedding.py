@@ -3,7 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.typing import Dtype
+from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
 from bertjax.parallel.sharding import split_by_hand
@@ -37,18 +37,22 @@ class MiniPointNet(nn.Module):
     features: width of a patch's vector.
     dtype: compute dtype.
     shrink: by what the widths of hidden layers are divided.
+    kernel_init: initializer of all kernels.
   """
 
   features: int = 256
   dtype: Dtype = jnp.float32
   shrink: int = 1
+  kernel_init: Initializer = nn.initializers.lecun_normal()
 
   @nn.compact
   def __call__(
     self, patches: Float[Array, "b g m 3"], *, train: bool
   ) -> Float[Array, "b g e"]:
     def dense(width, name):
-      return nn.Dense(width, dtype=self.dtype, name=name)
+      return nn.Dense(
+        width, dtype=self.dtype, kernel_init=self.kernel_init, name=name
+      )
 
     x = dense(128 // self.shrink, "point_in")(patches)
     x = jax.nn.relu(batch_norm(train, "point_norm", self.dtype)(x))
