@@ -91,12 +91,13 @@ def check_length(encoder: nn.Module, seq_len: int) -> None:
   Raises:
     ValueError: they are, or the encoder reads no tokens.
   """
-  if not hasattr(encoder, "make_embeddings"):
+  embeddings = getattr(encoder, "make_embeddings", lambda: None)()
+  longest = getattr(embeddings, "max_positions", None)
+  if longest is None:
     raise ValueError(
       f"model: {type(encoder).__name__} reads no tokens, which is what data"
       " has; choose an encoder of text."
     )
-  longest = encoder.make_embeddings().max_positions
   if seq_len > longest:
     raise ValueError(
       f"data.seq_len={seq_len} exceeds model.max_positions={longest}; shorten"

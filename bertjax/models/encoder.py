@@ -84,11 +84,6 @@ class HeadStyle:
   dtype: Dtype = jnp.float32
 
 
-def as_it_is(batch: Batch) -> Batch:
-  """The batch."""
-  return batch
-
-
 class Encoder(nn.Module):
   """Embeddings and `num_layers` equal blocks.
 
@@ -104,8 +99,6 @@ class Encoder(nn.Module):
       relative position, called as `relative_bias(t, t)`, or None.
     make_positions: makes what is added to the input of every block, called as
       `positions(batch)` for [b, t, e], or None.
-    prepare: what the batch goes through before any part sees it, without
-      parameters; doing it twice is doing it once, so that an objective may.
     drop_path_rate: stochastic depth of the last layer; those before have less,
       and the first has none.
     scan: parameters of all layers stacked on a leading axis, so that compile
@@ -123,7 +116,6 @@ class Encoder(nn.Module):
   make_final_norm: Callable[[], nn.Module] | None = None
   make_relative_bias: Callable[[], nn.Module] | None = None
   make_positions: Callable[[], nn.Module] | None = None
-  prepare: Callable[[Batch], Batch] = as_it_is
   drop_path_rate: float = 0.0
   scan: bool = True
   remat: str = "auto"
@@ -201,6 +193,13 @@ class Encoder(nn.Module):
     if self.keep_layers:
       layers = jnp.concatenate([x[None], jnp.stack(list(outputs))])
     return Encoded(self.normed(last), layers)
+
+  def prepare(self, batch: Batch) -> Batch:
+    """What a batch goes through, without parameters, before parts see it.
+
+    Doing it twice is doing it once, so that an objective may do it before.
+    """
+    return batch
 
   def normed(self, hidden: Float[Array, "*b e"]) -> Float[Array, "*b e"]:
     """The final norm, also of a block before the last; without one, nothing."""

@@ -10,4 +10,5 @@ from bertjax.models.point_bert.tokenizer import Reconstruction as Reconstruction
 from bertjax.models.point_bert.tokenizer import (
   point_tokenizer as point_tokenizer,
 )
+from bertjax.models.point_bert.trunk import PointEncoder as PointEncoder
 from bertjax.models.point_bert.trunk import point_bert as point_bert

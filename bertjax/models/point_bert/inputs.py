@@ -79,12 +79,14 @@ class PatchEmbeddings(nn.Module):
   Attributes:
     emb_dim: model width e.
     features: width of `MiniPointNet`.
+    shrink: see `MiniPointNet`.
     start: initial values.
     dtype: compute dtype.
   """
 
   emb_dim: int
   features: int = 256
+  shrink: int = 1
   start: Start = STARTS["pretraining"]
   dtype: Dtype = jnp.float32
 
@@ -96,9 +98,13 @@ class PatchEmbeddings(nn.Module):
 
     There is a mask vector only for whoever masks: [b, g], True where hidden.
     """
-    x = MiniPointNet(self.features, self.dtype, kernel_init, name="patches")(
-      batch["patches"].points, train=train
-    )
+    x = MiniPointNet(
+      self.features,
+      self.dtype,
+      shrink=self.shrink,
+      kernel_init=kernel_init,
+      name="patches",
+    )(batch["patches"].points, train=train)
     x = Linear(
       "bgc,ce->bge",
       (self.emb_dim,),

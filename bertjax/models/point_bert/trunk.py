@@ -7,6 +7,7 @@ keys and values have no bias; rows skip sublayers at random while training.
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
@@ -14,8 +15,9 @@ from bertjax.layers.attention import ATTENTION, Attend, SelfAttention
 from bertjax.layers.block import Block, pre_norm
 from bertjax.layers.feed_forward import FeedForward, gelu
 from bertjax.layers.norm import LayerNorm
+from bertjax.metrics import flops
 from bertjax.models.checks import check_heads, check_positive, check_rates
-from bertjax.models.encoder import Encoder, HeadStyle, remat_policy
+from bertjax.models.encoder import Batch, Encoder, HeadStyle, remat_policy
 from bertjax.models.point_bert.inputs import (
   CentrePositions,
   PatchEmbeddings,
@@ -25,6 +27,42 @@ from bertjax.models.point_bert.starts import STARTS, kernel_init
 from bertjax.registry import lookup
 
 _EPSILON = 1e-5
+
+
+class PointEncoder(Encoder):
+  """An encoder of clouds of points, [CLS] and one position for each patch.
+
+  Attributes:
+    patches: of a cloud, g.
+    patch_size: points of a patch, m.
+    skip_near_origin: see `points.farthest_point_sampling`.
+  """
+
+  patches: int = 64
+  patch_size: int = 32
+  skip_near_origin: bool = False
+
+  @property
+  def least_points(self) -> int:
+    """Of a cloud that can be cut into patches."""
+    return max(self.patches, self.patch_size)
+
+  def prepare(self, batch: Batch) -> Batch:
+    """The batch with the `patches` of its `points`, if it has none yet."""
+    return grouped(
+      batch,
+      patches=self.patches,
+      size=self.patch_size,
+      skip_near_origin=self.skip_near_origin,
+    )
+
+  def cloud_flops(self, num_points: int) -> float:
+    """FLOPs of the matrix products of one cloud's forward pass."""
+    cloud = jax.ShapeDtypeStruct((1, num_points, 3), jnp.float32)
+    alone = self.clone(parent=None, name=None)
+    return flops.products(
+      lambda x: alone.init(jax.random.key(0), {"points": x}), cloud
+    )
 
 
 def point_bert(
@@ -37,6 +75,7 @@ def point_bert(
   num_heads: int = 6,
   mlp_dim: int | None = None,
   patch_features: int = 256,
+  shrink: int = 1,
   start: str = "pretraining",
   dropout_rate: float = 0.0,
   attention_dropout_rate: float | None = None,
@@ -47,7 +86,7 @@ def point_bert(
   keep_layers: bool = False,
   dtype: Dtype = jnp.float32,
   attend: str | Attend = "flash",
-) -> Encoder:
+) -> PointEncoder:
   """An encoder of point clouds, of the published size by default.
 
   Its rows have [CLS] and one position for each patch. The number of patches and
@@ -62,6 +101,7 @@ def point_bert(
     num_heads: heads h, which must divide e.
     mlp_dim: feed-forward width f, 4 e by default.
     patch_features: width of the vector that `MiniPointNet` makes of a patch.
+    shrink: by what the widths within `MiniPointNet` are divided.
     start: key of `STARTS`.
     dropout_rate: of sublayer outputs.
     attention_dropout_rate: of attention weights; None: `dropout_rate`.
@@ -84,6 +124,7 @@ def point_bert(
     patch_size=patch_size,
     num_layers=num_layers,
     patch_features=patch_features,
+    shrink=shrink,
     num_heads=num_heads,
   )
   check_heads(num_heads, emb_dim)
@@ -125,21 +166,18 @@ def point_bert(
     dropout_rate=dropout_rate,
   )
   inputs = dict(emb_dim=emb_dim, start=values, dtype=dtype)
-  return Encoder(
+  return PointEncoder(
     make_embeddings=functools.partial(
-      PatchEmbeddings, features=patch_features, **inputs
+      PatchEmbeddings, features=patch_features, shrink=shrink, **inputs
     ),
     make_block=block,
     num_layers=num_layers,
     style=HeadStyle(None, emb_dim, gelu, _EPSILON, dtype),
     make_final_norm=make_norm,
     make_positions=functools.partial(CentrePositions, **inputs),
-    prepare=functools.partial(
-      grouped,
-      patches=patches,
-      size=patch_size,
-      skip_near_origin=skip_near_origin,
-    ),
+    patches=patches,
+    patch_size=patch_size,
+    skip_near_origin=skip_near_origin,
     drop_path_rate=drop_path_rate,
     scan=scan,
     unroll=unroll,
