@@ -10,6 +10,8 @@ from bertjax import registry
 from bertjax.objectives.fine_tuning import FINE_TUNING
 from bertjax.objectives.left_to_right import LeftToRightLM, left_to_right_lm
 from bertjax.objectives.masked_lm import MaskedLM, masked_lm
+from bertjax.objectives.masked_points import masked_points
+from bertjax.objectives.point_fine_tuning import POINT_FINE_TUNING
 from bertjax.objectives.point_reconstruction import (
   PointReconstruction,
   point_reconstruction,
@@ -19,8 +21,10 @@ from bertjax.objectives.point_reconstruction import (
 OBJECTIVES: dict[str, Callable[..., nn.Module]] = {
   "left_to_right_lm": left_to_right_lm,
   "masked_lm": masked_lm,
+  "masked_points": masked_points,
   "point_reconstruction": point_reconstruction,
   **FINE_TUNING,
+  **POINT_FINE_TUNING,
 }
 
 

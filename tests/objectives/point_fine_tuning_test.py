@@ -1,0 +1,308 @@
+"""Point-BERT's heads equal transcriptions in PyTorch."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from absl.testing import absltest, parameterized
+from flax import linen as nn
+
+from bertjax import points
+from bertjax.interop import point_bert as point_names
+from bertjax.models import MODELS
+from bertjax.objectives import OBJECTIVES
+from bertjax.objectives.point_fine_tuning import smoothed
+from tests.models import torch_point_bert as theirs
+
+B, N, G, M, E, H, F, L = 3, 40, 7, 5, 24, 4, 10, 3
+LEVELS = (20, 11)
+PARTS = ((0, 1, 2), (3, 4))
+
+
+def trunk(**options):
+  # "flash" traces the kernels of all platforms.
+  sizes = dict(
+    num_layers=L, emb_dim=E, num_heads=H, patch_features=F, attend="reference"
+  )
+  return MODELS["point_bert"](patches=G, patch_size=M, **sizes | options)
+
+
+def classifier(**options):
+  return OBJECTIVES["point_classification"](
+    encoder=trunk(), num_classes=6, **options
+  )
+
+
+def segmenter(**options):
+  options = dict(class_parts=PARTS, levels=LEVELS) | options
+  return OBJECTIVES["part_segmentation"](encoder=trunk(), **options)
+
+
+def clouds():
+  rng = np.random.default_rng(0)
+  return {
+    "points": rng.normal(size=(B, N, 3)).astype(np.float32),
+    "labels": np.array([2, -1, 5], np.int32),
+    "category": np.array([1, 0, 0], np.int32),
+    "parts": rng.integers(-1, 5, (B, N), np.int32),
+  }
+
+
+class TorchClassifier(theirs.TorchTrunk):
+  def __init__(self):
+    super().__init__(L, E, H, F)
+    self.cls_head_finetune = torch.nn.Sequential(
+      torch.nn.Linear(2 * E, 256),
+      torch.nn.ReLU(),
+      torch.nn.Dropout(0.5),
+      torch.nn.Linear(256, 6),
+    )
+
+  def forward(self, patches, centres):
+    x = self.norm(self.states(patches, centres)[-1])
+    return self.cls_head_finetune(torch.cat([x[:, 0], x[:, 1:].amax(1)], 1))
+
+
+class TorchCarry(torch.nn.Module):
+  def __init__(self, width):
+    super().__init__()
+    widths = (width, 4 * E, E)
+    self.mlp_convs = torch.nn.ModuleList(
+      torch.nn.Conv1d(*pair, 1) for pair in itertools.pairwise(widths)
+    )
+    self.mlp_bns = torch.nn.ModuleList(
+      torch.nn.BatchNorm1d(n) for n in widths[1:]
+    )
+
+  def forward(self, targets, own, centres, features):
+    near = torch.cdist(targets, centres).square().topk(3, largest=False)
+    weights = 1 / (near.values + 1e-8)
+    weights = weights / weights.sum(-1, keepdim=True)
+    found = torch.stack([f[i] for f, i in zip(features, near.indices)])
+    carried = (found * weights[..., None]).sum(2)
+    x = torch.cat([own, carried], -1).transpose(1, 2)
+    for conv, norm in zip(self.mlp_convs, self.mlp_bns):
+      x = norm(conv(x)).relu()
+    return x.transpose(1, 2)
+
+
+class TorchRefine(torch.nn.Module):
+  def __init__(self):
+    super().__init__()
+    for i, (wide, narrow) in enumerate(((2 * E, 32), (64, E)), 1):
+      layer = torch.nn.Sequential(
+        torch.nn.Conv2d(wide, narrow, 1, bias=False),
+        torch.nn.GroupNorm(4, narrow),
+        torch.nn.LeakyReLU(0.2),
+      )
+      setattr(self, f"layer{i}", layer)
+
+  def around(self, targets, own, centres, features):
+    index = torch.cdist(targets, centres).topk(4, largest=False).indices
+    found = torch.stack([f[i] for f, i in zip(features, index)])
+    own = own[:, :, None].expand_as(found)
+    return torch.cat([found - own, own], -1).permute(0, 3, 1, 2)
+
+  def forward(self, targets, own, centres, features):
+    x = self.layer1(self.around(targets, own, centres, features))
+    x = x.amax(-1).transpose(1, 2)
+    x = self.layer2(self.around(targets, x, targets, x))
+    return x.amax(-1).transpose(1, 2)
+
+
+class TorchSegmenter(theirs.TorchTrunk):
+  def __init__(self):
+    super().__init__(L, E, H, F)
+    self.propagation_2, self.propagation_1 = (
+      TorchCarry(E + 3),
+      TorchCarry(E + 3),
+    )
+    self.propagation_0 = TorchCarry(E + 3 + 2)
+    self.dgcnn_pro_1, self.dgcnn_pro_2 = TorchRefine(), TorchRefine()
+    self.conv1 = torch.nn.Conv1d(E, 128, 1)
+    self.bn1 = torch.nn.BatchNorm1d(128)
+    self.conv2 = torch.nn.Conv1d(128, 5, 1)
+
+  def forward(self, cloud, category, patches, centres, fine, coarse):
+    low, middle, high = (
+      self.norm(x)[:, 1:] for x in self.states(patches, centres)
+    )
+    at_coarse = self.propagation_2(coarse, coarse, centres, middle)
+    at_fine = self.propagation_1(fine, fine, centres, low)
+    at_coarse = self.dgcnn_pro_2(coarse, at_coarse, centres, high)
+    at_fine = self.dgcnn_pro_1(fine, at_fine, coarse, at_coarse)
+    kind = torch.nn.functional.one_hot(category.long(), 2).float()
+    own = torch.cat([kind[:, None].expand(-1, N, -1), cloud], -1)
+    x = self.propagation_0(cloud, own, fine, at_fine).transpose(1, 2)
+    x = self.bn1(self.conv1(x)).relu()
+    return self.conv2(x).transpose(1, 2)
+
+
+def shapes(objective, batch):
+  rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+  return jax.eval_shape(
+    lambda b: nn.meta.unbox(objective.init(rngs, b, train=False)), batch
+  )
+
+
+@functools.cache
+def pair(name):
+  """Our objective, its variables, and PyTorch's model with the same ones."""
+  torch.manual_seed(0)
+  objective = {"classifier": classifier, "segmenter": segmenter}[name]()
+  module = {"classifier": TorchClassifier, "segmenter": TorchSegmenter}[name]()
+  module = theirs.shaken(module).eval()
+  table = point_names.KINDS[name].table
+  found = theirs.loaded(
+    theirs.state_of(module), table, shapes(objective, clouds()), L
+  )
+  return objective, found, module
+
+
+class HeadsTest(parameterized.TestCase):
+  def patches(self):
+    patches = points.group(clouds()["points"], G, M)
+    return [torch.from_numpy(np.array(x)) for x in patches[:2]]
+
+  def test_classes(self):
+    objective, variables, module = pair("classifier")
+    found = jax.jit(functools.partial(objective.apply, method="logits"))(
+      variables, clouds()
+    )
+    with torch.no_grad():
+      expected = module(*self.patches())
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+  def test_parts(self):
+    objective, variables, module = pair("segmenter")
+    batch = clouds()
+    found = jax.jit(functools.partial(objective.apply, method="logits"))(
+      variables, batch
+    )
+    cloud = batch["points"]
+    levels = [
+      points.gather(cloud, points.farthest_point_sampling(cloud, count))
+      for count in LEVELS
+    ]
+    with torch.no_grad():
+      expected = module(
+        torch.from_numpy(cloud),
+        torch.from_numpy(batch["category"]),
+        *self.patches(),
+        *(torch.from_numpy(np.array(x)) for x in levels),
+      )
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+  def test_losses_leave_out_what_has_no_label(self):
+    batch = clouds()
+    for name, labels in (("classifier", "labels"), ("segmenter", "parts")):
+      objective, variables, _ = pair(name)
+      sums, metrics = objective.apply(variables, batch, train=False)
+      logits = objective.apply(variables, batch, method="logits")
+      known = torch.from_numpy(batch[labels]).long()
+      expected = torch.nn.functional.cross_entropy(
+        torch.from_numpy(np.array(logits)).reshape(-1, logits.shape[-1]),
+        known.reshape(-1),
+        ignore_index=-1,
+        reduction="sum",
+      )
+      (term,) = sums
+      np.testing.assert_allclose(sums[term], expected, rtol=1e-4)
+      weight = objective.weights(batch)[term]
+      self.assertEqual(weight, (batch[labels] >= 0).sum())
+      right = (logits.argmax(-1) == batch[labels]).sum()
+      self.assertEqual(metrics["accuracy"][0], right)
+
+  def test_smoothing_leaves_the_label_its_part(self):
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(4, 5)).astype(np.float32)
+    labels = np.array([0, 3, -1, 4])
+    log_probs = torch.from_numpy(logits).log_softmax(-1).numpy()
+    expected = 0.0
+    for row, label in enumerate(labels):
+      if label >= 0:
+        targets = np.full(5, 0.2 / 4)
+        targets[label] = 0.8
+        expected -= (targets * log_probs[row]).sum()
+    np.testing.assert_allclose(
+      smoothed(logits, labels, 0.2), expected, rtol=1e-5
+    )
+    # It is for training alone.
+    objective, variables, _ = pair("classifier")
+    smooth = objective.clone(smoothing=0.2)
+    plain, _ = objective.apply(variables, clouds(), train=False)
+    same, _ = smooth.apply(variables, clouds(), train=False)
+    self.assertEqual(plain["classification"], same["classification"])
+    losses = [
+      o.apply(
+        variables,
+        clouds(),
+        train=True,
+        rngs={"dropout": jax.random.key(0)},
+        mutable=["batch_stats"],
+      )[0][0]["classification"]
+      for o in (objective, smooth)
+    ]
+    self.assertNotAlmostEqual(*map(float, losses), places=3)
+
+  def test_published_sizes(self):
+    batch = {
+      "points": jnp.zeros((2, 2048, 3)),
+      "labels": jnp.zeros(2, "int32"),
+      "category": jnp.zeros(2, "int32"),
+      "parts": jnp.zeros((2, 2048), "int32"),
+    }
+
+    def count(objective):
+      params = shapes(objective, batch)["params"]
+      return sum(x.size for x in jax.tree.leaves(params))
+
+    classes = OBJECTIVES["point_classification"](
+      encoder=MODELS["point_bert"](attend="reference"), num_classes=40
+    )
+    self.assertEqual(count(classes), 22_065_960)
+    parts = OBJECTIVES["part_segmentation"](
+      encoder=MODELS["point_bert"](patches=128, attend="reference"),
+      class_parts=np.arange(50).reshape(10, 5).tolist() + [[]] * 6,
+    )
+    carried = 2 * (387 * 1536 + 1536 * 384 + 3 * (1536 + 384))
+    carried += 403 * 1536 + 1536 * 384 + 3 * (1536 + 384)
+    refined = 2 * (768 * 512 + 1024 * 384 + 2 * (512 + 384))
+    head = 384 * 128 + 3 * 128 + 128 * 50 + 50
+    self.assertEqual(
+      count(parts), 22_065_960 - 207_144 + carried + refined + head
+    )
+    self.assertEqual(parts.blocks, (4, 8, 12))
+
+  @parameterized.named_parameters(
+    ("classes", classifier, dict(smoothing=1.0), r"smoothing=1.0 must lie in"),
+    (
+      "labels",
+      classifier,
+      dict(labels=("a", "b")),
+      "num_classes=6 differs from",
+    ),
+    (
+      "parts",
+      segmenter,
+      dict(class_parts=((), ())),
+      r"class_parts=\(\(\), \(\)\) must hold",
+    ),
+    (
+      "blocks",
+      segmenter,
+      dict(blocks=(1, 2, 4)),
+      r"blocks=\(1, 2, 4\) .* 1 to 3",
+    ),
+    ("levels", segmenter, dict(levels=(8, 9)), r"levels=\(8, 9\) must be"),
+  )
+  def test_bad_options_are_named(self, build, options, message):
+    with self.assertRaisesRegex(ValueError, message):
+      build(**options)
+
+
+if __name__ == "__main__":
+  absltest.main()
