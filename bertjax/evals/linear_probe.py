@@ -1,0 +1,100 @@
+"""A linear classifier on frozen features, for choosing among pre-trainings."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bertjax.evals.base import Evaluator, read_batches
+from bertjax.parallel.sharding import put_batch
+from bertjax.registry import lookup
+
+# Of final states [b, t, e]; rows without padding, as those of point clouds.
+FEATURES: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "cls": lambda hidden: hidden[:, 0],
+  "cls_max": lambda hidden: jnp.concatenate(
+    [hidden[:, 0], hidden[:, 1:].max(1)], axis=-1
+  ),
+}
+
+
+def linear_probe(
+  *,
+  objective: Any,
+  data: Any,
+  mesh: Mesh,
+  train_split: str | None = None,
+  split: str = "validation",
+  features: str = "cls",
+  regularisation: float = 1.0,
+  num_batches: int | None = None,
+  batch_size: int | None = None,
+) -> Evaluator:
+  """Accuracy of a linear SVM on the states of a frozen encoder.
+
+  The released Point-BERT run probes what its contrast head makes of [CLS]; this
+  is [CLS] itself, which fine-tuning starts from.
+
+  Args:
+    objective: whose `encode` gives states.
+    data: with `labels` int32 [b], -1 for none.
+    mesh: the device mesh.
+    train_split: that the SVM is fitted to; that of the run by default.
+    split: that it is measured on.
+    features: key of `FEATURES`.
+    regularisation: C of `sklearn.svm.LinearSVC`.
+    num_batches: of each split; None reads them whole.
+    batch_size: of the global batch; that of training by default.
+
+  Raises:
+    ValueError: data without such labels, or, when it is called, of one class.
+  """
+  choose = lookup(FEATURES, features, "features")
+  _check_labels(data.batch_spec(data.batch_size))
+
+  def run(variables, batch):
+    hidden = objective.apply(variables, batch, method="encode")
+    return choose(hidden).astype(jnp.float32), batch["labels"]
+
+  # Every process fits to all rows.
+  run = jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+  def read(variables, name: str) -> tuple[np.ndarray, np.ndarray]:
+    found = []
+    with jax.set_mesh(mesh):
+      for batch in read_batches(data, mesh, name, num_batches, batch_size):
+        x, labels = jax.device_get(run(variables, put_batch(batch, mesh)))
+        found.append((x[labels >= 0], labels[labels >= 0]))
+    x, labels = (np.concatenate(parts) for parts in zip(*found))
+    return x, labels
+
+  def evaluate(variables, key) -> dict[str, float]:
+    from sklearn import svm
+
+    del key
+    x, labels = read(variables, train_split or data.train_split)
+    classes = len(np.unique(labels))
+    if classes < 2:
+      raise ValueError(
+        f"linear_probe: split {train_split or data.train_split!r} has labels of"
+        f" {classes} classes; it takes two."
+      )
+    model = svm.LinearSVC(C=regularisation, random_state=0).fit(x, labels)
+    x, labels = read(variables, split)
+    hits = model.predict(x) == labels
+    return {"accuracy": float(hits.mean()), "rows": float(len(hits))}
+
+  return Evaluator(evaluate, lambda: data.baseline(split))
+
+
+def _check_labels(batch_spec: Any) -> None:
+  labels = batch_spec.get("labels")
+  whole = labels is not None and jnp.issubdtype(labels.dtype, jnp.integer)
+  if not whole or len(labels.shape) != 1:
+    raise ValueError(
+      "evals: linear_probe needs a class of every row, labels int32 [b]; these"
+      f" data have {'none' if labels is None else labels}."
+    )
