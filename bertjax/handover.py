@@ -23,8 +23,9 @@ from bertjax.interop import names
 from bertjax.loading import describe
 from bertjax.optim import adapt, hand_over
 from bertjax.parallel import hosts
+from bertjax.teachers import with_teachers
 from bertjax.train_state import TrainState
-from bertjax.transfer import load_params_for
+from bertjax.transfer import AVERAGES, load_variables_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,8 @@ class InitFrom:
 def initial_state(experiment: Experiment) -> TrainState:
   """A fresh state, with what `config.init_from` names put in its place.
 
+  Frozen models get their variables, too (`bertjax.teachers`).
+
   Raises:
     ValueError: options that exclude each other, or parameters that neither
       side explains.
@@ -87,7 +90,7 @@ def initial_state(experiment: Experiment) -> TrainState:
   spec = experiment.settings.init_from
   state = experiment.init()
   if spec is None:
-    return state
+    return with_teachers(state, experiment)
   source = registry.call(InitFrom, spec, "init_from")
   if source.carry == "optimizer":
     checkpoint = Checkpointer(source.path).restore(
@@ -99,25 +102,20 @@ def initial_state(experiment: Experiment) -> TrainState:
     )
     step = jnp.zeros_like(old.step) if source.reset_schedule else old.step
     return old.replace(opt_state=opt_state, step=step, key=state.key)
-  params = load_params_for(
+  loaded = load_variables_for(
     source.path,
-    experiment.abstract_state.params,
+    {
+      "params": state.params,
+      **{k: v for k, v in state.extra.items() if k == AVERAGES},
+    },
     fresh=experiment.objective.fresh,
     renames=source.renames,
     allow_missing=source.allow_missing,
     ignore=source.ignore,
     extend=_extend(source, experiment, state.params),
   )
-  placed = jax.tree.map(
-    lambda new, old: (
-      old
-      if new is None
-      else jax.device_put(new.astype(old.dtype), old.sharding)
-    ),
-    params,
-    state.params,
-    is_leaf=_is_none,
-  )
+  params = loaded.pop("params")
+  placed = _placed(params, state.params)
   if source.reinit:
     placed = registry.call(
       functools.partial(
@@ -130,7 +128,23 @@ def initial_state(experiment: Experiment) -> TrainState:
       "init_from.reinit",
     )
   _tell(params)
-  return state.replace(params=placed)
+  averages = {k: _placed(v, state.extra[k]) for k, v in loaded.items()}
+  state = state.replace(params=placed, extra={**state.extra, **averages})
+  return with_teachers(state, experiment)
+
+
+def _placed(loaded: Any, fresh: Any) -> Any:
+  """What was loaded, where fresh values are; these where there is nothing."""
+  return jax.tree.map(
+    lambda new, old: (
+      old
+      if new is None
+      else jax.device_put(new.astype(old.dtype), old.sharding)
+    ),
+    loaded,
+    fresh,
+    is_leaf=_is_none,
+  )
 
 
 def _extend(

@@ -22,12 +22,17 @@ from bertjax import interop, registry
 from bertjax.checkpoint import load_variables
 from bertjax.data.sources import text_function
 from bertjax.data.tokenizers import Tokenizer, load_tokenizer
-from bertjax.interop import model_spec, names, published, tf1
+from bertjax.interop import model_spec, names, point_bert_files, published, tf1
 from bertjax.models import MODELS
 from bertjax.objectives import build_objective
 
 WORKDIR, HUGGINGFACE, TF1 = "workdir", "huggingface", "tf1"
-_PUBLISHED = {HUGGINGFACE: published.read_huggingface, TF1: published.read_tf1}
+POINT_BERT = "point_bert"
+_PUBLISHED = {
+  HUGGINGFACE: published.read_huggingface,
+  TF1: published.read_tf1,
+  POINT_BERT: point_bert_files.read,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,7 +45,7 @@ class LoadedModel:
     tokenizer: None if the folder has none.
     spec: `config.model`, every dimension and default written out.
     objective_spec: `config.objective`.
-    origin: "workdir", "huggingface" or "tf1".
+    origin: "workdir", "huggingface", "tf1" or "point_bert".
     config: the run's whole config; None for published models.
     path: where it came from.
     preprocess: `config.data.preprocess`, what texts must go through.
@@ -102,12 +107,14 @@ class LoadedModel:
 
 
 def origin_of(path: str | os.PathLike) -> str:
-  """Which kind of model folder this is.
+  """Which kind of model folder, or file, this is.
 
   Raises:
     ValueError: none that is known.
   """
   folder = pathlib.Path(path)
+  if point_bert_files.is_file(folder):
+    return POINT_BERT
   if not folder.is_dir():
     raise ValueError(
       f"{folder} is not a folder; name a workdir or a published model's folder"
@@ -162,9 +169,15 @@ def read_model(
     raise ValueError(f"step={step}: {path} is not a workdir.")
   found = _PUBLISHED[origin](path, scan=scan is not False, ignore=ignore)
   spec = model_spec.resolve(found.spec)
-  spec["scan"] = names.is_scanned(found.params)
+  if "scan" in spec:
+    spec["scan"] = names.is_scanned(found.params)
   return SavedModel(
-    origin, found.params, found.tokenizer, spec, found.objective
+    origin,
+    found.params,
+    found.tokenizer,
+    spec,
+    found.objective,
+    extra=found.extra,
   )
 
 
@@ -198,7 +211,7 @@ def _read_workdir(
 
 def _resolved(model: Mapping[str, Any], params: Any) -> dict[str, Any]:
   """A run's `config.model`, every dimension and default written out."""
-  if "embeddings" in params["encoder"]:
+  if "token" in params["encoder"].get("embeddings", {}):
     vocab_size = len(params["encoder"]["embeddings"]["token"]["embedding"])
     model = {**model, "vocab_size": vocab_size}
   return model_spec.resolve(model)
@@ -234,6 +247,8 @@ def describe(path: str | os.PathLike) -> Description:
       tokenizer if tokenizer.is_dir() else None,
       _preprocess(folder, config),
     )
+  if origin == POINT_BERT:
+    return Description(point_bert_files.describe(folder), None)
   if origin == TF1:
     config = published.read_json(folder / tf1.CONFIG)
     spec = tf1.spec_from_config(config, str(folder))
@@ -267,7 +282,8 @@ def load_model(
   """Reads a model with what belongs to it.
 
   Args:
-    path: a workdir, a Hugging Face folder, or an original BERT release.
+    path: a workdir, a Hugging Face folder, an original BERT release, or a file
+      of Point-BERT's.
     dtype: compute dtype. With bfloat16 the matrices and the token table are
       cast once, here; the rest stays float32.
     step: which checkpoint of a workdir; the newest intact one by default.

@@ -9,6 +9,7 @@ from bertjax.config import Settings
 from bertjax.data.base import Data
 from bertjax.loading import describe
 from bertjax.objectives import OBJECTIVES
+from bertjax.objectives.frozen import frozen_fields
 from bertjax.predict import SAMPLERS
 from bertjax.stopping import build_stop, check_evaluated
 
@@ -41,13 +42,19 @@ def check_length(settings: Settings) -> None:
 
 
 def inherit(settings: Settings) -> Settings:
-  """Takes model, tokenizer and text functions from the folder of `init_from`.
+  """Takes what a config leaves to other folders from there.
 
-  A model without a name is the folder's, with the given options on top; data
-  without a tokenizer get the folder's, and its `preprocess` with it; one that
-  is `extended` without `of` extends the folder's. What a config says itself
-  stays.
+  Model, tokenizer and text functions come from that of `init_from`: a model
+  without a name is the folder's, with the given options on top; data without a
+  tokenizer get the folder's, and its `preprocess` with it; one that is
+  `extended` without `of` extends the folder's. What a config says itself stays.
+  Frozen models of the objective come from the folders that it names.
+
+  Raises:
+    ValueError: a frozen model of which nothing is said, or a folder that holds
+      no model.
   """
+  settings = _with_frozen(settings)
   start = settings.init_from or {}
   path = start.get("path")
   tokenizer = settings.data.get("tokenizer", {})
@@ -70,6 +77,28 @@ def inherit(settings: Settings) -> Settings:
       data.setdefault("preprocess", found.preprocess)
     data.setdefault("tokenizer", folder)
   return dataclasses.replace(settings, model=model, data=data)
+
+
+def _with_frozen(settings: Settings) -> Settings:
+  """Frozen models of `config.objective`, as their folders have them.
+
+  One without a path is that of `init_from`.
+  """
+  objective = dict(settings.objective)
+  builder = OBJECTIVES.get(objective.get("name"))
+  start = (settings.init_from or {}).get("path")
+  for field in () if builder is None else frozen_fields(builder):
+    spec = dict(objective.get(field) or {})
+    path = spec.pop("path", None) or start
+    if "name" not in spec:
+      if path is None:
+        raise ValueError(
+          f"objective.{field}.path is required: the workdir of the model that"
+          " is asked but not trained."
+        )
+      spec = {**describe(path).spec, **spec}
+    objective[field] = spec | ({} if path is None else {"path": str(path)})
+  return dataclasses.replace(settings, objective=objective)
 
 
 def _extends_what_is_there(tokenizer: Any) -> bool:

@@ -9,12 +9,22 @@ import numpy as np
 from bertjax import loading
 from bertjax.adaptation import vocabulary
 from bertjax.expressions import regex
-from bertjax.interop import names, published
+from bertjax.interop import names, point_bert_files, published
+
+# Further collections that belong to parameters, under the same names.
+AVERAGES = "batch_stats"
 
 
 def load_params_for(
+  path: str | os.PathLike, target: Any, **options: Any
+) -> Any:
+  """Parameters alone; see `load_variables_for`."""
+  return load_variables_for(path, {"params": target}, **options)["params"]
+
+
+def load_variables_for(
   path: str | os.PathLike,
-  target: Any,
+  target: Mapping[str, Any],
   *,
   fresh: Sequence[str] = (),
   renames: Sequence[tuple[str, str]] = (),
@@ -25,9 +35,12 @@ def load_params_for(
 ) -> Any:
   """Parameters of a saved or published model, fitted to another model's tree.
 
+  With them go the averages of BatchNorm, if the target has any.
+
   Args:
     path: what `load_model` reads.
-    target: the other model's parameters or their shapes.
+    target: the other model's parameters ("params") and averages, or the shapes
+      of these.
     fresh: parts of the target that stay without value where the saved model has
       none. With any, heads of the saved model that the target lacks are left.
     renames: `(regex, replacement)`, applied in order with `re.sub` to the names
@@ -40,14 +53,22 @@ def load_params_for(
       both have one.
 
   Returns:
-    A tree like `target` of numpy arrays; None where `fresh` or `allow_missing`
-    applies.
+    Trees like those of `target` of numpy arrays; None where `fresh` or
+    `allow_missing` applies.
 
   Raises:
     ValueError: a parameter of either side that nothing explains, another shape,
       or a pattern that matches nothing.
   """
-  wanted = names.flatten(target)
+  trees = {
+    collection: names.flatten(target[collection])
+    for collection in ("params", AVERAGES)
+    if collection in target
+  }
+  # The leaves of a module have other names in either collection.
+  wanted = {
+    name: leaf for tree in trees.values() for name, leaf in tree.items()
+  }
   # Published tensors that `ignore` names never become parameters of ours.
   unread = _published_only(path, ignore)
   saved = loading.read_model(
@@ -56,15 +77,19 @@ def load_params_for(
     scan=any(name.startswith("encoder/layers/") for name in wanted),
     ignore=unread,
   )
-  have = _renamed(names.flatten(saved.params), renames)
+  theirs = names.flatten(saved.params)
+  if AVERAGES in target:
+    theirs |= names.flatten(saved.extra.get(AVERAGES, {}))
+  have = _renamed(theirs, renames)
   names.refuse_unused(
     (p for p in ignore if p not in unread), have, "init_from.ignore"
   )
   names.refuse_unused(allow_missing, wanted, "init_from.allow_missing")
   left_out = names.matching(have, ignore)
   if fresh:
-    others = set(names.HEADS) - set(target)
-    left_out = left_out | {name for name in have if _part(name) in others}
+    others = set(names.HEADS) - set(target["params"])
+    left_out |= {name for name in have if _part(name) in others}
+    left_out |= set(names.PRETRAINING_ONLY) - set(wanted)
   have = {name: leaf for name, leaf in have.items() if name not in left_out}
   problems = _unexplained(have, wanted, fresh, allow_missing)
   if extend is not None:
@@ -77,7 +102,10 @@ def load_params_for(
       + "; ".join(problems)
       + "."
     )
-  return names.nest({name: have.get(name) for name in wanted})
+  return {
+    collection: names.nest({name: have.get(name) for name in tree})
+    for collection, tree in trees.items()
+  }
 
 
 def _published_only(
@@ -86,7 +114,10 @@ def _published_only(
   """Those expressions that match published tensors; none for a workdir."""
   if loading.origin_of(path) == loading.WORKDIR:
     return []
-  theirs = published.tensor_names(path)
+  if loading.origin_of(path) == loading.POINT_BERT:
+    theirs = sorted(point_bert_files.read_tensors(path))
+  else:
+    theirs = published.tensor_names(path)
   return sorted({p for p in ignore if names.matching(theirs, [p])})
 
 

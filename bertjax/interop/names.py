@@ -232,7 +232,12 @@ def tf1_map(objective: str) -> NameMap:
   return NameMap(tuple(map(_tf1_row, rows)), ignored=(*_TF1_IGNORED, *unused))
 
 
-HEADS = ("mlm_head", "lm_head", "pooler", "pair_head", "classifier", "span")
+HEADS = (
+  "mlm_head", "lm_head", "pooler", "pair_head", "classifier", "span",
+  "token_head", "contrast_head", "segmenter",
+)  # fmt: skip
+# Parameters beside the heads of which only pre-training has any use.
+PRETRAINING_ONLY = ("encoder/embeddings/mask",)
 
 
 def heads_of(params: Mapping[str, Any]) -> frozenset[str]:

@@ -47,6 +47,7 @@ class Published:
     params: our parameter tree, float32; heads that are absent are left out.
     tokenizer: None if the folder has none.
     dtype: name of the floating point type of the weights in the file.
+    extra: further collections, such as averages of BatchNorm.
   """
 
   spec: dict[str, Any]
@@ -54,6 +55,7 @@ class Published:
   params: dict[str, Any]
   tokenizer: Tokenizer | None
   dtype: str
+  extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 _ALL_HEADS = {"name": "masked_lm", "pair_task": "nsp"}

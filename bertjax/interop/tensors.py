@@ -20,6 +20,9 @@ import safetensors.numpy
 
 Tensors = dict[str, np.ndarray]
 
+# Where training scripts put the state dict among what else they save.
+_STATE_DICTS = ("state_dict", "base_model")
+
 _STORAGES = {
   "DoubleStorage": np.float64,
   "FloatStorage": np.float32,
@@ -117,8 +120,9 @@ def read_torch_file(path: pathlib.Path) -> Tensors:
         found = _TensorUnpickler(file, load, str(path)).load()
     except (pickle.UnpicklingError, EOFError, KeyError, TypeError) as err:
       raise ValueError(f"{path} cannot be read: {err!r}") from err
-  if isinstance(found, Mapping) and "state_dict" in found:
-    found = found["state_dict"]
+  for key in _STATE_DICTS:
+    if isinstance(found, Mapping) and key in found:
+      found = found[key]
   if not isinstance(found, Mapping) or not all(
     isinstance(v, np.ndarray) for v in found.values()
   ):

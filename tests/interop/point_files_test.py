@@ -1,0 +1,198 @@
+"""Released files of Point-BERT become our models."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from absl.testing import absltest, parameterized
+from torch import nn
+
+from bertjax import loading, points, transfer
+from bertjax.models import MODELS
+from bertjax.objectives import OBJECTIVES
+from bertjax.objectives.frozen import frozen_variables
+from tests.models import torch_point_bert as theirs
+from tests.models.point_tokenizer_test import TorchGraph
+
+G, M, E, L, F, V, C, K = 64, 32, 64, 2, 10, 16, 6, 8
+
+
+class Graph(TorchGraph):
+  """The transcription under the names of the released files."""
+
+  def __init__(self, inside, out):
+    super().__init__(inside, out)
+    layers = [(getattr(self, f"edge_{i}"), getattr(self, f"edge_{i}_norm"))
+              for i in range(4)]  # fmt: skip
+    layers.append((self.output, self.output_norm))
+    self.input_trans = self.input
+    for i, layer in enumerate(layers, 1):
+      setattr(self, f"layer{i}", nn.Sequential(*layer))
+    self.own = set(dict(self.named_children())) - {
+      "input_trans", *(f"layer{i}" for i in range(1, 6)),
+    }  # fmt: skip
+
+
+class Folding(nn.Module):
+  def __init__(self):
+    super().__init__()
+    self.mlp = nn.Sequential(
+      nn.Linear(F, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(),
+      nn.Linear(1024, 3 * M // 4),
+    )  # fmt: skip
+    self.final_conv = nn.Sequential(
+      nn.Conv1d(F + 5, 512, 1), nn.BatchNorm1d(512), nn.ReLU(),
+      nn.Conv1d(512, 512, 1), nn.BatchNorm1d(512), nn.ReLU(),
+      nn.Conv1d(512, 3, 1),
+    )  # fmt: skip
+
+
+class Tokenizer(nn.Module):
+  def __init__(self):
+    super().__init__()
+    self.encoder = theirs.TorchPatches(F)
+    self.dgcnn_1, self.dgcnn_2 = Graph(F, V), Graph(F, F)
+    self.codebook = nn.Parameter(torch.randn(V, F))
+    self.decoder = Folding()
+
+  def logits(self, patches, centres):
+    return self.dgcnn_1(self.encoder(patches), centres)
+
+
+def tokenizer_state(module, prefix=""):
+  """Without the names that the transcription has beside the released ones."""
+  return {
+    prefix + name: x.detach().clone()
+    for name, x in module.state_dict().items()
+    if not name.startswith(tuple(
+      f"dgcnn_{i}.{child}." for i in (1, 2) for child in module.dgcnn_1.own
+    ))
+  }  # fmt: skip
+
+
+def heads(trunk):
+  trunk.lm_head = nn.Linear(E, V)
+  trunk.cls_head = nn.Sequential(nn.Linear(E, C), nn.GELU(), nn.Linear(C, C))
+  return trunk
+
+
+class FilesTest(parameterized.TestCase):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    torch.manual_seed(0)
+    folder = cls.folder = cls.enter_folder()
+    cls.tokenizer = theirs.shaken(Tokenizer()).eval()
+    cls.q = theirs.shaken(heads(theirs.TorchTrunk(L, E, 1, F, mask=True)))
+    cls.q.eval()
+    cls.k = heads(theirs.TorchTrunk(L, E, 1, F, mask=True))
+    state = {
+      **{f"transformer_q.{k}": v for k, v in cls.q.state_dict().items()},
+      **{f"transformer_k.{k}": v for k, v in cls.k.state_dict().items()},
+      **tokenizer_state(cls.tokenizer, "dvae."),
+      "queue": torch.randn(C, K),
+      "queue_ptr": torch.zeros(1, dtype=torch.long),
+    }
+    cls.files = {
+      "tokenizer": tokenizer_state(cls.tokenizer),
+      "pretrained": {f"module.{k}": v for k, v in state.items()},
+    }
+    for name, tensors in cls.files.items():
+      saved = {"base_model": tensors, "epoch": 3, "metrics": {"acc": 0.5}}
+      torch.save(saved, f"{folder}/{name}.pth")
+    rng = np.random.default_rng(0)
+    cls.cloud = rng.normal(size=(2, 90, 3)).astype(np.float32)
+    cls.patches = [
+      torch.from_numpy(np.array(x)) for x in points.group(cls.cloud, G, M)[:2]
+    ]
+
+  @classmethod
+  def enter_folder(cls):
+    import tempfile
+
+    return cls.enterClassContext(tempfile.TemporaryDirectory())
+
+  def load(self, name):
+    return loading.load_model(f"{self.folder}/{name}.pth")
+
+  def test_tokenizer(self):
+    model = self.load("tokenizer")
+    self.assertEqual(model.spec["patch_size"], M)
+    patches = points.group(self.cloud, G, M)
+    found = model.objective.apply(
+      model.variables, patches, method=lambda o, p: o.encoder.logits(p)
+    )
+    with torch.no_grad():
+      expected = self.tokenizer.logits(*self.patches)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+  def test_pretrained(self):
+    model = self.load("pretrained")
+    self.assertEqual(model.heads, {"token_head", "contrast_head"})
+    found = model.objective.apply(
+      model.variables, {"points": jnp.asarray(self.cloud)}, method="outputs"
+    )
+    with torch.no_grad():
+      hidden = self.q.norm(self.q.states(*self.patches)[-1])
+      logits = self.q.lm_head(hidden[:, 1:])
+    np.testing.assert_allclose(found["hidden"], hidden, atol=1e-4)
+    np.testing.assert_allclose(found["token_logits"], logits, atol=1e-4)
+    # Its tokenizer is the one beside it.
+    (teacher,) = frozen_variables(model.extra).values()
+    alone = self.load("tokenizer")
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      teacher["params"],
+      alone.params["encoder"],
+    )
+    _, metrics = model.objective.apply(
+      model.variables, {"points": jnp.asarray(self.cloud)}, train=False
+    )
+    self.assertGreater(metrics["tokens_loss"][1], 0)
+
+  def test_fine_tuning_starts_from_all_but_the_heads(self):
+    encoder = MODELS["point_bert"](
+      num_layers=L, emb_dim=E, num_heads=1, patch_features=F
+    )
+    objective = OBJECTIVES["point_classification"](
+      encoder=encoder, num_classes=3
+    )
+    batch = {"points": self.cloud, "labels": np.zeros(2, np.int32)}
+    target = jax.eval_shape(
+      lambda b: objective.init(jax.random.key(0), b, train=False), batch
+    )
+    from flax import linen
+
+    found = transfer.load_variables_for(
+      f"{self.folder}/pretrained.pth",
+      linen.meta.unbox(target),
+      fresh=objective.fresh,
+    )
+    model = self.load("pretrained")
+    self.assertIsNone(found["params"]["classifier"]["dense"]["kernel"])
+    for collection in ("params", "batch_stats"):
+      expected = dict(model.variables[collection]["encoder"])
+      expected["embeddings"] = (
+        {k: v for k, v in expected["embeddings"].items() if k != "mask"}
+        if "embeddings" in expected
+        else {}
+      )
+      jax.tree.map(
+        np.testing.assert_array_equal, found[collection]["encoder"], expected
+      )
+
+  def test_another_file_is_refused(self):
+    torch.save({"weight": torch.zeros(2)}, f"{self.folder}/other.pth")
+    with self.assertRaisesRegex(
+      ValueError, "other.pth is no checkpoint of Point-BERT: it has no transf"
+    ):
+      self.load("other")
+    broken = dict(self.files["tokenizer"])
+    broken.pop("decoder.mlp.2.bias")
+    torch.save({"base_model": broken}, f"{self.folder}/broken.pth")
+    with self.assertRaisesRegex(ValueError, "missing tensors: decoder.mlp.2"):
+      self.load("broken")
+
+
+if __name__ == "__main__":
+  absltest.main()
