@@ -1,0 +1,235 @@
+r"""Point-BERT: its Transformer (Yu et al. 2022, arXiv:2111.14819).
+
+Run:   python -m bertjax.train --workdir=runs/points \
+           --config=configs/point_bert_transformer.py:pretrain \
+           --config.init_from.path=runs/dvae
+       python -m bertjax.train --workdir=runs/modelnet40 \
+           --config=configs/point_bert_transformer.py:classify \
+           --config.init_from.path=runs/points
+       pretrain  masked point modelling; runs/dvae is of configs/point_bert.py,
+                 or the authors' dVAE.pth
+       classify  ModelNet40 from 1024 points; from runs/points, or the authors'
+                 Point-BERT.pth
+       segment   parts of ShapeNetPart's 16 categories
+       scratch   classify without pre-training, from their other initial values
+Small: --config=configs/point_bert_transformer.py:small   all three stages on
+       generated shapes, no network
+Tiny:  --config=configs/point_bert_transformer.py:tiny   (they just run)
+Needs: ShapeNet55, ModelNet40 or ShapeNetPart as the authors publish them.
+
+The rate changes with every step here, with every epoch there; momentum of
+BatchNorm is constant, where theirs grows while they segment.
+"""
+
+import ml_collections
+
+from bertjax.config import new_config
+
+_PRETRAINING, _MODELNET, _PARTS = 41_952 + 10_518, 9_843, 14_007  # clouds
+# Theirs: what has one axis, biases, and names with "token".
+_NO_DECAY = (r"/(bias|scale)$", r"embeddings/(cls|mask)$")
+_AUGMENT = (dict(name="scale_shift"),)
+# The tokenizer's `MiniPointNet` begins the encoder's; all else begins afresh.
+_FROM_TOKENIZER = dict(
+  renames=((r"^encoder/embed/", "encoder/embeddings/patches/"),),
+  ignore=(r"^encoder/(to_codes|from_codes|codebook|decode)",),
+  allow_missing=(
+    r"^encoder/(layers|positions|final_norm)",
+    r"^encoder/embeddings/(project|cls|mask)",
+    r"^(token_head|contrast_head)/",
+  ),
+)
+
+
+def get_config(variant: str = "pretrain") -> ml_collections.ConfigDict:
+  makers = {
+    "pretrain": _pretrain,
+    "classify": _classify,
+    "scratch": _scratch,
+    "segment": _segment,
+    "small": _small,
+    "tiny": _tiny,
+  }
+  if variant not in makers:
+    raise ValueError(
+      f"configs/point_bert_transformer.py:{variant} is unknown; choose from"
+      f" {', '.join(makers)}."
+    )
+  return makers[variant]()
+
+
+def _optim(clouds: int, batch_size: int, warmup: int) -> dict:
+  """AdamW; up from 0 over epochs of `warmup`, down to 1e-6 over the rest."""
+  epoch = -(-clouds // batch_size)
+  return dict(
+    name="adamw",
+    learning_rate=5e-4,
+    weight_decay=0.05,
+    no_decay=_NO_DECAY,
+    schedule=dict(name="cosine", warmup=warmup * epoch, end_factor=2e-3),
+  )
+
+
+def _pretrain() -> ml_collections.ConfigDict:
+  """300 epochs of 128 clouds."""
+  c = new_config()
+  c.seed = 0
+  c.init_from = dict(path="runs/dvae", **_FROM_TOKENIZER)
+  c.model = dict(name="point_bert", patches=64, patch_size=32)
+  c.objective = dict(name="masked_points", tokenizer=dict(path=None))
+  c.data = dict(
+    name="points",
+    source=dict(name="shapenet55", path="ShapeNet55"),
+    train_split="all",
+    num_points=1024,
+    draw="subset",
+    augment=_AUGMENT,
+    batch_size=128,
+  )
+  epoch = -(-_PRETRAINING // 128)
+  c.optim = _optim(_PRETRAINING, 128, warmup=3)
+  c.stop = dict(steps=300 * epoch)
+  c.evals = {}
+  c.every = dict(log=100, checkpoint=epoch)
+  return c
+
+
+def _classify() -> ml_collections.ConfigDict:
+  """300 epochs of 32 clouds."""
+  c = new_config()
+  c.seed = 0
+  c.init_from = dict(path="runs/points")
+  c.model = dict(name="point_bert", patches=64, patch_size=32)
+  c.objective = dict(name="point_classification")
+  c.data = dict(
+    name="points",
+    source=dict(name="modelnet40", path="ModelNet40"),
+    num_points=1024,
+    # 1024 of 1200 points that lie far apart; the first of them to evaluate.
+    stored_points=1200,
+    farthest=True,
+    draw="subset",
+    draw_eval="first",
+    augment=_AUGMENT,
+    batch_size=32,
+  )
+  epoch = -(-_MODELNET // 32)
+  c.optim = dict(_optim(_MODELNET, 32, warmup=10), clip_norm=10.0)
+  c.stop = dict(steps=300 * epoch)
+  c.evals = dict(
+    heldout=dict(name="objective", split="test", every=epoch),
+    votes=dict(name="voting", split="test", every=10 * epoch),
+  )
+  c.every = dict(log=100, checkpoint=epoch)
+  return c
+
+
+def _scratch() -> ml_collections.ConfigDict:
+  c = _classify()
+  c.init_from = None
+  c.model.start = "classifier"
+  return c
+
+
+def _segment() -> ml_collections.ConfigDict:
+  """300 epochs of 16 clouds of 2048 points in 128 patches."""
+  c = _classify()
+  c.model = dict(name="point_bert", patches=128, patch_size=32)
+  c.objective = dict(name="part_segmentation")
+  c.data = dict(
+    name="points",
+    source=dict(name="shapenetpart", path="ShapeNetPart"),
+    num_points=2048,
+    draw="replacement",
+    parts=True,
+    augment=_AUGMENT,
+    batch_size=16,
+  )
+  epoch = -(-_PARTS // 16)
+  c.optim = _optim(_PARTS, 16, warmup=10)
+  c.stop = dict(steps=300 * epoch)
+  c.evals = dict(heldout=dict(name="part_iou", split="test", every=epoch))
+  c.every = dict(log=100, checkpoint=epoch)
+  return c
+
+
+def _small() -> ml_collections.ConfigDict:
+  """Tokenizer, pre-training, classes: on generated shapes, one after another.
+
+  Each stage begins from the one before.
+  """
+  patches = dict(patches=16, patch_size=16)
+  narrow = dict(patch_features=64, shrink=8, num_layers=3, emb_dim=64)
+  trunk = dict(name="point_bert", num_heads=4, **patches, **narrow)
+  c = new_config()
+  c.seed = 0
+  c.model, c.objective, c.evals = {}, {}, {}
+  c.data = dict(
+    name="points",
+    source=dict(name="procedural"),
+    num_points=256,
+    draw="subset",
+    augment=_AUGMENT,
+    batch_size=32,
+  )
+  c.optim = dict(
+    name="adamw",
+    learning_rate=1e-3,
+    weight_decay=0.05,
+    schedule=dict(name="cosine", warmup=0.05, end_factor=2e-3),
+  )
+  c.stop = dict(steps=1500)
+  c.every = dict(log=25, checkpoint=250)
+  held_out = dict(name="objective", split="test", every=250)
+  probe = dict(name="linear_probe", split="test", every=250)
+  tokenizer = dict(
+    model=dict(
+      name="point_tokenizer", vocab_size=64, features=64, shrink=8, **patches
+    ),
+    objective=dict(
+      name="point_reconstruction",
+      temperature_steps=1000,
+      kl_delay=100,
+      kl_steps=1000,
+    ),
+    evals=dict(heldout=dict(name="reconstruction", split="test", every=250)),
+  )
+  pretrain = dict(
+    init_from=_FROM_TOKENIZER,
+    model=trunk,
+    objective=dict(
+      name="masked_points", tokenizer={}, contrast_dim=64, queue_size=512
+    ),
+    optim=dict(no_decay=_NO_DECAY),
+    evals=dict(heldout=held_out, probe=probe),
+  )
+  classify = dict(
+    init_from={},
+    model=trunk,
+    objective=dict(name="point_classification"),
+    optim=dict(no_decay=_NO_DECAY, clip_norm=10.0),
+    evals=dict(heldout=held_out),
+  )
+  c.stages = dict(tokenizer=tokenizer, pretrain=pretrain, classify=classify)
+  return c
+
+
+def _tiny() -> ml_collections.ConfigDict:
+  """The same, so little that it only shows that everything runs."""
+  c = _small()
+  c.data.source.sizes = dict(train=48, validation=12, test=12)
+  c.data.source.points = 128
+  c.data.num_points, c.data.batch_size = 64, 8
+  c.stop.steps = 2
+  c.every = dict(log=1, checkpoint=2)
+  for stage in c.stages.values():
+    stage.model.patches, stage.model.patch_size = 6, 8
+    stage.model.shrink = 32
+    for evaluation in stage.evals.values():
+      evaluation.every = 2
+  c.stages.tokenizer.model.features = 16
+  c.stages.tokenizer.model.vocab_size = 16
+  c.stages.pretrain.objective.queue_size = 16
+  for stage in (c.stages.pretrain, c.stages.classify):
+    stage.model.update(patch_features=16, num_layers=2, emb_dim=16, num_heads=2)
+  return c
