@@ -156,6 +156,8 @@ def read_model(
 ) -> SavedModel:
   """Reads what `load_model` makes a model of; arguments as there.
 
+  `scan` concerns models with a stack of layers alone.
+
   Raises:
     ValueError: the folder holds no model, or one that is not ours.
     CheckpointError: all checkpoints of the workdir are damaged.
@@ -197,11 +199,6 @@ def _read_workdir(
     if scan is not None:
       params = with_scan(params, spec["num_layers"], scan)
     spec["scan"] = names.is_scanned(params)
-  elif scan:
-    raise ValueError(
-      f"scan=True: model.name={spec['name']!r} of {path} has no stack of"
-      " layers."
-    )
   folder = pathlib.Path(path) / "tokenizer"
   tokenizer = load_tokenizer(folder) if folder.is_dir() else None
   return SavedModel(
@@ -298,6 +295,11 @@ def load_model(
   """
   saved = read_model(path, step=step, scan=scan, ignore=ignore)
   tokenizer, spec = saved.tokenizer, saved.spec
+  if scan and "scan" not in spec:
+    raise ValueError(
+      f"scan=True: model.name={spec['name']!r} of {path} has no stack of"
+      " layers."
+    )
   if tokenizer is not None and tokenizer.vocab_size > spec["vocab_size"]:
     raise ValueError(
       f"{path}: the tokenizer has {tokenizer.vocab_size} pieces, the model"

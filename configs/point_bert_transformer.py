@@ -76,7 +76,11 @@ def _pretrain() -> ml_collections.ConfigDict:
   c.seed = 0
   c.init_from = dict(path="runs/dvae", **_FROM_TOKENIZER)
   c.model = dict(name="point_bert", patches=64, patch_size=32)
-  c.objective = dict(name="masked_points", tokenizer=dict(path=None))
+  # Without path that of init_from; named, so that a plan needs no folder.
+  c.objective = dict(
+    name="masked_points",
+    tokenizer=dict(name="point_tokenizer", vocab_size=8192, path=None),
+  )
   c.data = dict(
     name="points",
     source=dict(name="shapenet55", path="ShapeNet55"),
@@ -210,7 +214,12 @@ def _small() -> ml_collections.ConfigDict:
     optim=dict(no_decay=_NO_DECAY, clip_norm=10.0),
     evals=dict(heldout=held_out),
   )
-  c.stages = dict(tokenizer=tokenizer, pretrain=pretrain, classify=classify)
+  # A ConfigDict sorts its keys.
+  c.stages = {
+    "1_tokenizer": tokenizer,
+    "2_pretrain": pretrain,
+    "3_classify": classify,
+  }
   return c
 
 
@@ -227,9 +236,9 @@ def _tiny() -> ml_collections.ConfigDict:
     stage.model.shrink = 32
     for evaluation in stage.evals.values():
       evaluation.every = 2
-  c.stages.tokenizer.model.features = 16
-  c.stages.tokenizer.model.vocab_size = 16
-  c.stages.pretrain.objective.queue_size = 16
-  for stage in (c.stages.pretrain, c.stages.classify):
+  c.stages["1_tokenizer"].model.features = 16
+  c.stages["1_tokenizer"].model.vocab_size = 16
+  c.stages["2_pretrain"].objective.queue_size = 16
+  for stage in (c.stages["2_pretrain"], c.stages["3_classify"]):
     stage.model.update(patch_features=16, num_layers=2, emb_dim=16, num_heads=2)
   return c

@@ -28,7 +28,6 @@ def config(folder):
   spec.loader.exec_module(module)
   found = plain(module.get_config("tiny"))
   found["cache_dir"] = str(folder / "cache")
-  found["mesh"] = dict(data=1)
   return found
 
 
@@ -36,8 +35,8 @@ def config(folder):
 def trained():
   """A folder with the three stages, each of two steps."""
   folder = pathlib.Path(tempfile.mkdtemp())
-  with jax.default_device(jax.devices()[0]):
-    train.train(config(folder), folder)
+
+  train.train(config(folder), folder)
   return folder
 
 
@@ -57,8 +56,8 @@ class StagesTest(parameterized.TestCase):
     return settings(fields)
 
   def test_pre_training_keeps_the_tokenizer_that_was_trained(self):
-    tokenizer = self.variables("tokenizer")
-    (frozen,) = frozen_variables(self.variables("pretrain")).values()
+    tokenizer = self.variables("1_tokenizer")
+    (frozen,) = frozen_variables(self.variables("2_pretrain")).values()
     self.assertEqual(set(frozen), {"params", "batch_stats"})
     for collection, tree in frozen.items():
       jax.tree.map(
@@ -66,24 +65,24 @@ class StagesTest(parameterized.TestCase):
         tree,
         {k: tokenizer[collection]["encoder"][k] for k in tree},
       )
-    said = json.loads((trained() / "pretrain" / "config.json").read_text())
+    said = json.loads((trained() / "2_pretrain" / "config.json").read_text())
     self.assertEqual(
       said["objective"]["tokenizer"],
       {
-        **json.loads((trained() / "tokenizer" / "config.json").read_text())[
+        **json.loads((trained() / "1_tokenizer" / "config.json").read_text())[
           "model"
         ],
-        "path": str(trained() / "tokenizer"),
+        "path": str(trained() / "1_tokenizer"),
       },
     )
 
   def test_each_stage_begins_where_the_one_before_ended(self):
-    tokenizer, pretrained = map(self.variables, ("tokenizer", "pretrain"))
+    tokenizer, pretrained = map(self.variables, ("1_tokenizer", "2_pretrain"))
     for name, before, parts in (
-      ("pretrain", tokenizer, {"patches": "embed"}),
-      ("classify", pretrained, None),
+      ("2_pretrain", tokenizer, {"patches": "embed"}),
+      ("3_classify", pretrained, None),
     ):
-      previous = {"pretrain": "tokenizer", "classify": "pretrain"}[name]
+      previous = {"2_pretrain": "1_tokenizer", "3_classify": "2_pretrain"}[name]
       made = experiment.build(self.stage(name, path=str(trained() / previous)))
       state = jax.device_get(handover.initial_state(made))
       new = {"params": state.params, "batch_stats": state.extra["batch_stats"]}
@@ -108,35 +107,37 @@ class StagesTest(parameterized.TestCase):
     folder = pathlib.Path(self.create_tempdir())
     shutil.copytree(trained(), folder, dirs_exist_ok=True)
     stage = resolve.inherit(
-      self.stage("pretrain", path=str(folder / "tokenizer"))
+      self.stage("2_pretrain", path=str(folder / "1_tokenizer"))
     )
     stage = dataclasses.replace(stage, init_from=None, stop={"steps": 3})
-    shutil.rmtree(folder / "tokenizer")
-    result = train.run(stage, folder / "pretrain")
+    shutil.rmtree(folder / "1_tokenizer")
+    result = train.run(stage, folder / "2_pretrain")
     self.assertEqual(result.step, 3)
     (frozen,) = frozen_variables(result.state.extra).values()
     kernel = frozen["params"]["embed"]["point_in"]["kernel"]
     np.testing.assert_array_equal(
       kernel,
-      self.variables("tokenizer")["params"]["encoder"]["embed"]["point_in"][
+      self.variables("1_tokenizer")["params"]["encoder"]["embed"]["point_in"][
         "kernel"
       ],
     )
 
   def test_missing_and_other_teachers_are_named(self):
-    fields = stage_configs(config(trained()))["pretrain"]
+    fields = stage_configs(config(trained()))["2_pretrain"]
     fields.pop("init_from")
     with self.assertRaisesRegex(
       ValueError, "objective.tokenizer.path is required: the workdir"
     ):
       resolve.inherit(settings(fields))
-    (frozen,) = frozen_variables(self.variables("pretrain")).values()
-    with self.assertRaisesRegex(ValueError, "pretrain has no params/codebook"):
-      teachers.read_frozen(str(trained() / "pretrain"), frozen, "teacher")
+    (frozen,) = frozen_variables(self.variables("2_pretrain")).values()
+    with self.assertRaisesRegex(
+      ValueError, "2_pretrain has no params/codebook"
+    ):
+      teachers.read_frozen(str(trained() / "2_pretrain"), frozen, "teacher")
     other = jax.tree.map(lambda x: x[..., None], frozen)
     with self.assertRaisesRegex(ValueError, r"is \(16, 16\) and \(16, 16, 1\)"):
       teachers.read_frozen(
-        str(trained() / "tokenizer"),
+        str(trained() / "1_tokenizer"),
         {"params": {"codebook": other["params"]["codebook"]}},
         "teacher",
       )

@@ -13,7 +13,6 @@ later microbatches find the keys of earlier ones in the queue.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -412,15 +411,17 @@ def masked_points(
   Raises:
     ValueError: an unknown option or a bad value.
   """
-  make = functools.partial(
-    build_frozen,
-    tokenizer,
-    "objective.tokenizer",
-    dtype=encoder.style.dtype,
+  made = build_frozen(
+    tokenizer, "objective.tokenizer", dtype=encoder.style.dtype
   )
+  if made.size != encoder.patch_size:
+    raise ValueError(
+      f"objective.tokenizer.patch_size={made.size} differs from"
+      f" model.patch_size={encoder.patch_size}: both read the same patches."
+    )
   return MaskedPoints(
     encoder,
-    make,
-    make().vocab_size,
+    lambda: made,  # an attribute that is a module would be trained
+    made.vocab_size,
     registry.call(Options, options, "objective"),
   )

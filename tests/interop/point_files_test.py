@@ -14,7 +14,7 @@ from bertjax.objectives.frozen import frozen_variables
 from tests.models import torch_point_bert as theirs
 from tests.models.point_tokenizer_test import TorchGraph
 
-G, M, E, L, F, V, C, K = 64, 32, 64, 2, 10, 16, 6, 8
+G, M, E, L, F, V, C, K = 64, 32, 64, 2, 12, 16, 6, 8
 
 
 class Graph(TorchGraph):

@@ -33,7 +33,8 @@ class DropPathTest(parameterized.TestCase):
   def test_evaluation_is_the_identity_and_needs_no_key(self):
     x = jnp.arange(6.0).reshape(2, 3)
     layer = DropPath()
-    np.testing.assert_array_equal(layer.apply({}, x, 0.9, train=False), x)
+    rate = jnp.float32(0.9)
+    np.testing.assert_array_equal(layer.apply({}, x, rate, train=False), x)
     np.testing.assert_array_equal(layer.apply({}, x, None, train=True), x)
 
 

@@ -50,7 +50,7 @@ def objective(**options):
 def clouds(rows=B, seed=0):
   rng = np.random.default_rng(seed)
   points = rng.normal(size=(rows, N, 3)) * rng.uniform(0.5, 2, (rows, 1, 3))
-  return {"points": points.astype(np.float32)}
+  return {"points": jnp.asarray(points, jnp.float32)}
 
 
 @functools.cache
@@ -164,7 +164,7 @@ class ObjectiveTest(parameterized.TestCase):
 
   def test_rows_that_fill_a_batch_weigh_nothing(self):
     index = np.where(np.arange(B) < B // 2, np.arange(B), -1)
-    batch = clouds() | {"index": index}
+    batch = clouds() | {"index": jnp.asarray(index)}
     self.assertEqual(self.objective.weights(batch)["tokens"], B // 2)
     _, metrics = self.evaluate(self.variables, batch)
     self.assertBetween(metrics["tokens_loss"][1], B, 2 * B)
@@ -286,6 +286,7 @@ def steps(num_devices=1, microbatches=1):
     )(key)
   found = []
   for batch in batches:
+    batch = {k: np.asarray(v) for k, v in batch.items()}
     state, metrics = step(state, put_batch(batch, mesh))
     found.append(jax.device_get((state.params, state.extra, metrics)))
   return found

@@ -13,7 +13,7 @@ B, C, K, T = 5, 7, 15, 0.07
 
 def rows(count, seed):
   x = np.random.default_rng(seed).normal(size=(count, C)).astype(np.float32)
-  return momentum.unit(x)
+  return momentum.unit(jnp.asarray(x))
 
 
 class SlowCopyTest(parameterized.TestCase):

@@ -43,12 +43,13 @@ def segmenter(**options):
 
 def clouds():
   rng = np.random.default_rng(0)
-  return {
+  rows = {
     "points": rng.normal(size=(B, N, 3)).astype(np.float32),
     "labels": np.array([2, -1, 5], np.int32),
     "category": np.array([1, 0, 0], np.int32),
     "parts": rng.integers(-1, 5, (B, N), np.int32),
   }
+  return jax.tree.map(jnp.asarray, rows)
 
 
 class TorchClassifier(theirs.TorchTrunk):
@@ -189,8 +190,8 @@ class HeadsTest(parameterized.TestCase):
     ]
     with torch.no_grad():
       expected = module(
-        torch.from_numpy(cloud),
-        torch.from_numpy(batch["category"]),
+        torch.from_numpy(np.array(cloud)),
+        torch.from_numpy(np.array(batch["category"])),
         *self.patches(),
         *(torch.from_numpy(np.array(x)) for x in levels),
       )
@@ -202,7 +203,7 @@ class HeadsTest(parameterized.TestCase):
       objective, variables, _ = pair(name)
       sums, metrics = objective.apply(variables, batch, train=False)
       logits = objective.apply(variables, batch, method="logits")
-      known = torch.from_numpy(batch[labels]).long()
+      known = torch.from_numpy(np.array(batch[labels])).long()
       expected = torch.nn.functional.cross_entropy(
         torch.from_numpy(np.array(logits)).reshape(-1, logits.shape[-1]),
         known.reshape(-1),
@@ -228,7 +229,9 @@ class HeadsTest(parameterized.TestCase):
         targets[label] = 0.8
         expected -= (targets * log_probs[row]).sum()
     np.testing.assert_allclose(
-      smoothed(logits, labels, 0.2), expected, rtol=1e-5
+      smoothed(jnp.asarray(logits), jnp.asarray(labels), 0.2),
+      expected,
+      rtol=1e-5,
     )
     # It is for training alone.
     objective, variables, _ = pair("classifier")
