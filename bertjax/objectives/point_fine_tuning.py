@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from bertjax import points
 from bertjax.layers.dropout import Dropout
+from bertjax.layers.largest import largest
 from bertjax.layers.linear import Linear
 from bertjax.metrics import flops
 from bertjax.models.point_bert import PointEncoder
@@ -79,7 +80,7 @@ class CloudHead(nn.Module):
   def __call__(
     self, hidden: Float[Array, "b t e"], *, train: bool
   ) -> Float[Array, "b c"]:
-    x = jnp.concatenate([hidden[:, 0], hidden[:, 1:].max(1)], axis=-1)
+    x = jnp.concatenate([hidden[:, 0], largest(hidden[:, 1:], 1)], axis=-1)
     x = Linear(
       "be,ec->bc",
       (self.inner,),

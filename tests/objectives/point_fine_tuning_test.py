@@ -217,6 +217,26 @@ class HeadsTest(parameterized.TestCase):
       right = (logits.argmax(-1) == batch[labels]).sum()
       self.assertEqual(metrics["accuracy"][0], right)
 
+  @parameterized.parameters("classifier", "segmenter")
+  def test_gradients_are_finite_whatever_the_compiler_repeats(self, name):
+    objective, variables, _ = pair(name)
+    for seed in range(2):
+
+      def loss(params, objective=objective, seed=seed):
+        (sums, _), _ = objective.apply(
+          {**variables, "params": params},
+          clouds(),
+          train=True,
+          rngs={"dropout": jax.random.key(seed)},
+          mutable=["batch_stats"],
+        )
+        return sum(sums.values())
+
+      slopes = jax.jit(jax.grad(loss))(variables["params"])
+      for leaf in jax.tree.leaves(slopes):
+        self.assertTrue(np.isfinite(leaf).all())
+      objective = objective.clone(dropout_rate=0.0)
+
   def test_smoothing_leaves_the_label_its_part(self):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(4, 5)).astype(np.float32)

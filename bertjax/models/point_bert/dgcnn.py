@@ -7,6 +7,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float, Int
 
 from bertjax import points
+from bertjax.layers.largest import largest
 
 _GROUPS, NEIGHBOURS = 4, 4
 _WIDTHS = (256, 512, 512, 1024)
@@ -69,7 +70,7 @@ class DGCNN(nn.Module):
     for number, width in enumerate(_WIDTHS):
       width //= self.shrink
       x = convolved(edges(x, x, index), width, f"edge_{number}", self.dtype)
-      x = x.max(axis=2)
+      x = largest(x, 2)
       kept.append(x)
     whole = jnp.concatenate(kept, axis=-1)
     return convolved(whole, self.features, "output", self.dtype)

@@ -11,6 +11,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from bertjax import points
+from bertjax.layers.largest import largest
 from bertjax.models.point_bert.dgcnn import NEIGHBOURS, convolved, edges
 from bertjax.models.point_bert.patch_embedding import batch_norm
 
@@ -77,6 +78,6 @@ class Refine(nn.Module):
       count = min(NEIGHBOURS, centres.shape[1])
       index, _ = points.nearest(targets, centres, count)
       x = edges(own, features, index)
-      own = convolved(x, width, f"edge_{i}", self.dtype).max(axis=2)
+      own = largest(convolved(x, width, f"edge_{i}", self.dtype), 2)
       centres, features = targets, own
     return own
