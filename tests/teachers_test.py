@@ -131,7 +131,7 @@ class StagesTest(parameterized.TestCase):
       resolve.inherit(settings(fields))
     (frozen,) = frozen_variables(self.variables("2_pretrain")).values()
     with self.assertRaisesRegex(
-      ValueError, "2_pretrain has no params/codebook"
+      ValueError, "2_pretrain has no (params|batch_stats)/"
     ):
       teachers.read_frozen(str(trained() / "2_pretrain"), frozen, "teacher")
     other = jax.tree.map(lambda x: x[..., None], frozen)
