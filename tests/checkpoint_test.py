@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bertjax import checkpoint
+from bertjax.checkpoint import disk
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = {"seed": 3, "model": {"name": "bert", "sizes": [5, 7]}}
@@ -500,6 +502,27 @@ for step in range(int(sys.argv[2]), 100_000):
 
 
 class KillTest(absltest.TestCase):
+  def test_half_a_manifest_is_none(self):
+    """A kill while it is written leaves what counts as unfinished."""
+    folder = disk.absolute(temporary(self))
+    (folder / disk.MARKER).write_text("")
+    (folder / disk.META).write_text("{}")
+
+    def killed(path, text):
+      with path.open("w") as file:
+        file.write(text[: len(text) // 2])
+      raise KeyboardInterrupt
+
+    with (
+      mock.patch.object(type(folder), "write_text", killed),
+      self.assertRaises(KeyboardInterrupt),
+    ):
+      disk.commit(folder)
+    self.assertTrue(disk.is_unfinished(folder))
+    disk.commit(folder)
+    self.assertFalse(disk.is_unfinished(folder))
+    disk.verify(folder)
+
   def test_kill_at_any_moment_leaves_a_whole_checkpoint(self):
     workdir = temporary(self)
     like = {

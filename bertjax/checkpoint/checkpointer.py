@@ -203,9 +203,7 @@ class Checkpointer:
       self._orbax.wait_until_finished()
       if jax.process_index() == 0:
         (target / disk.META).write_text(meta)
-        (target / disk.MANIFEST).write_text(
-          json.dumps(disk.manifest_of(target))
-        )
+        disk.commit(target)
         (target / disk.MARKER).unlink(missing_ok=True)
     # Whatever went wrong in this thread is raised by `wait` in the main one.
     except BaseException as err:

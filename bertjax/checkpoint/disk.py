@@ -17,6 +17,7 @@ from etils import epath
 FORMAT = 1
 MARKER = "UNFINISHED"
 MANIFEST = "manifest.json"
+_PARTIAL = f"{MANIFEST}.partial"
 META = "meta.json"
 STATE = "state"
 
@@ -132,9 +133,16 @@ def manifest_of(path: epath.Path) -> dict[str, Any]:
   files = {
     name: _checksum(path / name)
     for name in _files(path)
-    if name not in (MARKER, MANIFEST)
+    if name not in (MARKER, MANIFEST, _PARTIAL)
   }
   return {"format": FORMAT, "files": files}
+
+
+def commit(path: epath.Path) -> None:
+  """Makes a directory count by its manifest, which is whole or not there."""
+  partial = path / _PARTIAL
+  partial.write_text(json.dumps(manifest_of(path)))
+  partial.replace(path / MANIFEST)
 
 
 def _files(path: epath.Path, prefix: str = "") -> list[str]:
