@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bertjax.layers import statistics
 from bertjax.objectives.base import Metrics, Objective, total_loss
+from bertjax.objectives.frozen import FROZEN
 from bertjax.objectives.step import clock, streams
 from bertjax.optim import Optimizer, curvature_metrics, gradient_norm
 from bertjax.parallel.error_feedback import local_params
@@ -42,7 +43,7 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
 
 
 # Collections that come out the same on every worker of a step split by hand.
-_SHARED = ("batch_stats",)
+_SHARED = ("batch_stats", FROZEN)
 
 
 def check_collections(optimizer: Optimizer, collections: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """Objectives with state of their own, and what a step tells them."""
 
 import functools
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ from absl.testing import absltest, parameterized
 from bertjax import optim, train_state, train_step
 from bertjax.evals.replicas import differing
 from bertjax.models.point_bert.patch_embedding import batch_norm
+from bertjax.objectives.frozen import FROZEN
 from bertjax.objectives.step import current_step
 from bertjax.parallel.mesh import make_mesh
 from bertjax.parallel.sharding import put_batch
@@ -124,6 +126,12 @@ class BatchNormTest(parameterized.TestCase):
       _run(num_devices=2, local=True, queue=True)
     state, _, _ = _run(queue=True)  # nobody minds where all see everything
     self.assertIn("queue", state.extra)
+
+  def test_frozen_models_are_the_same_on_every_worker(self):
+    optimizer = mock.Mock(local_gradients=True)
+    train_step.check_collections(optimizer, ("batch_stats", FROZEN))
+    with self.assertRaisesRegex(ValueError, "its own slow of the objective"):
+      train_step.check_collections(optimizer, ("slow", FROZEN))
 
 
 class ClockTest(parameterized.TestCase):
