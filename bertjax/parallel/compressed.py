@@ -38,7 +38,7 @@ LANES = 128  # numbers in a line
 # to whole registers: an eighth longer at most.
 REGISTER = 8
 LONG = REGISTER * REGISTER
-GRANULARITIES = ("buffer", "chunk", "tensor", "layer")
+GRANULARITIES = ("buffer", "chunk", "tensor", "layer", "shard")
 SCALES = ("l1", "rms")
 
 
@@ -51,8 +51,9 @@ class Compression:
       DeepSpeed has it.
     granularity: what shares a scale. "buffer": all numbers of a worker, and
       all of a server's chunk; "chunk": those of a chunk, on both sides;
-      "tensor"; "layer": a layer of a scanned stack; or an int: blocks of at
-      most so many numbers.
+      "tensor"; "layer": a layer of a scanned stack; "shard": what one device
+      holds of a tensor, so that nothing is summed within a worker, but scales
+      depend on how it is sharded; or an int: blocks of at most so many numbers.
     error_feedback: keep what was not sent; False is for ablations.
   """
 
@@ -259,8 +260,10 @@ def _pooled(
   if layout.compression.by_block:
     return list(parts)
   over = {"buffer": (0, 1, 2), "chunk": (1, 2), "tensor": (0, 1, 2),
-          "layer": (0, 2)}[how]  # fmt: skip
+          "shard": (0, 1, 2), "layer": (0, 2)}[how]  # fmt: skip
   sums = [jnp.sum(part, axis=over, keepdims=True) for part in parts]
+  if how == "shard":
+    return sums
   for axes in dict.fromkeys(layout.sum_axes):
     members = [i for i, mine in enumerate(layout.sum_axes) if mine == axes]
     if axes:
@@ -417,7 +420,7 @@ def compressed_all_reduce(
       workers must have the same masks.
     sum_axes: by tensor, other manual mesh axes that shard it; magnitudes are
       summed over them, so that scales do not depend on that sharding (those of
-      blocks are of one shard anyway).
+      blocks and of granularity "shard" are of one shard anyway).
 
   Returns:
     The average, worker errors and server errors.

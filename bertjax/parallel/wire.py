@@ -45,6 +45,7 @@ def compressed_bytes(
     "buffer": 1,
     "chunk": 1,
     "tensor": len(grids),
+    "shard": len(grids),
     "layer": sum(grid.rows for grid in grids),
   }.get(compression.granularity)
   if scales is None:

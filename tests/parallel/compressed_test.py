@@ -133,7 +133,7 @@ class SignsTest(parameterized.TestCase):
 class AllReduceTest(parameterized.TestCase):
   @parameterized.product(
     workers=(1, 2, 8),
-    granularity=("buffer", "chunk", "tensor", "layer", 5),
+    granularity=("buffer", "chunk", "tensor", "layer", "shard", 5),
     scale=("l1", "rms"),
   )
   def test_what_is_not_sent_stays(self, workers, granularity, scale):
@@ -241,6 +241,29 @@ class AllReduceTest(parameterized.TestCase):
     found = mean[0][0] if granularity == "layer" else [m[0] for m in mean]
     np.testing.assert_allclose(found, x[0], rtol=1e-6)
 
+  @parameterized.parameters(("tensor", 3.0), ("shard", None))
+  def test_shards_share_a_scale_or_have_their_own(self, granularity, shared):
+    """Halves of ones and of fives on two devices of each worker."""
+    compression = Compression(granularity=granularity, error_feedback=False)
+    mesh = make_mesh(data=2, model=2, devices=jax.devices()[:4])
+    x = np.repeat(np.array([1.0, 5.0], np.float32), 4)
+
+    def run(x):
+      mean, _, _ = compressed.compressed_all_reduce(
+        [x], None, None, axis="data", compression=compression,
+        sum_axes=[("model",)],
+      )  # fmt: skip
+      return mean[0]
+
+    found = jax.jit(
+      jax.shard_map(
+        run, mesh=mesh, in_specs=P("model"), out_specs=P("model"),
+        check_vma=False,
+      )
+    )(x)  # fmt: skip
+    expected = x if shared is None else np.full(8, shared)
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
   def test_what_pads_a_block_touches_no_scale(self):
     # Seven numbers in blocks of at most three: three, three, one.
     x = jnp.array([1.0, -1.0, 1.0, 2.0, 2.0, -2.0, 5.0])
@@ -269,7 +292,7 @@ class AllReduceTest(parameterized.TestCase):
     self.assertLess(gaps[True], 0.05)
     self.assertGreater(gaps[False], 0.3)
 
-  @parameterized.parameters("buffer", "tensor", "layer", 8)
+  @parameterized.parameters("buffer", "tensor", "layer", "shard", 8)
   def test_bytes_of_the_compiled_program_are_the_formula(self, granularity):
     workers, compression = 8, Compression(granularity=granularity)
     shapes = ((30, 41), (3, 70, 5), (9,))
