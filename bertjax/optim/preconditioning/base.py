@@ -69,7 +69,8 @@ class Preconditioner:
 
   Attributes:
     method: what it does to a layer.
-    interval: steps between two refreshes.
+    interval: steps between two refreshes; None for none but those of warm-up,
+      so that MKOR without any is the optimizer alone.
     warmup_steps: the first steps, which all refresh.
     rescale: what the direction D of a layer is multiplied by, G its gradient:
       "joint" |G| / |D|; "sum" the same with the norms of weight and bias added
@@ -81,7 +82,7 @@ class Preconditioner:
   """
 
   method: Method
-  interval: int = 1
+  interval: int | None = 1
   warmup_steps: int = 0
   rescale: Literal["sum", "joint", "kl", "none"] = "joint"
   kl_clip: float = 1e-3
@@ -91,6 +92,8 @@ class Preconditioner:
   def __post_init__(self):
     for field, least in (("interval", 1), ("warmup_steps", 0), ("groups", 1)):
       value = getattr(self, field)
+      if field == "interval" and value is None:
+        continue
       if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(
           f"optim.precondition.{field}={value!r} must be an int of at least"
@@ -321,9 +324,9 @@ class _Preconditioning:
   ) -> CurvatureState:
     """The state with new factors, if they are due."""
     method = self.preconditioner.method
-    due = (state.count % self.preconditioner.interval == 0) | (
-      state.count < self.preconditioner.warmup_steps
-    )
+    due = state.count < self.preconditioner.warmup_steps
+    if self.preconditioner.interval is not None:
+      due |= state.count % self.preconditioner.interval == 0
 
     def refresh(factors, captured):
       # Inside the branch: devices add up nothing at other steps.

@@ -83,7 +83,7 @@ def eva(
   *,
   damping: float = 0.03,
   decay: float = 0.95,
-  interval: int = 1,
+  interval: int | None = 1,
   warmup_steps: int = 0,
   clip: float = 100.0,
   wire_dtype: str = "float32",
@@ -95,7 +95,7 @@ def eva(
   Args:
     damping: positive.
     decay: of the vectors' moving averages.
-    interval: steps between refreshes.
+    interval: steps between refreshes; None: see `Preconditioner`.
     warmup_steps: the first steps, which all refresh.
     clip: bound on every element of a vector.
     wire_dtype: of vectors that devices add up.

@@ -129,7 +129,7 @@ def hylo(
   damping: float = 0.03,
   threshold: float = 0.25,
   window: int = 10,
-  interval: int = 10,
+  interval: int | None = 10,
   warmup_steps: int = 0,
   rescale: str = "kl",
   kl_clip: float = 1e-3,
@@ -142,7 +142,7 @@ def hylo(
     threshold: relative change of the gradient's norm, from one stretch to the
       next, from which on the stretch that follows is critical. 0: all are.
     window: refreshes of a stretch.
-    interval: steps between refreshes.
+    interval: steps between refreshes; None: see `Preconditioner`.
     warmup_steps: the first steps, which all refresh.
     rescale: see `Preconditioner`.
     kl_clip: for "kl".

@@ -172,7 +172,7 @@ def kfac(
   form: str = "eigen",
   damping: float = 1e-3,
   decay: float = 0.95,
-  interval: int = 1,
+  interval: int | None = 1,
   inverse_interval: int = 10,
   grad_worker_fraction: float | None = None,
   rescale: str = "kl",
@@ -188,7 +188,8 @@ def kfac(
       (G + damping I)^-1 and (A + damping I)^-1.
     damping: positive.
     decay: of the covariances' moving averages; 0 takes each batch's own.
-    interval: steps between updates of covariances.
+    interval: steps between updates of covariances; None: see
+      `Preconditioner`.
     inverse_interval: steps between decompositions, a multiple of `interval`.
     grad_worker_fraction: part of the workers that keep a layer's factors and
       precondition it: KAISA's communication-optimal 1, its memory-optimal 0
@@ -211,7 +212,7 @@ def kfac(
     rescale=rescale,
     kl_clip=kl_clip,
   )
-  if inverse_interval < 1 or inverse_interval % interval:
+  if inverse_interval < 1 or inverse_interval % (interval or 1):
     raise ValueError(
       f"optim.precondition.inverse_interval={inverse_interval} must be a"
       f" multiple of interval={interval}."

@@ -149,7 +149,7 @@ def mkor(
   *,
   rule: str = "reference",
   decay: float = 0.95,
-  interval: int = 10,
+  interval: int | None = 10,
   warmup_steps: int = 0,
   rank: int = 1,
   svd_groups: int | None = None,
@@ -171,7 +171,7 @@ def mkor(
     rule: "exact", "reference" or "paper", three different updates of an
       inverse: see `inverse_factor`.
     decay: of the factors, called momentum in the paper.
-    interval: steps between refreshes.
+    interval: steps between refreshes; None: see `Preconditioner`.
     warmup_steps: the first steps, which all refresh.
     rank: vectors per side and refresh; beyond the paper's 1, tokens are divided
       into so many groups, each with its means.

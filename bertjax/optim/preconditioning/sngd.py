@@ -226,7 +226,7 @@ def sngd(
   rank: int,
   reduction: str = "none",
   damping: float = 0.03,
-  interval: int = 10,
+  interval: int | None = 10,
   warmup_steps: int = 0,
   rescale: str = "kl",
   kl_clip: float = 1e-3,
@@ -239,7 +239,7 @@ def sngd(
       by their share in F, "interpolative" takes those that span the rest;
       `hylo` changes between the two during a run.
     damping: positive.
-    interval: steps between refreshes.
+    interval: steps between refreshes; None: see `Preconditioner`.
     warmup_steps: the first steps, which all refresh.
     rescale: see `Preconditioner`.
     kl_clip: for "kl".
