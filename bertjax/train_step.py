@@ -1,7 +1,7 @@
 """The one training step: loss, accumulation, gradient reduction, update."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -46,7 +46,7 @@ def check_batch(batch_size: int, microbatches: int, mesh: Mesh) -> None:
 _SHARED = ("batch_stats", FROZEN)
 
 
-def check_collections(optimizer: Optimizer, collections: Sequence[str]) -> None:
+def check_collections(optimizer: Optimizer, collections: Iterable[str]) -> None:
   """Refuses state of which every worker would keep its own version.
 
   Args:

@@ -54,7 +54,7 @@ class EncoderTest(parameterized.TestCase):
       keep_layers=True,
       scan=scan,
     )
-    batch = {"tokens": np.ones((64, T), np.int32)}
+    batch = {"tokens": jnp.ones((64, T), jnp.int32)}
     variables = nn.meta.unbox(encoder.init(jax.random.key(0), batch))
     variables = jax.tree.map(lambda x: 9 * x, variables)
     run = jax.jit(

@@ -160,7 +160,7 @@ def pair(name):
   found = theirs.loaded(
     theirs.state_of(module), table, shapes(objective, clouds()), L
   )
-  return objective, found, module
+  return objective, jax.tree.map(jnp.asarray, found), module
 
 
 class HeadsTest(parameterized.TestCase):
