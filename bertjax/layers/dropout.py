@@ -6,6 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
+
+from bertjax.parallel import sharding
 
 
 def _element_index(shape: tuple[int, ...]) -> jax.Array:
@@ -50,8 +53,40 @@ def random_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   other words on another mesh.
   """
   if str(jax.random.key_impl(key)) in ("rbg", "unsafe_rbg"):
-    return jax.random.bits(key, shape, jnp.uint16)
+    return _platform_words(key, shape)
   return hashed_bits(key, shape)
+
+
+def _platform_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """16-bit words of the platform's generator, on each device its own part.
+
+  Left to the partitioner, every device would draw the words of the whole global
+  batch and take its slice of them.
+
+  Args:
+    key: PRNG key, "rbg" or "unsafe_rbg".
+    shape: of activations: rows first, then, if there are three axes, places.
+  """
+  names = ("batch", "length") if len(shape) == 3 else ("batch",)
+  parts = sharding.parts(shape, names[: len(shape)])
+  if not any(parts):
+    return jax.random.bits(key, shape, jnp.uint16)
+  mesh = jax.sharding.get_abstract_mesh()
+  local = list(shape)
+  for i, axes in enumerate(parts):
+    local[i] //= math.prod(mesh.shape[axis] for axis in axes)
+
+  def draw(key):
+    own = jax.random.fold_in(key, jax.lax.axis_index(sum(parts, ())))
+    return jax.random.bits(own, tuple(local), jnp.uint16)
+
+  return jax.shard_map(
+    draw,
+    in_specs=PartitionSpec(),
+    out_specs=PartitionSpec(*(axes or None for axes in parts)),
+    axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+    check_vma=False,  # equal along the other axes, which types can't show
+  )(key)
 
 
 def keep_mask(key: jax.Array, shape: tuple[int, ...], rate: float) -> jax.Array:

@@ -53,6 +53,29 @@ def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, partition)
 
 
+def parts(
+  shape: tuple[int, ...], names: tuple[str | None, ...]
+) -> tuple[tuple[str, ...], ...]:
+  """The mesh axes over which `constrain` splits an array, if they divide it.
+
+  Of the mesh at hand, without the axes that are already split by hand: for each
+  name those of its dimension, maybe none.
+
+  Args:
+    shape: of the array.
+    names: logical names of its first dimensions.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  free = set(mesh.axis_names) - set(mesh.manual_axes)
+  entries = []
+  for size, axes in zip(shape, spec(names, RULES)):
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    axes = tuple(a for a in axes if a in free and mesh.shape[a] > 1)
+    divides = size % math.prod(mesh.shape[a] for a in axes) == 0
+    entries.append(axes if divides else ())
+  return tuple(entries)
+
+
 def split_by_hand(axis: str) -> bool:
   """Whether this is traced inside `shard_map` over a mesh axis."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -1,5 +1,7 @@
 """Dropout zeroes at its rate, rescales, and repeats."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from bertjax.layers.dropout import (
   hashed_bits,
   random_words,
 )
+from bertjax.parallel.mesh import make_mesh
 
 
 class DropoutTest(parameterized.TestCase):
@@ -56,6 +59,63 @@ class DropoutTest(parameterized.TestCase):
     x = jnp.ones((8, 8))
     value, pull = jax.vjp(lambda x: dropout(x, jax.random.key(2), 0.3), x)
     np.testing.assert_array_equal(pull(jnp.ones_like(x))[0], value)
+
+
+class PlatformWordsTest(parameterized.TestCase):
+  """On a mesh each device draws its own part of the words, and no more."""
+
+  SHAPE = (16, 6, 64)
+
+  def drawn(self, *, workers=False, **axes):
+    """Words on a mesh, and what the program draws on one device."""
+    mesh = make_mesh(**axes, devices=jax.devices())
+    key = jax.random.key(3, impl="rbg")
+
+    def words(key):
+      return random_words(key, self.SHAPE)
+
+    if workers:  # an outer split by hand, as of compressed averages
+      words = jax.shard_map(
+        lambda key: random_words(key, (self.SHAPE[0] // 2, *self.SHAPE[1:])),
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec("data"),
+        axis_names={"data"},
+        check_vma=False,
+      )
+    with jax.set_mesh(mesh):
+      lowered = jax.jit(words).lower(key)
+      found = jax.jit(words)(key)
+    draws = re.findall(
+      r"rng_bit_generator.*tensor<([\dx]+)xui16>\)", lowered.as_text()
+    )
+    for shard in found.addressable_shards:  # copies are equal
+      np.testing.assert_array_equal(shard.data, np.asarray(found)[shard.index])
+    return np.asarray(found), draws
+
+  @parameterized.parameters(
+    (dict(data=8), "2x6x64"),
+    (dict(data=2, fsdp=4), "2x6x64"),
+    (dict(data=4, model=2), "4x6x64"),
+    (dict(data=4, seq=2), "4x3x64"),
+  )
+  def test_a_device_draws_its_part(self, axes, expected):
+    words, draws = self.drawn(**axes)
+    self.assertEqual(draws, [expected])
+    self.assertLen(np.unique(words.reshape(16 * 6, 64), axis=0), 16 * 6)
+    self.assertAlmostEqual((words < 2**15).mean(), 0.5, delta=0.03)
+
+  def test_workers_of_several_devices_divide_their_own_rows(self):
+    words, draws = self.drawn(data=2, fsdp=4, workers=True)
+    self.assertEqual(draws, ["2x6x64"])
+    half = words[:8].reshape(8 * 6, 64)
+    self.assertLen(np.unique(half, axis=0), 8 * 6)
+
+  def test_rows_that_do_not_divide_are_drawn_whole(self):
+    mesh = make_mesh(devices=jax.devices())
+    key = jax.random.key(0, impl="rbg")
+    with jax.set_mesh(mesh):
+      words = jax.jit(lambda key: random_words(key, (3, 5)))(key)
+    np.testing.assert_array_equal(words, jax.random.bits(key, (3, 5), "uint16"))
 
 
 class HashedBitsTest(parameterized.TestCase):
