@@ -81,8 +81,9 @@ def tokenize_points(
 ) -> list[PointTokens]:
   """The likeliest code of every patch of some clouds, and what they decode to.
 
-  As in training a cloud's points are drawn at random, here always the same, and
-  moved into the unit sphere.
+  A cloud's points are drawn at random, always the same, and moved into the unit
+  sphere. `data.farthest` is not repeated here: a model that was trained on
+  farthest points should be given such points.
 
   Args:
     model: of the objective "point_reconstruction".
