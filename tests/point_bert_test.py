@@ -84,6 +84,18 @@ class RunTest(parameterized.TestCase):
     )
     self.assertEqual(values["cd_l2"], values["cd_l2/torus"])
 
+  def test_points_are_those_of_an_evaluation(self):
+    """Of a cluster and a few points far away, farthest points keep the few."""
+    rng = np.random.default_rng(0)
+    far = rng.normal(size=(20, 3)).astype(np.float32)
+    near = rng.normal(scale=1e-3, size=(4000, 3)).astype(np.float32)
+    cloud = np.concatenate([near, far])
+    self.assertTrue(self.model.config["data"]["farthest"])
+    (tokens,) = tokenize_points(self.model, [cloud])
+    distance = np.linalg.norm(tokens.centres[:, None] - far, axis=-1).min(1)
+    # All patches but maybe the first, which begins anywhere.
+    self.assertGreaterEqual((distance < 1e-4).sum(), len(tokens.centres) - 1)
+
   def test_codes_of_a_cloud_wherever_it_is(self):
     cloud = np.random.default_rng(0).normal(size=(90, 3)).astype(np.float32)
     here, there = tokenize_points(self.model, [cloud, 50 * cloud + 7])

@@ -1,8 +1,7 @@
 """Released files of Point-BERT: a `.pth` each, read without torch.
 
 What a file does not say is taken as published: 64 patches of 32 points (128 for
-parts) and heads of width 64. To train on, a config says otherwise: neither
-patches nor points are a matter of parameters.
+parts) and heads of width 64. `load_model(path, patches=...)` says otherwise.
 """
 
 import os

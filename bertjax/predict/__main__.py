@@ -36,7 +36,7 @@ from bertjax.predict.answers import REQUESTS
 from bertjax.predict.embed import POOLING, embed
 from bertjax.predict.fill_mask import fill_mask
 from bertjax.predict.tokenize_points import (
-  num_points_of,
+  points_to_sample,
   read_cloud,
   tokenize_points,
   write_cloud,
@@ -134,7 +134,7 @@ def _tokenize_points(
       f"--reconstruction={f.reconstruction} holds one cloud, and --input is"
       f" given {len(f.input)} times."
     )
-  count = num_points_of(model)
+  count = points_to_sample(model)
   clouds = [read_cloud(path, count) for path in f.input]
   found = tokenize_points(model, clouds, batch_size=f.batch_size)
   with _opened(f.output) as out:

@@ -13,6 +13,7 @@ import numpy as np
 from bertjax.data.shapes import drawing, meshes
 from bertjax.loading import LoadedModel
 from bertjax.objectives import PointReconstruction
+from bertjax.points import farthest_point_sampling
 
 _TABLES = (".txt", ".xyz", ".csv", ".pts")
 _NUM_POINTS = 1024  # of a model that does not say what it was trained on
@@ -73,7 +74,17 @@ def read_cloud(path: str | pathlib.Path, num_points: int) -> np.ndarray:
 
 def num_points_of(model: LoadedModel) -> int:
   """Points of a cloud that a model was trained on."""
-  return (model.config or {}).get("data", {}).get("num_points", _NUM_POINTS)
+  return _data(model).get("num_points", _NUM_POINTS)
+
+
+def points_to_sample(model: LoadedModel) -> int:
+  """Points of a mesh's surface that those of a cloud are drawn from."""
+  return max(num_points_of(model), _data(model).get("stored_points") or 0)
+
+
+def _data(model: LoadedModel) -> Mapping[str, Any]:
+  """What the model was trained on; {} if it does not say."""
+  return (model.config or {}).get("data", {})
 
 
 def tokenize_points(
@@ -81,9 +92,8 @@ def tokenize_points(
 ) -> list[PointTokens]:
   """The likeliest code of every patch of some clouds, and what they decode to.
 
-  A cloud's points are drawn at random, always the same, and moved into the unit
-  sphere. `data.farthest` is not repeated here: a model that was trained on
-  farthest points should be given such points.
+  A cloud's points are drawn as those of an evaluation (the farthest ones first,
+  if `data.farthest` says so), always the same, and moved into the unit sphere.
 
   Args:
     model: of the objective "point_reconstruction".
@@ -100,7 +110,7 @@ def tokenize_points(
     )
   if not clouds:
     raise ValueError("There is no cloud; pass at least one (--input).")
-  data = (model.config or {}).get("data", {})
+  data = _data(model)
   prepared = [_prepared(x, num_points_of(model), data) for x in clouds]
   found = []
   for start in range(0, len(prepared), batch_size):
@@ -132,7 +142,11 @@ def _prepared(
 ) -> tuple[np.ndarray, np.ndarray, float]:
   """Points as in training, and the shift and scale that were taken off."""
   rng = np.random.default_rng(0)
-  points = cloud[drawing.subset(len(cloud), num_points, rng)].astype(np.float64)
+  if data.get("farthest"):
+    count = min(data["stored_points"], len(cloud))
+    cloud = cloud[np.asarray(farthest_point_sampling(cloud[None], count))[0]]
+  draw = drawing.DRAWS[data.get("draw_eval") or data.get("draw", "subset")]
+  points = cloud[draw(len(cloud), num_points, rng)].astype(np.float64)
   if not data.get("unit_sphere", True):
     return points, np.zeros(3), 1.0
   centre = points.mean(0)
