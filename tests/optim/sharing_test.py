@@ -1,5 +1,9 @@
 """K-FAC's decompositions are shared among workers, as KAISA's are."""
 
+import collections
+import math
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -157,14 +161,46 @@ class SharingTest(parameterized.TestCase):
     else:
       self.assertEqual((always, refreshes), (directions, 0))
 
-  @parameterized.parameters(3, 4, 5)
-  def test_any_number_of_layers_is_dealt_out(self, number):
-    w = _world(1.0)
-    x = jax.random.normal(jax.random.key(0), (number, 3, 5))
-    x = x @ jnp.swapaxes(x, 1, 2) + jnp.eye(3)[None]
+  @parameterized.product(
+    sizes=[((3,),), ((4,),), ((5,),), ((), (8,), (3, 2), (4,))],
+    width=[3, 4],
+    fraction=[1.0, 0.0],
+  )
+  def test_any_number_of_layers_is_dealt_out(self, sizes, width, fraction):
+    """In one batch, and as fairly as whole layers go."""
+    two = (("data", 2), ("fsdp", 2))
+    w = _world(1.0, axes=two if fraction == 0 else (("data", _WORKERS),))
+    keys = jax.random.split(jax.random.key(0), len(sizes))
+    stacks = [
+      jax.random.normal(key, (*size, width, width + 2))
+      for key, size in zip(keys, sizes, strict=True)
+    ]
+    stacks = [
+      np.array(x @ jnp.swapaxes(x, -1, -2)) + np.eye(width, dtype=np.float32)
+      for x in stacks
+    ]
+
+    @jax.jit
+    def inverses(stacks):
+      def inverse(x):
+        shapes.append(x.shape)
+        return jnp.linalg.inv(x)
+
+      shapes.clear()  # Of more than one tracing.
+      return sharing.decompose(inverse, stacks, fraction)
+
+    shapes: list[tuple[int, ...]] = []
     with jax.set_mesh(w.mesh):
-      found = jax.jit(lambda x: sharing.decompose(jnp.linalg.inv, x))(x)
-    np.testing.assert_allclose(found, np.linalg.inv(x), rtol=1e-3, atol=1e-5)
+      found = inverses(stacks)
+    for matrix, one in zip(stacks, found, strict=True):
+      np.testing.assert_allclose(
+        one, np.linalg.inv(matrix), rtol=1e-3, atol=1e-5
+      )
+    counts = [math.prod(size) for size in sizes]
+    rest = sum(n for n in counts if n % _WORKERS)
+    dealt = sum(n for n in counts if n % _WORKERS == 0) // _WORKERS
+    share = dealt + -(-rest // _WORKERS)
+    self.assertEqual(shapes[-1], (share, width, width))
 
   @parameterized.parameters(1.0, 0.0)
   def test_layers_of_no_stack_share_without_a_change(self, fraction):
@@ -178,39 +214,34 @@ class SharingTest(parameterized.TestCase):
     )
 
   def test_what_layers_of_no_stack_send_and_keep(self):
-    """Decompositions are sent once; rows are kept where they divide."""
+    """Those of one width together; rows are kept where they divide."""
     w = _world(0.0, objective=_PLAIN)
-    _, found = _collectives(w)
-    decompositions = [
-      c for c in found if c.kind == "all-reduce" and len(c.branch) == 2
-    ]
-    sides = 2 * [INPUTS, INPUTS + 1] + [OUTPUTS, INPUTS]
+    text, found = _collectives(w)
+    widths = {INPUTS: 3, INPUTS + 1: 2, OUTPUTS: 1}
+    self.assertLen(re.findall(r"syevd_ffi", text), len(widths))
+    sent = collections.Counter()
+    for c in found:
+      if len(c.branch) == 2:
+        sent[c.kind] += c.operand_bytes
+    # One matrix or none of each width is a worker's.
+    square = {d: 4 * d * d for d in widths}
+    in_rows = [d for d in widths if d % _WORKERS == 0]
+    self.assertNotEmpty(in_rows)
     self.assertEqual(
-      sum(c.operand_bytes for c in decompositions),
-      4 * sum(d * d + d for d in sides),
+      sent,
+      {
+        # There as rows of covariances, back as rows of eigenvectors.
+        "all-to-all": sum(2 * square[d] for d in in_rows),
+        # To all.
+        "all-reduce": sum(4 * d * n for d, n in widths.items())
+        + sum(square[d] * n for d, n in widths.items() if d not in in_rows),
+      },
     )
     factors = curvature(w.abstract.opt_state).factors
     for leaf in jax.tree.leaves(factors):
       local = leaf.sharding.shard_shape(leaf.shape)
       parts = _WORKERS if leaf.ndim == 2 and leaf.shape[0] % 4 == 0 else 1
       self.assertEqual(local, (leaf.shape[0] // parts, *leaf.shape[1:]))
-
-  @parameterized.parameters(0, 2, 5)
-  def test_one_matrix_is_decomposed_by_its_owner_alone(self, owner):
-    calls = []
-
-    def counted(x):
-      place = jax.lax.axis_index("data")
-      jax.debug.callback(lambda i: calls.append(int(i)), place)
-      return jnp.linalg.inv(x)
-
-    w = _world(1.0)
-    x = 2 * jnp.eye(3)
-    with jax.set_mesh(w.mesh):
-      found = jax.jit(lambda x: sharing.decompose(counted, x, owner))(x)
-    jax.effects_barrier()
-    np.testing.assert_allclose(found, 0.5 * np.eye(3))
-    self.assertEqual(calls, [owner % _WORKERS])
 
   @parameterized.parameters(
     ((16, 5, 5), (("data", "fsdp"),)),

@@ -63,6 +63,22 @@ class Method(Protocol):
     ...
 
 
+@runtime_checkable
+class Joint(Protocol):
+  """A method with a part that is done for all layers at once."""
+
+  def refresh_jointly(
+    self, factors: Mapping[str, Any], count: Int[Array, ""]
+  ) -> dict[str, Any]:
+    """New factors of all layers.
+
+    Args:
+      factors: by path, as `Method.refresh` left them at this step.
+      count: steps before this one.
+    """
+    ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Preconditioner:
   """A method, and when and how it acts on all layers.
@@ -344,6 +360,8 @@ class _Preconditioning:
         )
         for layer in layers
       }
+      if isinstance(method, Joint):
+        new = method.refresh_jointly(new, state.count)
       return _nested(new), captured
 
     factors, captured = jax.lax.cond(

@@ -6,6 +6,7 @@ the batch's own labels.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.struct
@@ -93,22 +94,32 @@ class Kfac:
 
     output = averaged(factors.output, statistics["output_gram"])
     inputs = averaged(factors.input, _input_covariance(layer, statistics))
+    output, inputs = sharing.keep((output, inputs), self.grad_worker_fraction)
+    return factors.replace(output=output, input=inputs)
+
+  def refresh_jointly(
+    self, factors: Mapping[str, KfacFactors], count: Int[Array, ""]
+  ) -> dict[str, KfacFactors]:
+    """Decomposes all covariances, if that is due."""
     fraction = self.grad_worker_fraction
-    output, inputs = sharing.keep((output, inputs), fraction)
 
     def decomposed():
-      made = tuple(
-        sharing.decompose(self._made, x, owner=2 * layer.index + side)
-        for side, x in enumerate((output, inputs))
-      )
-      return sharing.keep(made, fraction)
+      sides = [side for x in factors.values() for side in (x.output, x.input)]
+      found = sharing.decompose(self._made, sides, fraction)
+      return sharing.keep(tuple(found), fraction)
 
-    left, right = jax.lax.cond(
+    made = jax.lax.cond(
       count % self.inverse_interval == 0,
       decomposed,
-      lambda: (factors.left, factors.right),
+      lambda: tuple(
+        side for x in factors.values() for side in (x.left, x.right)
+      ),
     )
-    return factors.replace(output=output, input=inputs, left=left, right=right)
+    pairs = zip(made[::2], made[1::2], strict=True)
+    return {
+      path: old.replace(left=left, right=right)
+      for (path, old), (left, right) in zip(factors.items(), pairs, strict=True)
+    }
 
   def _made(self, covariance: Array) -> Eigen | Array:
     if self.form == "inverse":

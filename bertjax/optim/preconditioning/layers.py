@@ -22,7 +22,6 @@ class Layer:
     stack: leading axes of the kernel that replicate the layer.
     summed: axes of inputs after them.
     bias: whether there is a bias that trains.
-    index: among the layers that are no stack; 0 of a stack.
   """
 
   path: str
@@ -30,7 +29,6 @@ class Layer:
   stack: int
   summed: int
   bias: bool
-  index: int = 0
 
   @property
   def size(self) -> LayerSize:
@@ -117,7 +115,6 @@ def find_layers(
         f"optim.precondition: {name!r} of shape {tuple(leaf.shape)} has no bias"
         " that tells inputs from outputs; pass summed_axes."
       )
-    index = 0 if axes else sum(not layer.stack for layer in found)
     shape = tuple(leaf.shape)
-    found.append(Layer(path, shape, len(axes), summed, bias is not None, index))
+    found.append(Layer(path, shape, len(axes), summed, bias is not None))
   return tuple(found)

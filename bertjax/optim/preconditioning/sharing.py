@@ -6,19 +6,18 @@ direction. 1/W keeps least and sends directions at every step; 1 keeps all of
 them everywhere and sends decompositions whenever they are new. In either case
 each decomposition is computed once.
 
-Layers of a stack are dealt out to workers by whole layers. A stack that they
-do not divide is kept in rows instead (see `memory`), and decomposed after
-padding it to a multiple. Of layers that are no part of a stack, factors are
-decomposed by one worker each, by the layers' numbers, and sent to all; they are
-kept in rows. What no axis of the workers divides is whole everywhere: the 24
-input factors of width 1025 on a mesh of data=16, where data=2, fsdp=8 would
-deal them out to eight.
+Layers of a stack are dealt out to workers by whole layers. What they do not
+divide, and layers that are no part of a stack, are kept in rows instead (see
+`memory`), and dealt out together to be decomposed. What no axis of the workers
+divides is whole everywhere: the 24 input factors of width 1025 on a mesh of
+data=16, where data=2, fsdp=8 would deal them out to eight.
 
 Reference: Pauloski et al. 2021 (KAISA), arXiv:2107.01739, section 3.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -120,70 +119,162 @@ def keep(factors: Any, fraction: float | None) -> Any:
 
 def decompose(
   function: Callable[[Array], Any],
-  matrices: Float[Array, "*stack d d"],
-  owner: int = 0,
-) -> Any:
-  """`function` of a stack, each matrix by one worker of the mesh at hand.
+  matrices: Sequence[Float[Array, "*stack d d"]],
+  fraction: float | None = None,
+) -> list[Any]:
+  """`function` of every matrix, by one worker of the mesh at hand each.
+
+  All of one width are one batch, whatever layers they are of: a decomposition
+  takes its compiler minutes, and where a stack has fewer layers than there are
+  workers those of other stacks go to the idle ones.
 
   Args:
     function: batched over leading axes, [n, d, d] -> tree of [n, ...].
-    matrices: symmetric.
-    owner: number of the worker, modulo workers, if there is only one matrix.
+    matrices: symmetric ones, or stacks of them.
+    fraction: which workers need what is found, as in `place`.
+  """
+  widths: dict[int, list[int]] = {}
+  for number, x in enumerate(matrices):
+    widths.setdefault(x.shape[-1], []).append(number)
+  found: dict[int, Any] = {}
+  for width, numbers in widths.items():
+    stacks = {n: matrices[n].reshape(-1, width, width) for n in numbers}
+    for number, made in _of_one_width(function, stacks, fraction).items():
+      stack = matrices[number].shape[:-2]
+      found[number] = jax.tree.map(
+        lambda x, stack=stack: x.reshape(*stack, *x.shape[1:]), made
+      )
+  return [found[number] for number in range(len(matrices))]
+
+
+def _of_one_width(
+  function: Callable[[Array], Any],
+  stacks: dict[int, Float[Array, "n d d"]],
+  fraction: float | None,
+) -> dict[int, Any]:
+  """`function` of each stack.
+
+  Stacks that workers divide are dealt out as they are kept; the rest is dealt
+  out as one stack.
   """
   mesh = jax.sharding.get_abstract_mesh()
   axes = _free_axes(mesh)
   workers = math.prod(mesh.shape[axis] for axis in axes)
+  dealt = {n: x for n, x in stacks.items() if len(x) % workers == 0}
+  rest = {n: x for n, x in stacks.items() if n not in dealt}
   if workers == 1:
-    return function(matrices)
-  stack, width = matrices.shape[:-2], matrices.shape[-1]
-  number = math.prod(stack)
-  flat = matrices.reshape(number, width, width)
-  if number == 1:
-    found = _by_owner(function, flat, axes, owner % workers)
+    found = _parted(function, list(dealt.values()))
+  elif not rest:
+    found = _by_workers(function, list(dealt.values()), axes)
   else:
-    found = _by_all(function, flat, axes, workers)
-  return jax.tree.map(lambda x: x[:number].reshape(*stack, *x.shape[1:]), found)
+    width = next(iter(rest.values())).shape[-1]
+    needed = owner_axes(mesh.shape, fraction)
+    in_rows = width % workers == 0 and needed == axes
+    *found, others = _by_workers(
+      function, [*dealt.values(), _joined(rest.values())], axes, in_rows
+    )
+    found += _split(others, [len(x) for x in rest.values()])
+  return dict(zip((*dealt, *rest), found, strict=True))
 
 
-def _by_all(
+def _by_workers(
   function: Callable[[Array], Any],
-  flat: Float[Array, "n d d"],
+  stacks: Sequence[Float[Array, "n d d"]],
   axes: tuple[str, ...],
-  workers: int,
-) -> Any:
-  """Of as many matrices each, padded; [n + padding, ...]."""
-  number, width = flat.shape[:2]
-  padding = -number % workers
-  if padding:
-    eye = jnp.eye(width, dtype=flat.dtype)
-    eyes = jnp.broadcast_to(eye, (padding, width, width))
-    flat = jnp.concatenate([flat, eyes])
-  dealt = PartitionSpec(axes)
-  return jax.shard_map(
-    function, in_specs=dealt, out_specs=dealt, check_vma=False
-  )(flat)
+  rest_in_rows: bool | None = None,
+) -> list[Any]:
+  """`function` of stacks, each worker of its share of all.
 
-
-def _by_owner(
-  function: Callable[[Array], Any],
-  flat: Float[Array, "1 d d"],
-  axes: tuple[str, ...],
-  owner: int,
-) -> Any:
-  """By one worker; the others add zeros to what it sends."""
-
-  def one(flat):
-    def nothing(flat):
-      shapes = jax.eval_shape(function, flat)
-      return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-    mine = jax.lax.axis_index(axes) == owner
-    return jax.lax.psum(jax.lax.cond(mine, function, nothing, flat), axes)
-
-  whole = PartitionSpec()
-  return jax.shard_map(one, in_specs=whole, out_specs=whole, check_vma=False)(
-    flat
+  Args:
+    function: see `decompose`.
+    stacks: kept where they are dealt out, and so is what is found.
+    axes: of the workers.
+    rest_in_rows: the last stack is no such one: workers do not divide it, and
+      each of them needs some rows of all that is found, or else all of it.
+  """
+  shares, rows, whole = (
+    PartitionSpec(axes),
+    PartitionSpec(None, axes),
+    PartitionSpec(),
   )
+  ins: list[Any] = [shares] * len(stacks)
+  outs = list(ins)
+  stacks = list(stacks)
+  if rest_in_rows is not None:
+    number = len(stacks[-1])
+    kept = jax.tree.map(
+      lambda x: rows if rest_in_rows and x.ndim > 2 else whole,
+      jax.eval_shape(function, stacks[-1]),
+    )
+    ins[-1], outs[-1] = rows if rest_in_rows else whole, kept
+
+  def local(*parts):
+    parts = list(parts)
+    if rest_in_rows is not None:
+      parts[-1] = _own_share(parts[-1], axes, rest_in_rows)
+    found = _parted(function, parts)
+    if rest_in_rows is not None:
+      found[-1] = jax.tree.map(
+        lambda x, spec: _sent(x, number, axes, in_rows=spec == rows),
+        found[-1],
+        kept,
+      )
+    return found
+
+  return jax.shard_map(
+    local, in_specs=tuple(ins), out_specs=outs, check_vma=False
+  )(*stacks)
+
+
+def _own_share(
+  stack: Array, axes: tuple[str, ...], in_rows: bool
+) -> Float[Array, "share d d"]:
+  """Of all of a stack, or of some rows of it, the matrices of this worker.
+
+  The last workers have copies where the stack is too short.
+  """
+  number, workers = len(stack), jax.lax.axis_size(axes)
+  share = -(-number // workers)
+  if not in_rows:
+    own = jax.lax.axis_index(axes) * share + jnp.arange(share)
+    return stack[jnp.minimum(own, number - 1)]
+  padded = stack[jnp.minimum(jnp.arange(share * workers), number - 1)]
+  return jax.lax.all_to_all(padded, axes, 0, 1, tiled=True)
+
+
+def _sent(
+  x: Float[Array, "share *d"], number: int, axes: tuple[str, ...], in_rows: bool
+) -> Float[Array, "n *d"]:
+  """The inverse of `_own_share`."""
+  if in_rows:
+    return jax.lax.all_to_all(x, axes, 1, 0, tiled=True)[:number]
+  # Not gathered: with more workers than matrices most of it would be copies.
+  places = jnp.arange(number) - jax.lax.axis_index(axes) * len(x)
+  own = (places >= 0) & (places < len(x))
+  own = own.reshape(-1, *(1,) * (x.ndim - 1))
+  found = x[jnp.clip(places, 0, len(x) - 1)]
+  return jax.lax.psum(jnp.where(own, found, jnp.zeros_like(found)), axes)
+
+
+def _parted(
+  function: Callable[[Array], Any], stacks: Sequence[Float[Array, "n d d"]]
+) -> list[Any]:
+  """`function` of each stack, called once."""
+  return _split(function(_joined(stacks)), [len(x) for x in stacks])
+
+
+def _joined(stacks: Iterable[Array]) -> Array:
+  stacks = list(stacks)
+  return stacks[0] if len(stacks) == 1 else jnp.concatenate(stacks)
+
+
+def _split(joined: Any, sizes: Sequence[int]) -> list[Any]:
+  """The inverse of `_joined`, of a tree."""
+  ends = itertools.accumulate(sizes)
+  return [
+    jax.tree.map(lambda x, n=n, end=end: x[end - n : end], joined)
+    for n, end in zip(sizes, ends, strict=True)
+  ]
 
 
 def at_owners(
