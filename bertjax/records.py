@@ -52,6 +52,29 @@ def config_changes(experiment: Experiment, workdir: pathlib.Path) -> list[str]:
   ]
 
 
+def refuse_other_optimizer(
+  experiment: Experiment, workdir: pathlib.Path
+) -> None:
+  """Refuses a workdir whose checkpoints hold another optimizer's state.
+
+  Raises:
+    ValueError: names both.
+  """
+  path = workdir / "config.json"
+  if not path.exists():
+    return
+  old = dict(flat(json.loads(path.read_text())))
+  new = dict(flat(experiment.settings.to_json()))
+  for name in ("optim.name", "optim.precondition.name"):
+    before, now = (fields.get(name, _ABSENT) for fields in (old, new))
+    if before != now:
+      raise ValueError(
+        f"{name}={now}, but {workdir} is a run with {name}={before}, whose"
+        " state its checkpoints hold. Go on with that one; or begin in another"
+        f" workdir with init_from.path={workdir}, which takes the parameters."
+      )
+
+
 def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
   """Writes a file that is whole at any moment."""
   partial = path.with_suffix(".partial")

@@ -51,7 +51,8 @@ class Session:
       limit: take at most so many steps, whatever the config says.
 
     Raises:
-      ValueError: the workdir holds a run of another model or other data.
+      ValueError: the workdir holds a run of another model or optimizer, or of
+        other data.
     """
     settings = experiment.settings
     self._experiment = experiment
@@ -183,6 +184,7 @@ class Session:
       self.state = initial_state(experiment)
       self.start = int(self.state.step)
       return {}
+    records.refuse_other_optimizer(experiment, self._workdir)
     restored = self._checkpointer.restore(
       experiment.abstract_state, adapt=adapt
     )

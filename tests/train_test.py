@@ -206,6 +206,24 @@ class TrainTest(parameterized.TestCase):
     self.assertIn("optim.learning_rate: 0.01 -> 0.02", changed[0])
     self.assertIn("stop.steps: 2 -> 3", changed[1])
 
+  @parameterized.parameters(
+    (
+      dict(name="adamw", learning_rate=1e-2),
+      "optim.name=adamw, but .* with optim.name=lamb",
+    ),
+    (
+      dict(precondition=dict(name="mkor")),
+      "optim.precondition.name=mkor, but .*precondition.name=absent",
+    ),
+  )
+  def test_another_optimizer_is_refused_by_name(self, changes, message):
+    folder = self._begun()
+    with self.assertRaisesRegex(ValueError, message):
+      train.train(self._config(optim=changes), folder)
+    # Nothing was changed: the old one goes on.
+    result = train.train(self._config(stop=dict(steps=3)), folder)
+    self.assertEqual(result.step, 3)
+
   def test_other_data_is_refused_on_resume(self):
     folder = self._begun()
     with self.assertRaisesRegex(ValueError, "belongs to other data"):
