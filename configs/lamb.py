@@ -6,7 +6,8 @@ Run:   python -m bertjax.train --config=configs/lamb.py --workdir=runs/lamb
        sizes as in configs/bert.py; the paper's is large, the default.
        --config=configs/lamb.py:mlperf_448 --config.init_from.path=FOLDER
        the second phase alone, from weights of the first, until masked accuracy
-       on 10,000 held-out sequences is 0.720; also mlperf_3072, mlperf_14336.
+       on 10,000 held-out sequences is 0.720; also mlperf_768 and the other
+       batches of `MLPERF` below, up to 16,384.
 Tiny:  --config=configs/lamb.py:tiny   (seconds, no network)
 Needs: the corpora of configs/bert.py; a vocab.txt. On few devices raise
        `microbatches` until a part of the batch fits.
@@ -25,8 +26,13 @@ from bertjax.config import new_config
 # schedule, warm-up, where on the ramp it starts.
 MLPERF = {
   448: (4e-4, 0.9, 0.999, 0.01, 7_280, 0, 0),
+  768: (9.6e-4, 0.60466, 0.85437, 0.1, 3_680, 0, 0),
+  1_536: (2e-3, 0.66, 0.996, 0.01, 2_254, 0, 0),
   3_072: (1.5e-3, 0.83, 0.925, 0.0, 1_271, 100, -25),
+  4_096: (2.55e-3, 0.71, 0.88, 0.0, 820, 256, -76),
+  6_912: (2.9293e-3, 0.7206, 0.78921, 0.001, 700, 0, 0),
   14_336: (3.4065e-3, 0.80690, 0.87310, 0.021345, 454, 314, -112),
+  16_384: (3.3e-3, 0.75, 0.9, 0.0, 470, 290, -100),
 }
 
 

@@ -5,12 +5,17 @@ Run:   python -m bertjax.train --config=configs/onebit_adam.py:large \
        base or large; sequences of 128, then of 512 with a warm-up of the
        variance of its own. Workers are `mesh.data`; give the devices of one
        worker, joined by a fast network, to `mesh.fsdp` (or `mesh.model`).
+       lamb (1-bit LAMB, Li et al. 2021) and zero_one (0/1 Adam, Lu et al.
+       2022): BERT-large, sequences of 128 alone.
 Tiny:  --config=configs/onebit_adam.py:tiny   (seconds, no network)
 Needs: the corpora of configs/bert.py; a vocab.txt.
 Seen:  the tiny variant only; its claims at toy size: experiments/onebit_adam.
 
 Learning rate, batch, clipping and the steps of full precision are those of the
 authors' scripts; the length of the second stage and its rate are not published.
+Of `lamb` and `zero_one` theirs are batch, rate, bounds, intervals and the steps
+in full precision. That the rate warms up as long as those is this project's; so
+is the number of steps, that of configs/lamb.py and of `large`.
 """
 
 import ml_collections
@@ -19,7 +24,12 @@ from bertjax.config import new_config
 from bertjax.registry import lookup
 
 # Steps of sequences of 128, and how many of them in full precision.
-STEPS = {"base": (118_000, 16_000), "large": (152_000, 23_000)}
+STEPS = {
+  "base": (118_000, 16_000),
+  "large": (152_000, 23_000),
+  "lamb": (7_038, 1_000),
+  "zero_one": (152_000, 1_000),
+}
 
 
 def get_config(variant: str = "large") -> ml_collections.ConfigDict:
@@ -29,7 +39,8 @@ def get_config(variant: str = "large") -> ml_collections.ConfigDict:
   c = new_config()
   c.seed = 0
   c.dtype = "float32" if tiny else "bfloat16"
-  c.model = dict(name="bert", size=variant)
+  sizes = {"lamb": "large", "zero_one": "large"}
+  c.model = dict(name="bert", size=sizes.get(variant, variant))
   c.objective = dict(name="masked_lm", pair_task="nsp")
   c.data = dict(
     source=dict(
@@ -68,6 +79,9 @@ def get_config(variant: str = "large") -> ml_collections.ConfigDict:
       init_from=dict(carry="optimizer", reset_schedule=True),
     ),
   )
+  if variant in sizes:
+    del c.stages
+    return _lamb(c) if variant == "lamb" else _zero_one(c)
   if tiny:
     c.data.source = dict(name="python_docs")
     c.data.tokenizer = dict(name="train", kind="wordpiece", vocab_size=2048)
@@ -78,4 +92,37 @@ def get_config(variant: str = "large") -> ml_collections.ConfigDict:
     c.stages.phase2.stop.steps = 4
     c.stages.phase2.data.update(seq_len=128, masking=dict(max_masked=20))
     c.stages.phase2.optim = dict(freeze_step=2, schedule=dict(warmup=1))
+  return c
+
+
+def _lamb(c):
+  c.data.batch_size = 65_536
+  c.microbatches = 16
+  c.optim = dict(
+    name="onebit_lamb",
+    learning_rate=11e-3,
+    weight_decay=0.01,
+    bias_correction=False,
+    trust_clip=(0.01, 0.3),
+    clip_norm=1.0,
+    freeze_step=1_000,
+    schedule=dict(name="polynomial", warmup=1_000),
+  )
+  c.evals.heldout.every = 200
+  c.every = dict(log=10, checkpoint=200)
+  return c
+
+
+def _zero_one(c):
+  c.optim = dict(
+    name="zero_one_adam",
+    learning_rate=1e-3,
+    weight_decay=0.01,
+    clip_norm=1.0,
+    freeze_step=1_000,
+    variance_updates=16,
+    local_step_scaler=1_000,
+    local_step_clipper=16,
+    schedule=dict(name="staircase", warmup=1_000, every=520, factor=0.99),
+  )
   return c

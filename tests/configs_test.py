@@ -8,6 +8,8 @@ from absl.testing import absltest, parameterized
 
 from bertjax import stopping, train
 from bertjax.config import plain, settings, stage_configs
+from bertjax.optim import build_optimizer
+from configs import lamb, onebit_adam
 from tests import tiny
 
 _CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -18,6 +20,15 @@ def _load(path, variant):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.get_config(variant) if variant else module.get_config()
+
+
+def _optimizer(config):
+  """Of a whole config, for a parameter of two numbers."""
+  return build_optimizer(
+    config.optim,
+    total_steps=config.stop["steps"],
+    params={"kernel": jax.ShapeDtypeStruct((2,), "float32")},
+  )
 
 
 class ConfigsTest(parameterized.TestCase):
@@ -56,6 +67,25 @@ class ConfigsTest(parameterized.TestCase):
   def test_fine_tuning_takes_any_task(self, variant, task):
     path = next(p for p in _CONFIGS if p.stem == "fine_tune")
     self.assertEqual(_load(path, variant).data.task.name, task)
+
+  @parameterized.parameters(sorted(lamb.MLPERF))
+  def test_every_mlperf_run_begins_on_its_ramp(self, batch_size):
+    config = settings(lamb.get_config(f"mlperf_{batch_size}"))
+    self.assertEqual(config.data["batch_size"], batch_size)
+    rate, *_, warmup, start = lamb.MLPERF[batch_size]
+    made = _optimizer(config)
+    first = -start / warmup if warmup else 1.0
+    self.assertAlmostEqual(float(made.schedule(0)), rate * first, places=8)
+    self.assertAlmostEqual(float(made.schedule(config.stop["steps"])), 0.0)
+
+  @parameterized.parameters(sorted(onebit_adam.STEPS))
+  def test_variances_freeze_after_the_rate_has_warmed_up(self, variant):
+    for stage in stage_configs(onebit_adam.get_config(variant)).values():
+      with self.assertNoLogs("absl", "WARNING"):
+        made = _optimizer(settings(stage))
+      self.assertTrue(made.local_gradients)
+    if variant in ("lamb", "zero_one"):
+      self.assertEqual(stage["optim"]["freeze_step"], 1_000)
 
   @parameterized.parameters(
     (448, 150_000, 335), (3_072, 175_000, 57), (14_336, 300_000, 21)

@@ -464,6 +464,24 @@ class ElasticTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "optim.reset_errors is not"):
       world(name="adamw", reset_errors=True)
 
+  @parameterized.parameters("onebit_adam", "onebit_lamb")
+  def test_a_new_phase_owes_nothing_and_settles_its_variance_again(self, name):
+    w = world(name=name, freeze_step=3)
+    state, _ = w.run(w.init(), 0, 5)
+    self.assertTrue(np.any(_debt(state)["up"]))
+    handed = state.replace(
+      opt_state=optim.hand_over(state.opt_state, w.init().opt_state)
+    )
+    for debt in jax.tree.leaves(_debt(handed)):
+      self.assertFalse(np.any(debt))
+    kind = OneBitAdamState if name == "onebit_adam" else OneBitLambState
+    (old,), (new,) = (_nodes(s.opt_state, kind) for s in (state, handed))
+    self.assertTrue(old.phase.frozen)
+    self.assertFalse(new.phase.frozen)
+    jax.tree.map(
+      np.testing.assert_array_equal, (old.mu, old.nu), (new.mu, new.nu)
+    )
+
   def test_another_optimizer_is_refused(self):
     w, other = world(**_ONEBIT), world(name="onebit_sgd")
     folder = pathlib.Path(self.create_tempdir())
