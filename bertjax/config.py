@@ -127,8 +127,34 @@ class Settings:
     return cache_path(self.cache_dir)
 
   def to_json(self) -> dict[str, Any]:
-    """Plain values, as a workdir's config.json and checkpoints hold them."""
-    return json.loads(json.dumps(dataclasses.asdict(self)))
+    """Plain values, as a workdir's config.json and checkpoints hold them.
+
+    Raises:
+      ValueError: names a field that is none, such as a function.
+    """
+    fields = dataclasses.asdict(self)
+    try:
+      return json.loads(json.dumps(fields))
+    except TypeError as err:
+      name, value = _first_not_plain(fields)
+      raise ValueError(
+        f"{name}={value!r}: a config holds numbers, strings, lists and dicts,"
+        " which a workdir can keep; give what takes a function to the library's"
+        " own functions instead."
+      ) from err
+
+
+def _first_not_plain(value: Any, name: str = "") -> tuple[str, Any] | None:
+  """Path and value of the first leaf that JSON does not know."""
+  if isinstance(value, Mapping):
+    inner = ((f"{name}.{k}" if name else str(k), v) for k, v in value.items())
+  elif isinstance(value, list | tuple):
+    inner = ((f"{name}[{i}]", v) for i, v in enumerate(value))
+  else:
+    plain_types = str | int | float | None
+    return None if isinstance(value, plain_types) else (name, value)
+  found = (_first_not_plain(v, path) for path, v in inner)
+  return next(filter(None, found), None)
 
 
 def new_config() -> ml_collections.ConfigDict:

@@ -224,6 +224,11 @@ class TrainTest(parameterized.TestCase):
     result = train.train(self._config(stop=dict(steps=3)), folder)
     self.assertEqual(result.step, 3)
 
+  def test_a_function_in_a_config_is_refused_by_field(self):
+    config = self._config(optim=dict(no_decay=len))
+    with self.assertRaisesRegex(ValueError, "optim.no_decay=<built-in .*dicts"):
+      settings(config).to_json()
+
   def test_other_data_is_refused_on_resume(self):
     folder = self._begun()
     with self.assertRaisesRegex(ValueError, "belongs to other data"):

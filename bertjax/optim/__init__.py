@@ -45,6 +45,7 @@ from bertjax.optim.onebit_adam import (
   compressed_gradient_adam,
   onebit_adam,
   onebit_sgd,
+  rows_mask,
 )
 from bertjax.optim.onebit_lamb import onebit_lamb
 from bertjax.optim.preconditioning import (
@@ -277,6 +278,8 @@ def build_optimizer(
     if field in spec:
       # Checked against all parameters: freezing may hide some of them.
       spec[field] = selection.resolve(spec[field], params, f"optim.{field}")
+  if "mask" in spec:
+    spec["mask"] = rows_mask(spec["mask"], params)
   options = {key: spec.pop(key) for key in common if key in spec}
   transform = registry.build(
     OPTIMIZERS,

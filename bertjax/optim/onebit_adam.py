@@ -4,7 +4,7 @@ Tang et al. 2021, arXiv:2102.02888. Beside it stand the compressors that the
 paper compares with: gradients in one bit, with and without error feedback.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +42,40 @@ class OneBitAdamState(NamedTuple):
   nu: Any
   errors: ErrorFeedback
   phase: freezing.PhaseState
+
+
+def rows_mask(
+  rows: Sequence[tuple[str, int]] | MaskFn | None, params: Any
+) -> MaskFn | None:
+  """What an option `mask` means; a function stays as it is.
+
+  Args:
+    rows: `[(regex, n)]`: of tensors whose path the expression is found in, the
+      first n along their first axis may move; the first match counts.
+    params: that the expressions are checked against.
+
+  Raises:
+    ValueError: an expression that matches nothing, or no positive n.
+  """
+  if rows is None or callable(rows):
+    return rows
+  for pattern, n in rows:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+      raise ValueError(
+        f"optim.mask: {n!r} rows of {pattern!r} must be a positive int; to hold"
+        " a whole tensor back list it in optim.freeze."
+      )
+  found = rules.match([*rows, (".*", 0)], params, "optim.mask")
+  first = selection.by_name(found)
+
+  def mask(name, leaf):
+    if not first[name] or not leaf.ndim:
+      return None
+    moves = jnp.arange(leaf.shape[0]) < first[name]
+    moves = moves.reshape(-1, *(1,) * (leaf.ndim - 1))
+    return jnp.broadcast_to(moves, leaf.shape)
+
+  return mask
 
 
 def moving(nu: Any, mask: MaskFn | None) -> Any:
@@ -222,8 +256,9 @@ def onebit_adam(
     scale: see `Compression`; likewise granularity and error_feedback.
     granularity: what shares a scale.
     error_feedback: False is for ablations.
-    mask: (name, leaf) -> None, or booleans: what may move in the second phase,
-      besides what has a variance.
+    mask: (name, leaf) -> None, or booleans: what keeps a momentum in the second
+      phase if it has a variance; decay goes on. In a config `[(regex, n)]`, as
+      `[("position", 128)]` in a phase of rows of 128: see `rows_mask`.
     uncompressed: tensors that get Adam in full precision throughout.
     no_decay: tensors without weight decay.
     workers: set by the builder.

@@ -207,6 +207,24 @@ class OneBitAdamTest(parameterized.TestCase):
     (errors,) = _nodes(state.opt_state, ErrorFeedback)
     self.assertFalse(np.any(errors.worker.tree["bias"][:, 0]))
 
+  @parameterized.parameters("onebit_adam", "onebit_lamb")
+  def test_a_config_masks_by_rows(self, name):
+    w = world(
+      name=name,
+      freeze_step=3,
+      weight_decay=0.0,
+      mask=(("up", 5), ("bias", 1)),
+    )
+    state, _ = w.run(w.init(), 0, 3)
+    before = jax.device_get(state.params)
+    state, _ = w.run(state, 3, 6)
+    moved = jax.tree.map(lambda a, b: a != b, before, state.params)
+    np.testing.assert_array_equal(
+      moved["up"].all(1), np.arange(workers.INPUTS) < 5
+    )
+    np.testing.assert_array_equal(moved["bias"], np.arange(workers.OUTPUTS) < 1)
+    self.assertTrue(moved["down"].all())
+
   def test_the_switch_leaves_the_rate_as_it_is(self):
     """Of constant gradients each step is as long as the one before."""
     transform = optim.build_optimizer(
@@ -262,6 +280,8 @@ class OneBitAdamTest(parameterized.TestCase):
     (dict(freeze_step=41), "optim.freeze_step=41 must be between 0 and the 40"),
     (dict(freeze_step="soon"), "optim.freeze_step='soon' must be a number"),
     (dict(freeze_step="auto", freeze_threshold=1.0), "freeze_threshold=1.0"),
+    (dict(mask=[("nowhere", 2)]), "optim.mask: pattern 'nowhere' matches no"),
+    (dict(mask=[("up", 0)]), "optim.mask: 0 rows of 'up' must be a positive"),
     (dict(uncompressed=["nowhere"]), "optim.uncompressed: pattern 'nowhere'"),
   )
   def test_bad_options_are_refused(self, options, message):
