@@ -1,6 +1,8 @@
 """Preconditioners through the one train step: devices, what travels."""
 
 import functools
+import importlib.util
+import unittest
 
 import flax.linen as nn
 import jax
@@ -14,6 +16,7 @@ from bertjax.layers.linear import Linear
 from bertjax.models import bert
 from bertjax.objectives import masked_lm
 from bertjax.optim import build_optimizer
+from tests.optim import workers
 from tests.optim.workers import HIDDEN, INPUTS, OUTPUTS, Dense, batch, world
 
 
@@ -108,6 +111,25 @@ class TrainStepTest(parameterized.TestCase):
     self.assertIn(refresh[0].operand_bytes, (numbers * size, numbers * 4))
     kind = {"bfloat16": "bf16", "float32": "f32"}[wire_dtype]
     self.assertTrue(f"tensor<8x{numbers}x{kind}>" in lowered.as_text())
+
+
+@unittest.skipUnless(
+  importlib.util.find_spec("libtpu"),
+  "libtpu is not installed: pip install 'bertjax[test]'",
+)
+class PodTest(absltest.TestCase):
+  def test_a_tpu_adds_up_half_precision(self):
+    """XLA's CPU backend does not; two bytes for each number of the vectors."""
+    program = hardware.compile_for(
+      "v5e:2x2",
+      workers.lowered,
+      name="sgd",
+      precondition=(("name", "mkor"), ("interval", 2)),
+    )
+    found = hardware.read_collectives(program.module)
+    refresh = [c for c in found if len(c.branch)]
+    self.assertEqual([c.kind for c in refresh], ["all-reduce"])
+    self.assertEqual(refresh[0].operand_bytes, 2 * (INPUTS + HIDDEN + OUTPUTS))
 
 
 class FirstOrderTest(parameterized.TestCase):
