@@ -23,7 +23,7 @@ mkdir -p "$checkout"
 tar -xzf "$checkout.tar.gz" -C "$checkout"
 cd "$checkout"
 python3.11 -m venv .venv
-.venv/bin/python -m pip install --quiet -e '.[tpu]'
+.venv/bin/python -m pip install --quiet -e '.[tpu,tfds]'
 
 # JAX warns that a TPU starts and ends slowly without.
 echo always | sudo tee /sys/kernel/mm/transparent_hugepage/enabled > /dev/null
