@@ -68,7 +68,9 @@ class Settings:
     seeds: a seed of its own for any of the fields of `Seeds`, so that what
       spreads over seeds can be told apart (Dodge et al. 2020,
       arXiv:2002.06305).
-    dtype: compute dtype; parameters and optimizer state are float32.
+    dtype: compute dtype, "float32", "bfloat16", or "float16" for GPUs that
+      have no bfloat16 (T4, V100), with a scaled loss (`optim.loss_scale`);
+      parameters and optimizer state are float32.
     prng: generator of dropout and whatever else steps draw: "threefry2x32"
       (dropout by a hash that it seeds) gives the same numbers on any mesh;
       "rbg" is the platform's own, cheapest on TPU and twice as dear on CPU;

@@ -182,6 +182,27 @@ def build_objective(settings: Settings, data: Data) -> nn.Module:
   return objectives.build_objective(settings.objective, encoder)
 
 
+def _optim(settings: Settings, mesh: Mesh) -> dict[str, Any]:
+  """`config.optim` with a scale for the loss, if the dtype needs one.
+
+  Raises:
+    ValueError: the dtype has no use for one, or these devices not for it.
+  """
+  if settings.dtype != "float16":
+    if settings.optim.get("loss_scale") is not None:
+      raise ValueError(
+        f"optim.loss_scale: dtype={settings.dtype!r} has float32's range;"
+        " leave it out, or set dtype='float16'."
+      )
+    return dict(settings.optim)
+  if mesh.devices.flat[0].platform == "tpu":
+    raise ValueError(
+      "dtype='float16': the matrix units of a TPU take bfloat16; use"
+      " dtype='bfloat16'."
+    )
+  return {"loss_scale": {}, **settings.optim}
+
+
 def _check_batch(settings: Settings, objective: nn.Module, batch: Any) -> None:
   """Raises ValueError where the objective reads what the data lack."""
   if missing := [name for name in objective.reads if name not in batch]:
@@ -247,7 +268,7 @@ def build(
   _check_batch(settings, objective, batch_spec)
   params, axes = train_state.abstract_params(objective, batch_spec)
   optimizer = build_optimizer(
-    settings.optim,
+    _optim(settings, mesh),
     total_steps=settings.horizon or settings.stop["steps"],
     params=params,
     logical_axes=axes,

@@ -159,7 +159,8 @@ def _planned(
 ) -> Plan:
   found = {key: rest for key, *rest in stages(config, given.rows_per_epoch)}
   stage, steps = found[name]
-  print(f"Compiling {name} for {given.topology}...", file=sys.stderr)
+  what = name or "the training step"
+  print(f"Compiling {what} for {given.topology}...", file=sys.stderr)
   return plan(
     stage, given.topology, steps=steps, vocab_size=given.vocab_size, **options
   )

@@ -12,7 +12,12 @@ from bertjax.layers import statistics
 from bertjax.objectives.base import Metrics, Objective, total_loss
 from bertjax.objectives.frozen import FROZEN
 from bertjax.objectives.step import clock, streams
-from bertjax.optim import Optimizer, curvature_metrics, gradient_norm
+from bertjax.optim import (
+  Optimizer,
+  curvature_metrics,
+  gradient_norm,
+  loss_scale,
+)
 from bertjax.parallel.error_feedback import local_params
 from bertjax.parallel.sharding import batch_sharding, batch_shards
 from bertjax.train_state import TrainState
@@ -87,6 +92,7 @@ def accumulate(
   batch: Batch,
   key: jax.Array,
   microbatches: int,
+  scale: jax.Array | None = None,
 ) -> tuple[jax.Array, Any, Metrics, Any]:
   """Loss, gradient (float32) and metrics of a batch, summed over microbatches.
 
@@ -99,8 +105,9 @@ def accumulate(
     batch: arrays with a leading batch axis.
     key: PRNG key.
     microbatches: number of parts.
+    scale: see `optim.loss_scale`.
   """
-  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  grad_fn = loss_scale.value_and_grad(loss_fn, scale)
   if microbatches == 1:
     (loss, (metrics, extra)), grads = grad_fn(params, extra, batch, key)
     return loss, grads, metrics, extra
@@ -172,7 +179,13 @@ def train_step(
       rows = next(iter(batch.values())).shape[0] // microbatches
       variables |= wanted.probes(rows)
     loss, grads, metrics, extra = accumulate(
-      loss_fn, variables, state.extra, batch, key, microbatches
+      loss_fn,
+      variables,
+      state.extra,
+      batch,
+      key,
+      microbatches,
+      loss_scale.scale_of(state.opt_state),
     )
     if local:
       loss, metrics = over_shards((loss, metrics))
@@ -190,7 +203,13 @@ def train_step(
       "grad_norm": (norm, one),
       "label_weight": (sum(weights.values()), one),
       "learning_rate": (optimizer.schedule(state.step), one),
-      **{k: (v, one) for k, v in curvature_metrics(opt_state).items()},
+      **{
+        name: (value, one)
+        for name, value in (
+          *curvature_metrics(opt_state).items(),
+          *loss_scale.loss_scale_metrics(opt_state).items(),
+        )
+      },
     }
     if "segment_ids" in batch:
       tokens = (batch["segment_ids"] > 0).sum().astype(jnp.float32)

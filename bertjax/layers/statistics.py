@@ -73,6 +73,7 @@ class _Sizes(NamedTuple):
 
 class _Statistic(NamedTuple):
   collection: str
+  degree: int  # in g
   shape: Callable[[_Sizes], tuple[int, ...]]
   # (x [b, t, inputs], g [b, t, outputs], weights [b, t], sizes)
   compute: Callable[..., jax.Array]
@@ -99,21 +100,25 @@ def _row_means(x: jax.Array, weights: jax.Array) -> jax.Array:
 _STATISTICS: dict[str, _Statistic] = {
   "token_count": _Statistic(
     SUMS,
+    0,
     lambda s: (s.shards, s.groups),
     lambda x, g, w, s: _sums(w[..., None], s)[..., 0],
   ),
   "input_sum": _Statistic(
     SUMS,
+    0,
     lambda s: (s.shards, s.groups, s.inputs),
     lambda x, g, w, s: _sums(x, s),
   ),
   "output_sum": _Statistic(
     SUMS,
+    1,
     lambda s: (s.shards, s.groups, s.outputs),
     lambda x, g, w, s: _sums(g, s),
   ),
   "input_square": _Statistic(
     SUMS,
+    0,
     lambda s: (s.shards, s.groups),
     lambda x, g, w, s: _sums(
       jnp.square(x.astype(jnp.float32)).sum(-1, keepdims=True), s
@@ -121,21 +126,25 @@ _STATISTICS: dict[str, _Statistic] = {
   ),
   "input_gram": _Statistic(
     SUMS,
+    0,
     lambda s: (s.shards, s.inputs, s.inputs),
     lambda x, g, w, s: _gram(x, s),
   ),
   "output_gram": _Statistic(
     SUMS,
+    2,
     lambda s: (s.shards, s.outputs, s.outputs),
     lambda x, g, w, s: _gram(g, s),
   ),
   "input_rows": _Statistic(
     ROWS,
+    0,
     lambda s: (s.rows, s.inputs),
     lambda x, g, w, s: _row_means(x, w),
   ),
   "output_rows": _Statistic(
     ROWS,
+    1,
     lambda s: (s.rows, s.outputs),
     lambda x, g, w, s: g.astype(jnp.float32).sum(1),
   ),
@@ -207,6 +216,26 @@ class Wanted:
         stack = self.layers[path].stack
         statistics.setdefault("output_sum", bias.reshape(*stack, 1, 1, -1))
     return found
+
+
+def divide_gradients(
+  gradients: Mapping[str, Any], scale: jax.Array
+) -> dict[str, Any]:
+  """Of a loss that was multiplied by `scale`, those of the loss itself.
+
+  A statistic is divided as often as it has g as a factor.
+
+  Args:
+    gradients: by collection.
+    scale: of the loss.
+  """
+
+  def divided(path, leaf):
+    statistic = path[0].key in (SUMS, ROWS)
+    degree = _STATISTICS[path[-1].key].degree if statistic else 1
+    return leaf / scale**degree if degree else leaf
+
+  return dict(jax.tree_util.tree_map_with_path(divided, dict(gradients)))
 
 
 @contextlib.contextmanager

@@ -20,7 +20,11 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 # What a model may compute in; its parameters are float32.
-DTYPES: dict[str, Dtype] = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+DTYPES: dict[str, Dtype] = {
+  "float32": jnp.float32,
+  "bfloat16": jnp.bfloat16,
+  "float16": jnp.float16,
+}
 
 __all__ = [
   "DTYPES",

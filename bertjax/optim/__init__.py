@@ -34,7 +34,14 @@ from jaxtyping import Array, Float
 
 from bertjax import registry
 from bertjax.layers.statistics import Wanted
-from bertjax.optim import by_layer, clip, rates, selection, trust_ratio
+from bertjax.optim import (
+  by_layer,
+  clip,
+  loss_scale,
+  rates,
+  selection,
+  trust_ratio,
+)
 from bertjax.optim.adamw import adam, adamw, scale_by_adam
 from bertjax.optim.clip import clip_by_global_norm, clip_tree, global_norm
 from bertjax.optim.freezing import freeze_now
@@ -198,7 +205,8 @@ def build_optimizer(
       `precondition` (see `build_preconditioning`), `clip_norm`, `clip_scope`,
       `lr_multipliers`, `layerwise_decay`, `freeze`, `freeze_lowest`. With an
       optimizer that compresses, `reset_errors`: a resumed run begins without
-      the errors of its checkpoint, as DeepSpeed's do; False keeps them.
+      the errors of its checkpoint, as DeepSpeed's do; False keeps them. For
+      float16 `loss_scale`, options of `loss_scale.scaled`.
     total_steps: steps of the run, for the schedule.
     params: parameters, possibly abstract (`jax.ShapeDtypeStruct`); only paths,
       shapes and dtypes are read.
@@ -229,9 +237,19 @@ def build_optimizer(
   takes = inspect.signature(builder).parameters
   resets = {"reset_errors"} if "workers" in takes else set()
   _check_options(
-    spec, {*common, *takes, *resets, "name", "schedule", "precondition"}
+    spec,
+    {
+      *common,
+      *takes,
+      *resets,
+      "name",
+      "schedule",
+      "precondition",
+      "loss_scale",
+    },
   )
   reset_errors = spec.pop("reset_errors", False)
+  scale = spec.pop("loss_scale", None)
 
   stacked = (
     selection.no_axes
@@ -298,7 +316,7 @@ def build_optimizer(
       f" optim.name={builder.__name__!r} or optim.clip_scope='per_shard' does"
       " not have; use another optimizer and the scope 'global'."
     )
-  return Optimizer(
+  optimizer = Optimizer(
     transform=_surround(
       transform,
       before,
@@ -318,6 +336,11 @@ def build_optimizer(
       if before is None and not local and not options.keys() - _CLIPPING
       else None
     ),
+  )
+  if scale is None:
+    return optimizer
+  return registry.call(
+    loss_scale.scaled, scale, "optim.loss_scale", optimizer=optimizer
   )
 
 

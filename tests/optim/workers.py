@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.typing import Dtype
 
 from bertjax import optim, train_state, train_step
 from bertjax.layers.linear import Linear
@@ -43,7 +44,13 @@ class Regression(nn.Module):
 
 
 class Dense(nn.Module):
-  """Two linear layers, the second without a bias, around the same tanh."""
+  """Two linear layers, the second without a bias, around the same tanh.
+
+  Attributes:
+    dtype: in which they are computed.
+  """
+
+  dtype: Dtype = jnp.float32
 
   coefficients = {"squares": 1.0}
   fresh = ()
@@ -57,7 +64,12 @@ class Dense(nn.Module):
     init = nn.initializers.normal(0.5)
     inputs = constrain(batch["x"], ("batch", None))
     hidden = Linear(
-      "be,ef->bf", (HIDDEN,), ("norm", "norm"), kernel_init=init, name="up"
+      "be,ef->bf",
+      (HIDDEN,),
+      ("norm", "norm"),
+      kernel_init=init,
+      dtype=self.dtype,
+      name="up",
     )(inputs)
     found = Linear(
       "be,ef->bf",
@@ -65,6 +77,7 @@ class Dense(nn.Module):
       ("norm", "norm"),
       kernel_init=init,
       use_bias=False,
+      dtype=self.dtype,
       name="down",
     )(jnp.tanh(hidden))
     squares = jnp.square(found - batch["y"]).sum(-1) * batch["weight"]
@@ -117,7 +130,8 @@ class World:
     }
     params, names = train_state.abstract_params(self._objective, self._spec)
     options = dict(learning_rate=0.02) | options
-    for name in ("schedule", "precondition"):  # pairs, which a cache can hash
+    # Pairs, which a cache can hash.
+    for name in ("schedule", "precondition", "loss_scale"):
       if name in options:
         options[name] = _mappings(options[name])
     self.optimizer = optim.build_optimizer(
