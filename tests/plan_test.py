@@ -238,6 +238,11 @@ class CompiledPlanTest(absltest.TestCase):
     with self.assertRaisesRegex(ValueError, "use a batch size .* of 16"):
       plan(settings(fields), "v5e:4x4")
 
+  def test_float16_is_no_type_of_a_tpu(self):
+    fields = tiny.config(pathlib.Path("nowhere"), dtype="float16")
+    with self.assertRaisesRegex(ValueError, "use dtype='bfloat16'"):
+      plan(settings(fields), "v5e:2x2")
+
 
 @unittest.skipUnless(
   importlib.util.find_spec("libtpu"),

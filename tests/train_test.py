@@ -157,6 +157,18 @@ class TrainTest(parameterized.TestCase):
     np.testing.assert_allclose(rate(1), rate.peak / 4, rtol=1e-6)
     np.testing.assert_allclose(rate(4), rate.peak, rtol=1e-6)
 
+  def test_float16_trains_as_float32_does(self):
+    losses, scales = [], None
+    for dtype in ("float32", "float16"):
+      folder = pathlib.Path(self.create_tempdir())
+      train.train(self._config(dtype=dtype), folder)
+      rows = processes.rows(folder)
+      losses.append([float(row["loss"]) for row in rows])
+      scales = [row.get("loss_scale") for row in rows]
+    np.testing.assert_allclose(*losses, rtol=2e-3)
+    self.assertTrue(np.any(np.not_equal(*losses)))
+    self.assertEqual(set(map(float, scales)), {2.0**15})
+
   def test_dry_run_takes_two_steps_and_leaves_nothing(self):
     folder = pathlib.Path(self.create_tempdir())
     result = train.train(self._config(), folder, dry_run=True)
@@ -316,7 +328,8 @@ class TrainTest(parameterized.TestCase):
     (dict(data=dict(tokenizer=dict(name="hub"))), "tokenizer.name='hub'"),
     (dict(evals=dict(heldout=dict(name="glue"))), "evals.heldout.name='glue'"),
     (dict(evals=dict(heldout=dict(split="dev"))), "split='dev' is unknown"),
-    (dict(dtype="float16"), "dtype='float16' is unknown"),
+    (dict(dtype="half"), "dtype='half' is unknown.*float16"),
+    (dict(optim=dict(loss_scale={})), "loss_scale: dtype='float32' has"),
     (dict(prng="philox"), "prng='philox' is unknown"),
     (
       dict(stop=dict(target=dict(metric="held/x", value=1))),
