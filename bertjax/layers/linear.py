@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from bertjax.layers.matmul import einsum
+from bertjax.layers.matmul import einsum, held
 
 # "normal truncated at two std with std 0.02": the real deviation is 0.0176.
 bert_init = nn.initializers.truncated_normal(0.02)
@@ -109,4 +109,5 @@ class Linear(nn.Module):
         tuple(shape[i] for i in kept),
         jnp.float32,
       )
+      kernel = held(kernel, bias)
     return _affine(self.spec, x, kernel, bias, self.dtype)

@@ -1,12 +1,13 @@
 """Matrix products in the compute dtype with float32 accumulation, both ways."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
 
-from bertjax.parallel.sharding import platform
+from bertjax.parallel.sharding import platform, replicates_parameters
 
 
 def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -43,7 +44,28 @@ def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: Dtype) -> jax.Array:
   Returns:
     The product, float32; cast it to the compute dtype after adding the bias.
   """
-  return _product(spec, a.astype(dtype), b.astype(dtype))
+  return _product(spec, a.astype(dtype), _cast(spec, b, dtype))
+
+
+# A matrix this large in the compute dtype is not kept on chip for a cast.
+_ON_CHIP_BYTES = 2**25
+
+
+def _cast(spec: str, b: jax.Array, dtype: Dtype) -> jax.Array:
+  """`b.astype(dtype)`, on a TPU apart from a product that sums long rows.
+
+  The product would cast b anew for each part of its result; with sums shorter
+  than rows of the result that hides behind the multiplications.
+  """
+  cast = b.astype(dtype)
+  if b.dtype == cast.dtype or platform() != "tpu":
+    return cast
+  inputs, out = spec.split("->")
+  letters = inputs.split(",")[1]
+  kept = math.prod(n for c, n in zip(letters, b.shape) if c in out)
+  if b.size <= kept**2 or cast.nbytes > _ON_CHIP_BYTES:
+    return cast
+  return jax.lax.optimization_barrier(cast)
 
 
 @jax.custom_vjp
@@ -58,6 +80,33 @@ def finished(x: jax.Array) -> jax.Array:
 finished.defvjp(lambda x: (finished(x), None), lambda _, g: (g,))
 
 
+@jax.custom_vjp
+def held(kernel: jax.Array, other: jax.Array) -> jax.Array:
+  """kernel; on a TPU, cast to the compute dtype only where it is used.
+
+  XLA casts all layers of a stack before it loops over them: a pass over every
+  weight, where the product with one layer's would hide its cast. It does not
+  if the kernel is multiplied by a 1 that another parameter of the layer seems
+  to have a part in. (A barrier is gone by the time that casts are moved.)
+
+  Args:
+    kernel: float32.
+    other: float32, of the same layer, such as the bias.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  # One number of a sharded array would have to be sent around.
+  if platform() != "tpu" or not replicates_parameters(mesh):
+    return kernel
+  bits = jax.lax.bitcast_convert_type(other.reshape(-1)[0], jnp.int32)
+  # Integers: a float's product with 0 need not be 0.
+  return kernel * ((bits | 1) & 1).astype(kernel.dtype)
+
+
+held.defvjp(
+  lambda kernel, other: (held(kernel, other), None), lambda _, g: (g, None)
+)
+
+
 def _forward(spec, a, b, dtype):
   return einsum(spec, a, b, dtype), (a, b)
 
@@ -67,7 +116,8 @@ def _backward(spec, dtype, residuals, g):
   inputs, out = spec.split("->")
   lhs, rhs = inputs.split(",")
   g = g.astype(dtype)
-  da = _product(f"{out},{rhs}->{lhs}", g, b.astype(dtype))
+  back = f"{out},{rhs}->{lhs}"
+  da = _product(back, g, _cast(back, b, dtype))
   db = _product(f"{out},{lhs}->{rhs}", g, a.astype(dtype))
   return da.astype(a.dtype), db.astype(b.dtype)
 

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from bertjax import rules
 from bertjax.hardware.chips import CHIPS
 from bertjax.optim import selection
+from bertjax.parallel.sharding import replicates_parameters
 
 Transforms = Sequence[optax.GradientTransformation]
 
@@ -69,7 +70,7 @@ def on_chip_bytes(mesh: Mesh | None) -> int:
   That is on anything but a TPU, and where parameters are sharded: the norms of
   every slice would be an exchange of its own.
   """
-  if mesh is None or any(n > 1 for a, n in mesh.shape.items() if a != "data"):
+  if mesh is None or not replicates_parameters(mesh):
     return 0
   device = mesh.devices.flat[0]
   if device.platform != "tpu":

@@ -34,6 +34,11 @@ def platform() -> str:
   return jax.default_backend() if device is None else device.platform
 
 
+def replicates_parameters(mesh: Mesh | jax.sharding.AbstractMesh) -> bool:
+  """Whether every device of a mesh holds all parameters."""
+  return all(n == 1 for axis, n in mesh.shape.items() if axis != "data")
+
+
 def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
   """Pins an activation's sharding by logical names.
 

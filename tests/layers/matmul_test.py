@@ -1,11 +1,20 @@
 """The mixed-precision einsum equals jnp.einsum, and so do its derivatives."""
 
+import importlib.util
+import re
+import unittest
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from bertjax.hardware import compile_for
+from bertjax.layers import matmul
 from bertjax.layers.matmul import einsum
+from bertjax.parallel.mesh import make_mesh
+from tests.layers import matmul_programs
 
 SPECS = (
   ("bte,ef->btf", (2, 3, 5), (5, 7)),
@@ -63,6 +72,46 @@ class EinsumTest(parameterized.TestCase):
       along(energy(jnp.einsum)),
       atol=1e-5,  # float32
     )
+
+
+class HeldTest(parameterized.TestCase):
+  @parameterized.parameters(0.0, -0.0, 1.5, -3.0, np.inf, -np.inf, np.nan)
+  def test_kernel_and_gradient_are_the_same_bit_by_bit(self, first):
+    kernel = jnp.asarray([[0.1, -0.0, 1e30], [np.inf, np.nan, -7.0]])
+    bias = jnp.asarray([first, 2.0, 3.0])
+    g = jnp.asarray([[1.0, np.inf, -2.0], [0.0, 3.0, np.nan]])
+    with mock.patch.object(matmul, "platform", lambda: "tpu"):
+      found, pull = jax.vjp(matmul.held, kernel, bias)
+    np.testing.assert_array_equal(found, kernel)
+    dkernel, dbias = pull(g)
+    np.testing.assert_array_equal(dkernel, g)
+    np.testing.assert_array_equal(dbias, np.zeros(3))
+
+  def test_elsewhere_nothing_is_multiplied(self):
+    args = jnp.ones((2, 3)), jnp.ones(3)
+    self.assertNotIn(" mul ", str(jax.make_jaxpr(matmul.held)(*args)))
+
+  @parameterized.parameters((dict(data=8), True), (dict(fsdp=2), False))
+  def test_only_whole_parameters_are_held(self, shape, held):
+    args = jnp.ones((2, 8)), jnp.ones(8)
+    with (
+      jax.set_mesh(make_mesh(**shape)),
+      mock.patch.object(matmul, "platform", lambda: "tpu"),
+    ):
+      found = str(jax.make_jaxpr(matmul.held)(*args))
+    self.assertEqual(" mul " in found, held)
+
+  @unittest.skipUnless(
+    importlib.util.find_spec("libtpu"),
+    "libtpu is not installed: pip install 'bertjax[test]'",
+  )
+  def test_a_tpu_does_not_cast_a_stack_before_its_loop(self):
+    sizes = dict(layers=3, rows=256, width=512)
+    stack = re.compile(r"bf16\[3,512,512\]\S* convert\(")
+    held = compile_for("v5e:1x1", matmul_programs.scanned, **sizes)
+    self.assertNotRegex(held.text, stack)
+    plain = compile_for("v5e:1x1", matmul_programs.scanned, held=False, **sizes)
+    self.assertRegex(plain.text, stack)
 
 
 if __name__ == "__main__":
