@@ -87,7 +87,7 @@ def held(kernel: jax.Array, other: jax.Array) -> jax.Array:
   XLA casts all layers of a stack before it loops over them: a pass over every
   weight, where the product with one layer's would hide its cast. It does not
   if the kernel is multiplied by a 1 that another parameter of the layer seems
-  to have a part in. (A barrier is gone by the time that casts are moved.)
+  to have a part in; a barrier does not stop it.
 
   Args:
     kernel: float32.

@@ -73,6 +73,17 @@ class EinsumTest(parameterized.TestCase):
       atol=1e-5,  # float32
     )
 
+  @parameterized.parameters(
+    (8, 4, jnp.bfloat16, True),  # sums of 8 for rows of 4
+    (4, 8, jnp.bfloat16, False),
+    (8, 4, jnp.float32, False),  # nothing to cast
+  )
+  def test_a_tpu_casts_apart_from_long_sums(self, summed, kept, dtype, apart):
+    a, b = operands([(3, summed), (summed, kept)])
+    with mock.patch.object(matmul, "platform", lambda: "tpu"):
+      made = jax.make_jaxpr(lambda a, b: einsum("te,ef->tf", a, b, dtype))(a, b)
+    self.assertEqual("optimization_barrier" in str(made), apart)
+
 
 class HeldTest(parameterized.TestCase):
   @parameterized.parameters(0.0, -0.0, 1.5, -3.0, np.inf, -np.inf, np.nan)

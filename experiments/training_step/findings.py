@@ -1,0 +1,223 @@
+"""What the measurements say about the training step."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from bertjax.hardware import CHIPS
+from experiments import plots
+from experiments.outcome import Claim, Outcome
+
+PAPER = "BERT (Devlin et al. 2018, arXiv:1810.04805)"
+
+# Parts of results.csv.
+WATERFALL, LOOPS, UNROLLED = "waterfall", "loop", "unrolled"
+SHAPES, FILL = "shape", "filled"
+
+Row = Mapping[str, Any]
+
+_CHIP = CHIPS["v5e"]
+_GIB = 2**30
+DEPTH = 24  # of BERT-large
+
+
+def outcome(rows: Sequence[Row]) -> Outcome:
+  """Claims, tables and figure of all measurements."""
+  return Outcome(
+    paper=PAPER,
+    claims=[
+      _faster(rows),
+      *([_goal(rows)] if _select(rows, UNROLLED) else []),
+      *([_shapes(rows)] if _select(rows, SHAPES) else []),
+      _agreement(rows),
+      _packing(rows),
+    ],
+    rows=rows,
+    summary=_summary(rows),
+    figure=_figure(rows),
+  )
+
+
+def _select(rows: Sequence[Row], part: str) -> list[Row]:
+  return [row for row in rows if row["part"] == part]
+
+
+def _fitting(rows: Sequence[Row], part: str) -> list[Row]:
+  return [row for row in _select(rows, part) if row["fits"]]
+
+
+def extended(rows: Sequence[Row], depth: int) -> dict[str, float]:
+  """An unrolled model's figures at `depth`, linear in the number of layers.
+
+  Args:
+    rows: of two depths, the part `UNROLLED` and its label's number.
+    depth: to extend to.
+  """
+  first, second = _select(rows, UNROLLED)
+  low, high = (int(row["step"].split()[0]) for row in (first, second))
+
+  def at(name):
+    slope = (second[name] - first[name]) / (high - low)
+    return second[name] + slope * (depth - high)
+
+  found = {
+    name: at(name)
+    for name in (
+      "cycles",
+      "model_flops",
+      "hbm_bytes",
+      "needed_bytes",
+      "compile_s",
+    )
+  }
+  found["tokens_per_s"] = second["tokens"] / found["cycles"] * _CHIP.clock
+  return found
+
+
+def mfu(row: Row, rows: Sequence[Row]) -> float:
+  """Share of the peak that the model's own FLOPs are.
+
+  Logits that nobody reads are no part of them: all of the waterfall count
+  those of its last step.
+  """
+  if row.get("part") == WATERFALL:
+    flops = _fitting(rows, WATERFALL)[-1]["model_flops"]
+  else:
+    flops = row["model_flops"]
+  return flops / row["cycles"] / _CHIP.flops_per_cycle
+
+
+def _faster(rows: Sequence[Row]) -> Claim:
+  steps = _fitting(rows, WATERFALL)
+  gains = [
+    f"{after['step']} {before['cycles'] / after['cycles']:.2f}x"
+    for before, after in itertools.pairwise(steps)
+  ]
+  whole = steps[0]["cycles"] / steps[-1]["cycles"]
+  return Claim(
+    "Every measure makes the step faster",
+    "not a paper's",
+    f"{', '.join(gains)}; together {whole:.2f}x",
+    [a["cycles"] > b["cycles"] for a, b in itertools.pairwise(steps)],
+  )
+
+
+def _goal(rows: Sequence[Row]) -> Claim:
+  last = _fitting(rows, WATERFALL)[-1]
+  unrolled = extended(rows, DEPTH)
+  loops = [
+    f"{row['step']}: {row['tokens_per_s']:,.0f}"
+    for row in _fitting(rows, LOOPS)
+  ]
+  found = [
+    f"scanned {last['tokens_per_s']:,.0f}",
+    *loops,
+    f"unrolled, extended from fewer layers, {unrolled['tokens_per_s']:,.0f}",
+  ]
+  return Claim(
+    "BERT-large, 8 x 512: tokens/s on a v5e",
+    "goal: 60,000",
+    "; ".join(found),
+    [last["tokens_per_s"] >= 60_000, unrolled["tokens_per_s"] >= 60_000],
+  )
+
+
+def _shapes(rows: Sequence[Row]) -> Claim:
+  found = _fitting(rows, SHAPES)
+  large = [row for row in found if row["variant"] == "large"]
+  shown = [
+    f"{row['step']}: {row['tokens_per_s']:,.0f} ({mfu(row, rows):.0%} MFU)"
+    for row in found
+  ]
+  return Claim(
+    "Tokens/s at larger batches, at length 128 and of BERT-base",
+    "goal for BERT-large: 66,000 and 66% of the peak",
+    "; ".join(shown),
+    [row["tokens_per_s"] >= 66_000 and mfu(row, rows) >= 0.66 for row in large],
+  )
+
+
+def _agreement(rows: Sequence[Row]) -> Claim:
+  ratios = [
+    row["plain_cycles"] / row["cycles"] for row in rows if row.get("fits")
+  ]
+  return Claim(
+    "bertjax.plan agrees with bundles and bytes alone",
+    "goal: within 5%",
+    f"bundles and bytes alone give {min(ratios):.3f} to {max(ratios):.3f} of"
+    " its cycles",
+    [0.95 <= ratio <= 1 for ratio in ratios],
+  )
+
+
+def _packing(rows: Sequence[Row]) -> Claim:
+  slots = _fitting(rows, WATERFALL)[-1]["tokens_per_s"]
+  shown = [
+    f"{row['step']}: {row['filled']:.1%} of the slots, "
+    f"{row['filled'] * slots:,.0f} tokens/s"
+    for row in _select(rows, FILL)
+  ]
+  return Claim(
+    "Packed rows count real tokens only",
+    "not a paper's",
+    "; ".join(shown),
+    [row["filled"] > 0.9 for row in _select(rows, FILL)],
+  )
+
+
+def _line(label: str, figures: Row, rows: Sequence[Row]) -> dict[str, Any]:
+  if "cycles" not in figures:
+    needed = figures["needed_bytes"]
+    return {
+      "step": label,
+      "GiB": "does not fit"
+      if needed is None
+      else f"{needed / _GIB:.2f} (does not fit)",
+    }
+  return {
+    "step": label,
+    "Mcycles": f"{figures['cycles'] / 1e6:.2f}",
+    "tokens/s": f"{figures['tokens_per_s']:,.0f}",
+    "MFU": f"{mfu(figures, rows):.1%}",
+    "HBM GB": f"{figures['hbm_bytes'] / 1e9:.1f}",
+    "GiB": f"{figures['needed_bytes'] / _GIB:.2f}",
+    "compile s": f"{figures['compile_s']:.0f}",
+  }
+
+
+def _summary(rows: Sequence[Row]) -> list[dict[str, Any]]:
+  steps = _select(rows, WATERFALL)
+  lines = [
+    _line(row["step"] if row is steps[0] else f"+ {row['step']}", row, rows)
+    for row in steps
+  ]
+  for part in (LOOPS, UNROLLED):
+    lines += [_line(row["step"], row, rows) for row in _select(rows, part)]
+  if _select(rows, UNROLLED):
+    label = f"{DEPTH} layers unrolled (extended)"
+    lines.append(_line(label, extended(rows, DEPTH), rows))
+  lines += [_line(row["step"], row, rows) for row in _select(rows, SHAPES)]
+  return lines
+
+
+def _figure(rows: Sequence[Row]) -> Figure:
+  """A bar a step; what a measure took away hangs beside the one before."""
+  steps = _fitting(rows, WATERFALL)
+  figure, (axes,) = plots.panels(1, height=4.0)
+  figure.set_figwidth(8)
+  before = None
+  for row in steps:
+    cycles = row["cycles"] / 1e6
+    if before is None:
+      axes.bar(row["step"], cycles, color="gray")
+    else:
+      color = "tab:green" if cycles <= before else "tab:red"
+      axes.bar(row["step"], before - cycles, bottom=cycles, color=color)
+    axes.annotate(f"{cycles:.1f}", (row["step"], cycles), ha="center", va="top")
+    before = cycles
+  axes.bar("all", before, color="gray")
+  axes.set_ylabel("Mcycles a step")
+  axes.tick_params(axis="x", labelrotation=30)
+  return figure

@@ -1,0 +1,139 @@
+"""What each measure brings to BERT's training step on a TPU v5e, on paper.
+
+  python -m experiments.training_step.run [--workdir DIR] [--variant tiny]
+
+Every row is a whole training step, compiled by the TPU's own compiler and
+priced from the compiled program; nothing runs on a TPU.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+from bertjax.registry import lookup
+from experiments import command
+from experiments.measurements import Measurements, fingerprint
+from experiments.outcome import Outcome
+from experiments.training_step import findings, measure, step
+
+_HOME = pathlib.Path(__file__).parent
+_ROOT = _HOME.parents[1]
+# What a step is made of; a change there is another step.
+SOURCES = (
+  _ROOT / "bertjax" / "hardware",
+  _ROOT / "bertjax" / "layers",
+  _ROOT / "bertjax" / "models",
+  _ROOT / "bertjax" / "objectives" / "masked_lm.py",
+  _ROOT / "bertjax" / "optim" / "by_layer.py",
+  _ROOT / "bertjax" / "optim" / "lamb.py",
+  _ROOT / "bertjax" / "train_step.py",
+  _ROOT / "kernels" / "flash_attention",
+  _HOME / "measure.py",
+  _HOME / "step.py",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+  """How much a variant measures.
+
+  Attributes:
+    base: variant, batch_size and seq_len of the waterfall's step.
+    rungs: measures taken one after the other; the others are in all rows.
+    loops: changes of the model that unroll its layers.
+    depths: two numbers of layers from which the unrolled model's cost is
+      extended; (): it is left out.
+    shapes: further steps, with all measures.
+    instances: ways to make rows whose fill is measured.
+    rows: of each, to look at.
+  """
+
+  base: dict[str, Any]
+  rungs: tuple[str, ...]
+  loops: tuple[dict[str, Any], ...]
+  depths: tuple[int, ...]
+  shapes: tuple[dict[str, Any], ...]
+  instances: tuple[str, ...]
+  rows: int
+
+
+def _shape(variant: str, batch_size: int, seq_len: int) -> dict[str, Any]:
+  return dict(variant=variant, batch_size=batch_size, seq_len=seq_len)
+
+
+SCALES = {
+  command.FULL: Scale(
+    base=_shape("large", 8, 512),
+    rungs=tuple(step.MEASURES),
+    loops=({"unroll": 2},),
+    depths=(2, 4),
+    shapes=(
+      _shape("large", 28, 512),
+      _shape("large", 64, 128),
+      _shape("base", 8, 512),
+      _shape("base", 128, 128),
+    ),
+    instances=("nsp", "packed"),
+    rows=512,
+  ),
+  "tiny": Scale(
+    base=_shape("tiny", 4, 128),
+    rungs=("hardware generator",),
+    loops=(),
+    depths=(),
+    shapes=(),
+    instances=("packed",),
+    rows=8,
+  ),
+}
+
+
+def run(workdir: pathlib.Path, variant: str = command.FULL) -> Outcome:
+  """Measures what is not measured yet and states what was found.
+
+  Args:
+    workdir: of all measurements; a second call continues there.
+    variant: key of `SCALES`.
+
+  Raises:
+    CompilerMissing: `libtpu` is not installed.
+  """
+  scale = lookup(SCALES, variant, "variant")
+  made = Measurements(workdir, fingerprint(SOURCES))
+  rows = []
+  for part, label, function, arguments in plan(scale):
+    found = made.get(function, **arguments)
+    shown = {
+      name: " ".join(map(str, value)) if isinstance(value, tuple) else value
+      for name, value in arguments.items()
+      if name != "model"
+    }
+    rows.append({"part": part, "step": label, **shown, **found})
+  return findings.outcome(rows)
+
+
+def plan(scale: Scale) -> Iterable[tuple[str, str, Any, dict[str, Any]]]:
+  """(part, label, function of `measure`, its arguments) of every row."""
+  base = scale.base
+  for number in range(len(scale.rungs) + 1):
+    label = scale.rungs[number - 1] if number else "plain"
+    without = {"without": scale.rungs[number:]}
+    yield findings.WATERFALL, label, measure.cost, base | without
+  for model in scale.loops:
+    label = ", ".join(f"{name} {value}" for name, value in model.items())
+    yield findings.LOOPS, label, measure.cost, base | {"model": model}
+  for depth in scale.depths:
+    model = {"scan": False, "num_layers": depth}
+    label = f"{depth} layers unrolled"
+    yield findings.UNROLLED, label, measure.cost, base | {"model": model}
+  for shape in scale.shapes:
+    label = "{variant}, {batch_size} x {seq_len}".format(**shape)
+    yield findings.SHAPES, label, measure.cost, shape
+  for name in scale.instances:
+    arguments = dict(instances=name, seq_len=base["seq_len"], rows=scale.rows)
+    yield findings.FILL, name, measure.filled, arguments
+
+
+if __name__ == "__main__":
+  command.main(run)
