@@ -10,7 +10,7 @@ from bertjax.hardware.chips import Chip
 from bertjax.hardware.hlo import Computation, Executed, Instruction, Module
 
 _INCIDENTAL = re.compile(
-  r"(metadata|backend_config|calls|to_apply|sharding)=\S*.*"
+  r",?\s*(metadata|backend_config|calls|to_apply|sharding)=\S*.*"
 )
 _SPACE = re.compile(r"S\(\d+\)")
 
