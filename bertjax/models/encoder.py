@@ -102,7 +102,8 @@ class Encoder(nn.Module):
     drop_path_rate: stochastic depth of the last layer; those before have less,
       and the first has none.
     scan: parameters of all layers stacked on a leading axis, so that compile
-      time is constant in depth. The unscanned twin keeps `layers_0`, ...
+      time is constant in depth. The unscanned twin keeps `layers_0`, ...; a
+      TPU runs it faster, for what one layer needs moves while another computes.
     remat: key of `REMAT`, or "auto": "products" on a TPU, where memory is the
       slower part, else "none".
     unroll: layers per scan iteration.
@@ -166,8 +167,9 @@ class Encoder(nn.Module):
 
     policy = remat_policy(self.remat)
     if policy is not None:
-      # Under scan the barrier against merging is superfluous, and slow.
-      body = nn.remat(body, policy=policy, prevent_cse=not self.scan)
+      # In a loop the barrier against merging is superfluous, and slow.
+      looped = self.scan and self.unroll < self.num_layers
+      body = nn.remat(body, policy=policy, prevent_cse=not looped)
 
     if self.scan:
 

@@ -167,6 +167,23 @@ class EncoderTest(parameterized.TestCase):
     )
 
   @parameterized.named_parameters(
+    ("looped", {}, False),
+    ("unrolled_loop", {"unroll": L}, True),
+    ("unscanned", {"scan": False}, True),
+  )
+  def test_a_barrier_keeps_what_is_computed_again_outside_of_a_loop(
+    self, options, barrier
+  ):
+    """There XLA would merge the second computation with the first."""
+    objective = build(dropout_rate=0.0, remat="full", **options)
+    params = self.params
+    if not options.get("scan", True):
+      params = unstack_layers(params, L)
+    made = jax.make_jaxpr(functools.partial(loss, objective))(params, example())
+    self.assertIn(f"prevent_cse={barrier}", str(made))
+    self.assertNotIn(f"prevent_cse={not barrier}", str(made))
+
+  @parameterized.named_parameters(
     ("remat", {"remat": "full"}),
     ("unscanned", {"scan": False}),
   )
