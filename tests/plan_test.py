@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import pathlib
+import re
 import unittest
 
 import jax
@@ -177,7 +178,7 @@ class CompiledPlanTest(absltest.TestCase):
     fields = tiny.config(
       pathlib.Path("nowhere"),
       model=dict(
-        num_layers=1,
+        num_layers=2,
         attend="flash",
         dropout_rate=0.0,
         attention_dropout_rate=0.0,
@@ -201,6 +202,16 @@ class CompiledPlanTest(absltest.TestCase):
     axes = {c.axes(self.plan.facts.mesh) for c in self.plan.collectives}
     self.assertContainsSubset({("data", "fsdp")}, axes)
     self.assertGreater(self.plan.exchange_s, 0)
+
+  def test_stacks_of_gradients_are_not_zeroed_before_they_are_written(self):
+    of_encoder = re.compile(r"transpose\(.*\)/encoder/(\S*)$")
+    found = {
+      match[1]
+      for row in self.plan.cost.rows
+      if (match := of_encoder.search(row.op_name))
+    }
+    self.assertGreater(len(found), 10)
+    self.assertNotIn("broadcast_in_dim", found)
 
   def test_rates_follow_from_the_step_time(self):
     tokens = 8 * 32
