@@ -1,6 +1,6 @@
 """BERT-large's training step on one v5e chip, as its compiler plans it.
 
-  python -m benchmarks.tpu [--batch_size=8]
+  python -m benchmarks.tpu [--batch_size=8] [--unrolled]
 
 Phase 2 of configs/bert.py (512 tokens, dropout 0.1 everywhere) with LAMB. The
 estimate is that of `python -m bertjax.plan`, which says what it leaves out.
@@ -17,11 +17,20 @@ from bertjax.planning import page
 from configs import bert
 
 
-def measure(batch_size: int) -> dict[str, Any]:
-  """Figures of `bertjax.plan`."""
+def measure(batch_size: int, unrolled: bool = False) -> dict[str, Any]:
+  """Figures of `bertjax.plan`.
+
+  Args:
+    batch_size: rows.
+    unrolled: with model.scan=False, which takes longer to compile.
+  """
   stage = stage_configs(bert.get_config("large"))["phase2"]
   stage["optim"] = {"name": "lamb", "learning_rate": 1e-3}
-  changes = {"data": {"batch_size": batch_size}, "init_from": None}
+  changes = {
+    "data": {"batch_size": batch_size},
+    "model": {"scan": not unrolled},
+    "init_from": None,
+  }
   made = plan(
     settings(merge(stage, changes)), "v5e:1x1", vocab_size=30_522, suggest=False
   )
@@ -32,9 +41,10 @@ def measure(batch_size: int) -> dict[str, Any]:
 def main() -> None:
   parser = argparse.ArgumentParser(prog="python -m benchmarks.tpu")
   parser.add_argument("--batch_size", type=int, default=8)
+  parser.add_argument("--unrolled", action="store_true")
   parser.add_argument("--json", help="file for all figures")
   options = parser.parse_args()
-  found = measure(options.batch_size)
+  found = measure(options.batch_size, options.unrolled)
   if options.json:
     pathlib.Path(options.json).write_text(json.dumps(found, indent=2))
 

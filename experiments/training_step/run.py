@@ -41,9 +41,8 @@ class Scale:
   Attributes:
     base: variant, batch_size and seq_len of the waterfall's step.
     rungs: measures taken one after the other; the others are in all rows.
-    loops: changes of the model that unroll its layers.
-    depths: two numbers of layers from which the unrolled model's cost is
-      extended; (): it is left out.
+      (): one row, with all of them.
+    loops: further steps, whose scan runs so many layers an iteration.
     shapes: further steps, with all measures.
     instances: ways to make rows whose fill is measured.
     rows: of each, to look at.
@@ -51,8 +50,7 @@ class Scale:
 
   base: dict[str, Any]
   rungs: tuple[str, ...]
-  loops: tuple[dict[str, Any], ...]
-  depths: tuple[int, ...]
+  loops: tuple[int, ...]
   shapes: tuple[dict[str, Any], ...]
   instances: tuple[str, ...]
   rows: int
@@ -66,25 +64,19 @@ SCALES = {
   command.FULL: Scale(
     base=_shape("large", 8, 512),
     rungs=tuple(step.MEASURES),
-    loops=({"unroll": 2},),
-    depths=(2, 4),
-    shapes=(
-      _shape("large", 28, 512),
-      _shape("large", 64, 128),
-      _shape("base", 8, 512),
-      _shape("base", 128, 128),
-    ),
+    loops=(4,),
+    shapes=(_shape("large", 32, 512),),
     instances=("nsp", "packed"),
     rows=512,
   ),
   "tiny": Scale(
-    base=_shape("tiny", 4, 128),
-    rungs=("hardware generator",),
+    base=_shape("tiny", 2, 128)
+    | {"vocab_size": 512, "model": {"num_layers": 1}},
+    rungs=(),
     loops=(),
-    depths=(),
     shapes=(),
-    instances=("packed",),
-    rows=8,
+    instances=(),
+    rows=0,
   ),
 }
 
@@ -120,13 +112,10 @@ def plan(scale: Scale) -> Iterable[tuple[str, str, Any, dict[str, Any]]]:
     label = scale.rungs[number - 1] if number else "plain"
     without = {"without": scale.rungs[number:]}
     yield findings.WATERFALL, label, measure.cost, base | without
-  for model in scale.loops:
-    label = ", ".join(f"{name} {value}" for name, value in model.items())
+  for layers in scale.loops:
+    model = {"scan": True, "unroll": layers}
+    label = f"scan, {layers} layers an iteration"
     yield findings.LOOPS, label, measure.cost, base | {"model": model}
-  for depth in scale.depths:
-    model = {"scan": False, "num_layers": depth}
-    label = f"{depth} layers unrolled"
-    yield findings.UNROLLED, label, measure.cost, base | {"model": model}
   for shape in scale.shapes:
     label = "{variant}, {batch_size} x {seq_len}".format(**shape)
     yield findings.SHAPES, label, measure.cost, shape

@@ -13,13 +13,13 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
+from bertjax import train_step
 from bertjax.config import merge, settings, stage_configs
 from bertjax.layers import dropout, feed_forward, linear, norm
 from bertjax.optim import by_layer
 from bertjax.planning.step import StepFacts, lower_step
 from configs import bert
 
-VOCAB_SIZE = 30_522  # of the published models
 # Label slots of a row, as Devlin et al. have them.
 MASKED = {512: 77, 128: 20}
 
@@ -83,6 +83,8 @@ MEASURES: dict[str, Measure] = {
     replaced=[(by_layer, "on_chip_bytes", lambda mesh: 0)]
   ),
   "cast in place": Measure(replaced=[(linear, "held", _as_is)]),
+  "no zeros": Measure(entries=[(train_step.COMPILER_OPTIONS, {"tpu": {}})]),
+  "unrolled": Measure(lambda _: {"model": {"scan": True}}),
 }
 
 
@@ -94,6 +96,7 @@ def lower(
   seq_len: int,
   without: Collection[str] = (),
   model: Mapping[str, Any] | None = None,
+  vocab_size: int = 30_522,
 ) -> tuple[jax.stages.Lowered, StepFacts]:
   """A target of `bertjax.hardware.compile_for`: phase 2 of configs/bert.py.
 
@@ -104,6 +107,7 @@ def lower(
     seq_len: their length.
     without: keys of `MEASURES` to leave out.
     model: further changes of the model.
+    vocab_size: by default that of the published models.
   """
   stage = stage_configs(bert.get_config(variant))["phase2"]
   stage["optim"] = {"name": "lamb", "learning_rate": 1e-3}
@@ -111,7 +115,7 @@ def lower(
   changes = {
     "dtype": "bfloat16",
     "data": {"batch_size": batch_size, "seq_len": seq_len, "masking": masking},
-    "model": model or {},
+    "model": {"scan": False} | dict(model or {}),
     "init_from": None,
   }
   stage = merge(stage, changes)
@@ -127,4 +131,4 @@ def lower(
         replaced.enter_context(mock.patch.object(module, function, plain))
       for table, entries in measure.entries:
         replaced.enter_context(mock.patch.dict(table, entries))
-    return lower_step(devices, settings=settings(stage), vocab_size=VOCAB_SIZE)
+    return lower_step(devices, settings=settings(stage), vocab_size=vocab_size)

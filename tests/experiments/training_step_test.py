@@ -1,4 +1,6 @@
-"""What the experiment on the training step compares, and how it extends."""
+"""What the experiment on the training step compares."""
+
+import functools
 
 import jax
 import numpy as np
@@ -6,8 +8,6 @@ from absl.testing import absltest, parameterized
 
 from bertjax.layers import norm
 from experiments.training_step import findings, step
-
-_ON_V5E = 1.5e9, 197e12 / 1.5e9  # cycles per second, FLOP per cycle
 
 
 def row(part, label, cycles, **fields):
@@ -17,10 +17,13 @@ def row(part, label, cycles, **fields):
     "fits": True,
     "tokens": 4096,
     "cycles": cycles,
+    "plain_cycles": 0.99 * cycles,
+    "tokens_per_s": 4096 / cycles * 1.5e9,
     "model_flops": 6e12,
     "hbm_bytes": 1e9,
     "needed_bytes": 2e9,
     "compile_s": 10.0,
+    "seconds": 11.0,
     **fields,
   }
 
@@ -39,33 +42,69 @@ class StepTest(parameterized.TestCase):
     for found, wanted in zip(plain_pull(g), pull(g)):
       np.testing.assert_allclose(found, wanted, atol=1e-4)
 
-  @parameterized.parameters("gather labels", "hardware generator", "epilogues")
-  def test_a_measure_left_out_is_another_program(self, name):
+  @classmethod
+  @functools.cache
+  def text(cls, *without):
     devices = jax.devices()[:1]
     sizes = dict(variant="tiny", batch_size=2, seq_len=128)
-    sizes["model"] = {"num_layers": 1}
-    whole, _ = step.lower(devices, **sizes)
-    found, _ = step.lower(devices, without=[name], **sizes)
-    self.assertNotEqual(found.as_text(), whole.as_text())
-    # What was replaced is there again.
-    again, _ = step.lower(devices, **sizes)
-    self.assertEqual(again.as_text(), whole.as_text())
+    model = {"num_layers": 1}
+    lowered, _ = step.lower(devices, without=without, model=model, **sizes)
+    return lowered.as_text()
+
+  @parameterized.parameters("unrolled", "hardware generator", "epilogues")
+  def test_a_measure_left_out_is_another_program(self, name):
+    self.assertNotEqual(self.text(name), self.text())
+
+  def test_what_was_replaced_is_there_again(self):
+    def replaced():
+      for measure in step.MEASURES.values():
+        for module, name, _ in measure.replaced:
+          yield getattr(module, name)
+        for table, _ in measure.entries:
+          yield from table.values()
+
+    before = list(replaced())
+    self.text("epilogues", "no zeros")
+    self.assertEqual(list(replaced()), before)
 
 
 class FindingsTest(absltest.TestCase):
-  def test_unrolled_figures_are_extended_along_a_line(self):
+  def test_verdicts_follow_from_the_rows(self):
     rows = [
-      row(findings.UNROLLED, f"{n} layers unrolled", 5e6 + 3e6 * n)
-      | {"compile_s": 7.0 * n, "model_flops": 1e11 + 2e11 * n}
-      for n in (2, 4)
+      dict(
+        part=findings.WATERFALL,
+        step="plain",
+        fits=False,
+        needed_bytes=20 * 2**30,
+        seconds=1.0,
+      ),
+      row(findings.WATERFALL, "one", 3e8),
+      row(findings.WATERFALL, "two", 1.5e8),
+      row(findings.WATERFALL, "three", 1e8),
+      row(findings.LOOPS, "scan", 1.2e8),
+      row(findings.SHAPES, "large", 1e8),  # 61,440 tokens/s
+      dict(part=findings.FILL, step="packed", filled=0.99, seconds=1.0),
     ]
-    found = findings.extended(rows, 24)
-    self.assertAlmostEqual(found["cycles"], 77e6)
-    self.assertAlmostEqual(found["compile_s"], 168.0)
-    clock, per_cycle = _ON_V5E
-    self.assertAlmostEqual(found["tokens_per_s"], 4096 / 77e6 * clock)
-    want = 4.9e12 / 77e6 / per_cycle
-    self.assertAlmostEqual(findings.mfu(found, rows), want, places=6)
+    found = findings.outcome(rows)
+    faster, goal, shapes, agreement, packing = found.claims
+    self.assertEqual(faster.verdict, "reproduced")
+    self.assertEqual(faster.measured, "two 2.00x, three 1.50x; together 3.00x")
+    self.assertEqual(goal.verdict, "reproduced")
+    self.assertEqual(goal.measured, "two: 40,960; scan: 51,200; three: 61,440")
+    self.assertEqual(shapes.verdict, "not")
+    self.assertEqual(agreement.verdict, "reproduced")
+    self.assertIn("60,826 tokens/s", packing.measured)
+    self.assertEqual(found.summary[0]["GiB"], "20.00 (does not fit)")
+    self.assertEqual(
+      [line["step"] for line in found.summary[1:3]], ["+ one", "+ two"]
+    )
+    slower = [*rows[:2], row(findings.WATERFALL, "two", 4e8), *rows[3:]]
+    self.assertEqual(findings.outcome(slower).claims[0].verdict, "partly")
+
+  def test_mfu_is_a_share_of_the_peak(self):
+    made = row(findings.LOOPS, "scan", 77e6, model_flops=4.9e12)
+    peak = 197e12 * 77e6 / 1.5e9  # of a v5e in as many cycles
+    self.assertAlmostEqual(findings.mfu(made, [made]), 4.9e12 / peak)
 
   def test_logits_that_nobody_reads_are_not_useful_work(self):
     rows = [
