@@ -62,7 +62,6 @@ class Measure:
 
 # In the order in which the waterfall takes them.
 MEASURES: dict[str, Measure] = {
-  "recompute all": Measure(lambda _: {"model": {"remat": "none"}}),
   "gather labels": Measure(
     lambda seq_len: {"data": {"masking": {"max_masked": seq_len}}}
   ),
@@ -120,11 +119,7 @@ def lower(
   }
   stage = merge(stage, changes)
   with contextlib.ExitStack() as replaced:
-    # The last one undone counts: without "keep products" all is recomputed,
-    # but without "recompute all" nothing is.
-    for name in reversed(MEASURES):
-      if name not in without:
-        continue
+    for name in without:
       measure = MEASURES[name]
       stage = merge(stage, measure.without(seq_len))
       for module, function, plain in measure.replaced:
