@@ -183,5 +183,6 @@ def _figure(rows: Sequence[Row]) -> Figure:
     before = cycles
   axes.bar("all", before, color="gray")
   axes.set_ylabel("Mcycles a step")
-  axes.tick_params(axis="x", labelrotation=30)
+  for label in axes.get_xticklabels():
+    label.set(rotation=30, horizontalalignment="right")
   return figure
