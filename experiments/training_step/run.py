@@ -65,7 +65,7 @@ SCALES = {
     base=_shape("large", 8, 512),
     rungs=tuple(step.MEASURES),
     loops=(4,),
-    shapes=(),
+    shapes=(_shape("large", 32, 512),),
     instances=("nsp", "packed"),
     rows=512,
   ),
