@@ -12,6 +12,10 @@ Run:   python -m bertjax.train --workdir=runs/points \
                  Point-BERT.pth
        segment   parts of ShapeNetPart's 16 categories
        scratch   classify without pre-training, from their other initial values
+Then:  python -m bertjax.predict classify_points --model=runs/modelnet40 \
+           --input=chair.obj --votes=10
+       python -m bertjax.predict segment_points --model=runs/parts \
+           --input=chair.obj --category=Chair --output=parts.ply
 Small: --config=configs/point_bert_transformer.py:small   all three stages on
        generated shapes, no network
 Tiny:  --config=configs/point_bert_transformer.py:tiny   (they just run)

@@ -20,7 +20,6 @@ from bertjax.evaluate import evaluate
 from bertjax.handover import initial_state
 from bertjax.loading import load_model
 from bertjax.predict import tokenize_points
-from bertjax.predict.tokenize_points import read_cloud, write_cloud
 from tests import optimized
 from tests.configs_test import _CONFIGS, _load
 
@@ -156,43 +155,6 @@ class RunTest(parameterized.TestCase):
     self.assertEqual(json.loads(done.stdout)["codes"], tokens.codes.tolist())
     decoded = np.load(self.root / "out.npy")
     np.testing.assert_allclose(decoded, tokens.points, atol=1e-4)
-
-
-class CloudFilesTest(parameterized.TestCase):
-  def setUp(self):
-    super().setUp()
-    self.root = pathlib.Path(self.create_tempdir())
-    self.cloud = np.random.default_rng(0).normal(size=(9, 3)).astype(np.float32)
-
-  def test_tables_and_arrays(self):
-    rows = np.concatenate([self.cloud, np.ones((9, 2))], 1)
-    np.save(self.root / "a.npy", rows)
-    np.savetxt(self.root / "b.txt", rows)
-    np.savetxt(self.root / "c.csv", rows, delimiter=",")
-    for name in ("a.npy", "b.txt", "c.csv"):
-      found = read_cloud(self.root / name, 5)
-      np.testing.assert_allclose(found, self.cloud, rtol=1e-6)
-
-  def test_clouds_that_are_written(self):
-    import trimesh
-
-    write_cloud(self.root / "a.ply", self.cloud)
-    found = trimesh.load(self.root / "a.ply").vertices
-    np.testing.assert_allclose(found, self.cloud, atol=1e-5)
-    with self.assertRaisesRegex(ValueError, "a.gif must end in .npy or .ply"):
-      write_cloud(self.root / "a.gif", self.cloud)
-
-  @parameterized.parameters(
-    ("a.txt", "x y z", "a.txt holds no points"),
-    ("a.txt", "1 2", r"array of shape \(1, 2\)"),
-    ("a.gif", "1 2 3", "the ending must be one of .npy"),
-  )
-  def test_what_is_no_cloud(self, name, text, message):
-    (self.root / name).write_text(text)
-    with self.assertRaisesRegex(ValueError, message):
-      read_cloud(self.root / name, 5)
-    with self.assertRaisesRegex(ValueError, "nowhere.npy is not a file"):
-      read_cloud(self.root / "nowhere.npy", 5)
 
 
 if __name__ == "__main__":

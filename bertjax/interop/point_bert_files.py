@@ -149,6 +149,7 @@ def _objective(
         " their categories."
       )
     spec["class_parts"] = ShapeNetPart.class_parts
+    spec["labels"] = ShapeNetPart.classes
   return spec
 
 

@@ -240,6 +240,7 @@ class PartSegmentation(PointFineTuning):
     num_parts: parts of all categories together.
     num_categories: of the objects.
     class_parts: by category, its parts; () if unknown.
+    labels: names of the categories, () if they have none.
     levels: see `Segmenter`.
     blocks: after which three blocks patches are read, counted from 1.
     dropout_rate: within the head.
@@ -248,6 +249,7 @@ class PartSegmentation(PointFineTuning):
   num_parts: int
   num_categories: int
   class_parts: tuple[tuple[int, ...], ...] = ()
+  labels: tuple[str, ...] = ()
   levels: tuple[int, int] = (512, 256)
   blocks: tuple[int, int, int] = (4, 8, 12)
   dropout_rate: float = 0.5
@@ -336,6 +338,7 @@ def part_segmentation(
   *,
   encoder: PointEncoder,
   class_parts: Sequence[Sequence[int]],
+  labels: Sequence[str] = (),
   levels: Sequence[int] = (512, 256),
   blocks: Sequence[int] | None = None,
   dropout_rate: float = 0.5,
@@ -345,13 +348,14 @@ def part_segmentation(
   Args:
     encoder: of point clouds.
     class_parts: by category, the numbers of its parts.
+    labels: names of the categories.
     levels: see `Segmenter`.
     blocks: see `PartSegmentation`; None: after each third of the stack.
     dropout_rate: within the head.
 
   Raises:
-    ValueError: no parts, blocks that the encoder does not have, or a rate out
-      of range.
+    ValueError: no parts, more or fewer names than categories, blocks that the
+      encoder does not have, or a rate out of range.
   """
   _check_rates(dropout_rate=dropout_rate)
   class_parts = tuple(tuple(map(int, parts)) for parts in class_parts)
@@ -360,6 +364,11 @@ def part_segmentation(
     raise ValueError(
       f"objective.class_parts={class_parts} must hold the numbers of the parts"
       " of each category, from 0."
+    )
+  if labels and len(labels) != len(class_parts):
+    raise ValueError(
+      f"objective.labels={tuple(labels)} must name the {len(class_parts)}"
+      " categories of objective.class_parts."
     )
   depth = encoder.num_layers
   if blocks is None:
@@ -379,6 +388,7 @@ def part_segmentation(
     max(every) + 1,
     len(class_parts),
     class_parts,
+    tuple(labels),
     tuple(levels),
     tuple(blocks),
     dropout_rate,

@@ -6,6 +6,10 @@ r"""Uses a trained or published model from the command line.
       --pooling=mean --normalize --output=vectors.npy
   python -m bertjax.predict tokenize_points --model=runs/dvae \
       --input=chair.obj --reconstruction=chair.ply
+  python -m bertjax.predict classify_points --model=runs/modelnet40 \
+      --input=chair.obj --votes=10
+  python -m bertjax.predict segment_points --model=runs/parts \
+      --input=chair.obj --category=Chair --output=parts.ply
   python -m bertjax.predict classify --model=runs/sentiment --file=texts.txt
   python -m bertjax.predict answer --model=runs/squad \
       --text="Who wrote it?" --pair="Ada wrote the notes."
@@ -14,14 +18,15 @@ Texts come from --text (several times), --file (a text a line, or a .jsonl file
 of objects) or standard input; second texts, such as contexts, from --pair (as
 often as --text). Objects have the fields text, pair (classify), text or words
 (tag), question, context (answer), text, endings (choose). Classes, tags,
-answers, choices and codes of points are written as JSON lines. Point clouds
-come from --input: arrays (.npy), tables (.txt) or meshes (.obj, .off...).
+answers, choices, codes and parts of points are written as JSON lines. Point
+clouds come from --input (as often as one likes): arrays (.npy), tables (.txt,
+.xyz...) or meshes (.obj, .off...). Parts of one cloud are also written beside
+its points, as rows x y z part (.npy) or vertices (.ply).
 """
 
 import contextlib
 import dataclasses
 import json
-import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -33,17 +38,14 @@ from bertjax import cli
 from bertjax.loading import LoadedModel, load_model
 from bertjax.models import DTYPES
 from bertjax.predict.answers import REQUESTS
+from bertjax.predict.classify_points import classify_points
+from bertjax.predict.clouds import points_to_sample, read_cloud, write_cloud
 from bertjax.predict.embed import POOLING, embed
 from bertjax.predict.fill_mask import fill_mask
-from bertjax.predict.tokenize_points import (
-  points_to_sample,
-  read_cloud,
-  tokenize_points,
-  write_cloud,
-)
+from bertjax.predict.requests import Request, requests_of
+from bertjax.predict.segment_points import segment_points
+from bertjax.predict.tokenize_points import tokenize_points
 from bertjax.registry import lookup
-
-Request = dict[str, Any]
 
 
 def _opened(path: str | None) -> contextlib.AbstractContextManager:
@@ -125,18 +127,25 @@ def _ask(task: str) -> Callable[[LoadedModel, list[Request], Any], None]:
   return run
 
 
+def _clouds(model: LoadedModel, f: Any) -> list[np.ndarray]:
+  count = points_to_sample(model)
+  return [read_cloud(path, count) for path in f.input]
+
+
+def _check_one(paths: list[str], flag: str) -> None:
+  if len(paths) > 1:
+    raise ValueError(
+      f"{flag} holds one cloud, and --input is given {len(paths)} times."
+    )
+
+
 def _tokenize_points(
   model: LoadedModel, requests: list[Request], f: Any
 ) -> None:
   del requests  # clouds are no text
-  if f.reconstruction and len(f.input) > 1:
-    raise ValueError(
-      f"--reconstruction={f.reconstruction} holds one cloud, and --input is"
-      f" given {len(f.input)} times."
-    )
-  count = points_to_sample(model)
-  clouds = [read_cloud(path, count) for path in f.input]
-  found = tokenize_points(model, clouds, batch_size=f.batch_size)
+  if f.reconstruction:
+    _check_one(f.input, f"--reconstruction={f.reconstruction}")
+  found = tokenize_points(model, _clouds(model, f), batch_size=f.batch_size)
   with _opened(f.output) as out:
     for path, tokens in zip(f.input, found):
       line = {"input": path, "codes": tokens.codes.tolist()}
@@ -144,6 +153,37 @@ def _tokenize_points(
       _print_json(line | {"centres": centres}, out)
   if f.reconstruction:
     write_cloud(f.reconstruction, found[0].points)
+
+
+def _classify_points(
+  model: LoadedModel, requests: list[Request], f: Any
+) -> None:
+  del requests
+  found = classify_points(
+    model, _clouds(model, f), votes=f.votes, batch_size=f.batch_size
+  )
+  with _opened(f.output) as out:
+    for path, said in zip(f.input, found):
+      _print_json({"input": path} | said, out)
+
+
+def _segment_points(
+  model: LoadedModel, requests: list[Request], f: Any
+) -> None:
+  del requests
+  if f.category is None:
+    raise ValueError("--category is missing: the name of what --input shows.")
+  as_cloud = (f.output or "").endswith((".npy", ".ply"))
+  if as_cloud:
+    _check_one(f.input, f"--output={f.output}")
+  clouds = _clouds(model, f)
+  found = segment_points(model, clouds, f.category, batch_size=f.batch_size)
+  if as_cloud:
+    write_cloud(f.output, clouds[0], found[0])
+    return
+  with _opened(f.output) as out:
+    for path, parts in zip(f.input, found):
+      _print_json({"input": path, "parts": parts.tolist()}, out)
 
 
 Command = Callable[[LoadedModel, list[Request], Any], None]
@@ -160,6 +200,8 @@ TASKS: dict[str, tuple[str, tuple[str, ...], Command]] = {
   "answer": ("a span of the context", REQUESTS["answer"][0], _ask("answer")),
   "choose": ("the right ending", REQUESTS["choose"][0], _ask("choose")),
   "tokenize_points": ("codes of a cloud's patches", (), _tokenize_points),
+  "classify_points": ("the class of a cloud", (), _classify_points),
+  "segment_points": ("a part for every point of a cloud", (), _segment_points),
 }  # fmt: skip
 
 
@@ -183,61 +225,15 @@ def _define_flags() -> None:
   flags.DEFINE_integer("max_length", None, "embed: longest row in tokens.")
   flags.DEFINE_bool("normalize", False, "embed: vectors of length 1.")
   flags.DEFINE_bool("null_answer", None, "answer: may there be no answer?")
-  flags.DEFINE_multi_string("input", [], "tokenize_points: a cloud or mesh.")
+  flags.DEFINE_multi_string("input", [], "..._points: a cloud or mesh.")
+  flags.DEFINE_integer(
+    "votes", 0, "classify_points: random views; 0: that of an evaluation.",
+    lower_bound=0,
+  )  # fmt: skip
+  flags.DEFINE_string("category", None, "segment_points: what is shown.")
   flags.DEFINE_string(
     "reconstruction", None, "tokenize_points: file of the decoded points."
   )
-
-
-def _lines(path: pathlib.Path, first: str) -> list[Request]:
-  try:
-    lines = path.read_text("utf-8").splitlines()
-  except UnicodeDecodeError as err:
-    raise ValueError(f"{path} is not UTF-8 text: {err}.") from err
-  if path.suffix != ".jsonl":
-    return [{first: line} for line in lines if line.strip()]
-  requests = []
-  for number, line in enumerate(lines, 1):
-    if line.strip():
-      try:
-        requests.append(dict(json.loads(line)))
-      except (TypeError, ValueError) as err:
-        raise ValueError(
-          f"{path}, line {number} is no JSON object: {err}."
-        ) from err
-  return requests
-
-
-def _requests(f: Any, fields: tuple[str, ...]) -> list[Request]:
-  """What is asked, by the names of its fields."""
-  first, *rest = fields
-  requests = [{first: text} for text in f.text if text.strip()]
-  if f.pair:
-    if not rest or len(f.pair) != len(requests):
-      raise ValueError(
-        f"--pair is given {len(f.pair)} times and --text {len(requests)} times;"
-        + (" give both equally often." if rest else " this task has no pairs.")
-      )
-    for request, pair in zip(requests, f.pair):
-      request[rest[0]] = pair
-  if f.file is not None:
-    path = pathlib.Path(f.file)
-    if not path.is_file():
-      raise ValueError(f"--file={f.file} is not a file.")
-    requests += _lines(path, first)
-  if not requests and not sys.stdin.isatty():
-    lines = sys.stdin.read().splitlines()
-    requests = [{first: line} for line in lines if line.strip()]
-  for number, request in enumerate(requests):
-    # A list of words may stand for the text.
-    if first not in request and "words" in request:
-      request[first] = request["words"]
-    if first not in request:
-      raise ValueError(
-        f"Request {number} has no {first!r}; it has"
-        f" {', '.join(map(repr, request)) or 'nothing'}."
-      )
-  return requests
 
 
 def main(argv: list[str]) -> None:
@@ -253,7 +249,7 @@ def main(argv: list[str]) -> None:
     _, fields, command = lookup(TASKS, argv[1], "task")
     cli.check_output("output", f.output)
     cli.check_output("reconstruction", f.reconstruction)
-    requests = _requests(f, fields) if fields else []
+    requests = requests_of(f, fields) if fields else []
     model = load_model(
       f.model, dtype=DTYPES[f.dtype], step=f.step, ignore=f.ignore
     )

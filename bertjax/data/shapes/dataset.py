@@ -1,6 +1,7 @@
 """Rows of points: drawn anew from stored clouds in every epoch."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -43,6 +44,29 @@ class Reading:
     lookup(drawing.DRAWS, self.draw, "data.draw")
     lookup(drawing.DRAWS, self.draw_eval, "data.draw_eval")
     drawing.augmentation(self.augment)
+
+  @functools.cached_property
+  def _augmented(self) -> drawing.Augment:
+    return drawing.augmentation(self.augment)
+
+  def still(self) -> "Reading":
+    """The same for evaluation: its draw, and nothing augmented."""
+    return dataclasses.replace(self, draw=self.draw_eval, augment=())
+
+  def drawn(
+    self, points: np.ndarray, rng: np.random.Generator
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Points of a row, float64 [num_points, 3], and which of a cloud's.
+
+    Args:
+      points: of the cloud [n, 3].
+      rng: chooses and augments.
+    """
+    chosen = drawing.DRAWS[self.draw](len(points), self.num_points, rng)
+    row = points[chosen].astype(np.float64)
+    if self.unit_sphere:
+      row = normalised(row)
+    return self._augmented(row, rng), chosen
 
   def row_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a row."""
@@ -88,8 +112,6 @@ class PointDataset(RowDataset):
       )
     self.clouds, self.reading, self.seed = clouds, reading, seed
     self._orders = Orders(len(clouds), seed)
-    self._draw = drawing.DRAWS[reading.draw]
-    self._augment = drawing.augmentation(reading.augment)
 
   @property
   def row_spec(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -118,25 +140,15 @@ class PointDataset(RowDataset):
   def _row(self, epoch: int, index: int) -> dict[str, Any]:
     rng = np.random.default_rng([self.seed, epoch, index])
     cloud = self.clouds[index]
-    chosen = self._draw(len(cloud.points), self.reading.num_points, rng)
-    points = cloud.points[chosen].astype(np.float64)
-    if self.reading.unit_sphere:
-      points = normalised(points)
-    row = {
-      "points": self._augment(points, rng),
-      "labels": cloud.label,
-      "index": index,
-    }
+    points, chosen = self.reading.drawn(cloud.points, rng)
+    row = {"points": points, "labels": cloud.label, "index": index}
     if self.reading.parts:
       row |= {"category": cloud.label, "parts": cloud.parts[chosen]}
     return row
 
   def evaluation_batches(self, *args, **options):
     """As of `RowDataset`: points as for evaluation, nothing augmented."""
-    still = dataclasses.replace(
-      self.reading, draw=self.reading.draw_eval, augment=()
-    )
-    plain = PointDataset(self.clouds, still, self.seed)
+    plain = PointDataset(self.clouds, self.reading.still(), self.seed)
     return RowDataset.evaluation_batches(plain, *args, **options)
 
   def empty_rows(self, count: int) -> dict[str, np.ndarray]:

@@ -338,6 +338,11 @@ class ShapeNetPart(Clouds):
   numbered category by category.
   """
 
+  classes = (
+    "Airplane", "Bag", "Cap", "Car", "Chair", "Earphone", "Guitar", "Knife",
+    "Lamp", "Laptop", "Motorbike", "Mug", "Pistol", "Rocket", "Skateboard",
+    "Table",
+  )  # fmt: skip
   class_parts = tuple(
     tuple(range(first, stop))
     for first, stop in itertools.pairwise(

@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Collection, Mapping, Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -82,7 +82,11 @@ def split_by_hash(name: str, fractions: Mapping[str, float]) -> str:
 
 
 def sampled(
-  path: pathlib.Path, num_points: int, file: BinaryIO | None = None
+  path: pathlib.Path,
+  num_points: int,
+  file: BinaryIO | None = None,
+  *,
+  or_vertices: bool = False,
 ) -> np.ndarray:
   """Points on the surface of a mesh, uniform by area, float32 [n, 3].
 
@@ -92,25 +96,46 @@ def sampled(
     path: of the mesh; its ending says what it is.
     num_points: how many.
     file: what is read in its place, as out of an archive.
+    or_vertices: of a file without faces, the vertices instead, all of them.
 
   Raises:
-    ValueError: it holds no surface.
+    ValueError: it cannot be read, or holds nothing of the kind.
   """
+  trimesh = _trimesh()
+  mesh = _loaded(path, file, force="mesh")
+  has_faces = len(getattr(mesh, "faces", ())) > 0
+  if has_faces and mesh.area > 0:
+    seed = int(fingerprint_of(path.name)[:8], 16)
+    found, _ = trimesh.sample.sample_surface(mesh, num_points, seed=seed)
+    return np.asarray(found, np.float32)
+  if or_vertices and not has_faces:
+    # Without `force`, which makes an empty mesh of them.
+    found = getattr(_loaded(path, file), "vertices", ())
+    if len(found):
+      return np.asarray(found, np.float32)
+  raise ValueError(f"{path} holds no surface to draw points from.")
+
+
+def _trimesh() -> Any:
   try:
     import trimesh
   except ImportError as err:
     raise ValueError(
       "Meshes need trimesh: pip install 'bertjax[points]'."
     ) from err
-  mesh = trimesh.load(
-    path if file is None else file,
-    file_type=path.suffix.lower().removeprefix("."),
-    force="mesh",
-    process=False,
-    skip_materials=True,
-  )
-  if not len(getattr(mesh, "faces", ())) or not mesh.area > 0:
-    raise ValueError(f"{path} holds no surface to draw points from.")
-  seed = int(fingerprint_of(path.name)[:8], 16)
-  found, _ = trimesh.sample.sample_surface(mesh, num_points, seed=seed)
-  return np.asarray(found, np.float32)
+  return trimesh
+
+
+def _loaded(path: pathlib.Path, file: BinaryIO | None, **options: Any) -> Any:
+  """What trimesh makes of a file."""
+  load = _trimesh().load
+  try:
+    return load(
+      path if file is None else file,
+      file_type=path.suffix.lower().removeprefix("."),
+      process=False,
+      skip_materials=True,
+      **options,
+    )
+  except Exception as err:  # whatever breaks in the reader of a format
+    raise ValueError(f"{path} cannot be read: {err!r}.") from err

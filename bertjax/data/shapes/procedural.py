@@ -35,10 +35,17 @@ class Shape:
   parts: np.ndarray
 
 
+def frame(points: np.ndarray) -> tuple[np.ndarray, float]:
+  """The centroid [3], and the largest distance from it, float64."""
+  points = points.astype(np.float64)
+  centre = points.mean(0)
+  return centre, max(np.linalg.norm(points - centre, axis=1).max(), 1e-12)
+
+
 def normalised(points: np.ndarray) -> np.ndarray:
   """Moved and scaled so that centroid and largest norm are 0 and 1."""
-  centred = points - points.mean(0)
-  return centred / max(np.linalg.norm(centred, axis=1).max(), 1e-12)
+  centre, radius = frame(points)
+  return (points - centre) / radius
 
 
 def _sphere(rng) -> Parts:

@@ -174,6 +174,25 @@ def softmax(logits: np.ndarray) -> np.ndarray:
   return powers / powers.sum(-1, keepdims=True)
 
 
+def likeliest(
+  logits: np.ndarray, labels: Sequence[str]
+) -> list[dict[str, Any]]:
+  """For each row `label`, `probability`, and `probabilities` by label.
+
+  Args:
+    logits: [n, c].
+    labels: names of the classes.
+  """
+  said = []
+  for chances in softmax(logits):
+    named = {k: float(p) for k, p in zip(labels, chances, strict=True)}
+    best = labels[int(chances.argmax())]
+    said.append(
+      {"label": best, "probability": named[best], "probabilities": named}
+    )
+  return said
+
+
 def row(seq_len: int, *lead: int) -> dict[str, tuple[tuple, type]]:
   """Shapes and dtypes of what an encoder reads."""
   names = ("tokens", "segment_ids", "positions", "type_ids")

@@ -106,19 +106,13 @@ class Sentences(Kind):
     if not self.labels:
       return [{"value": float(x)} for x in logits[:, 0]]
     base.refuse_other_size(logits.shape[-1], self.labels)
-    if self.multilabel:
-      chances = 1 / (1 + np.exp(-logits.astype(np.float64)))
-    else:
-      chances = base.softmax(logits)
+    if not self.multilabel:
+      return base.likeliest(logits, self.labels)
     said = []
-    for row in chances:
+    for row in 1 / (1 + np.exp(-logits.astype(np.float64))):
       named = {k: float(p) for k, p in zip(self.labels, row)}
-      if self.multilabel:
-        answer = {"labels": [k for k, p in named.items() if p > 0.5]}
-      else:
-        best = self.labels[int(row.argmax())]
-        answer = {"label": best, "probability": named[best]}
-      said.append({**answer, "probabilities": named})
+      likely = [k for k, p in named.items() if p > 0.5]
+      said.append({"labels": likely, "probabilities": named})
     return said
 
   def _counts(self, features: Features) -> np.ndarray:
