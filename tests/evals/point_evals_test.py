@@ -1,13 +1,17 @@
 """Linear probes, votes of views, and IoU of parts."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from bertjax.data.shapes.dataset import PointDataset, Reading
+from bertjax.data.shapes.files import Cloud, Clouds
+from bertjax.data.shapes.stored import Stored
 from bertjax.evals import linear_probe, part_iou, voting
 from bertjax.evals.part_iou import shape_ious
-from bertjax.evals.voting import view
 from bertjax.parallel.mesh import make_mesh
 
 B, N = 8, 12
@@ -43,6 +47,40 @@ class Rows:
     }
 
   def baseline(self, split, num_batches=None):
+    return {}
+
+
+class Listed(Clouds):
+  """Clouds in memory."""
+
+  def __init__(self, rows):
+    super().__init__([], rows["labels"].tolist())
+    self._points = rows["points"]
+
+  def __len__(self):
+    return len(self._points)
+
+  def __getitem__(self, index):
+    return Cloud(self._points[index], self._labels[index])
+
+  def fingerprint(self):
+    return "listed"
+
+
+class PointRows:
+  """Data of points with one split."""
+
+  batch_size = B
+
+  def __init__(self, rows, num_points=N - 3):
+    self.reading = Reading(num_points=num_points, unit_sphere=False)
+    self._dataset = PointDataset(Listed(rows), self.reading)
+
+  def dataset(self, split):
+    del split
+    return self._dataset
+
+  def baseline(self, split):
     return {}
 
 
@@ -102,46 +140,63 @@ class EvaluatorsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "features='first' is unknown"):
       linear_probe(data=Rows(train=lonely), features="first", **self.shared)
 
-  def test_views_are_parts_of_the_cloud_scaled_and_moved(self):
-    cloud = clouds(40, 0)["points"]
-    some = np.asarray(view(jax.random.key(0), cloud, 7, (1.0, 1.0), 0.0))
-    for part, whole in zip(some, cloud):
-      chosen = {tuple(p) for p in part}
-      self.assertLen(chosen, 7)
-      self.assertLessEqual(chosen, {tuple(p) for p in whole})
-    # Deviations of a cloud's points tell its scale, their mean its shift.
-    seen = np.asarray(view(jax.random.key(0), cloud, N, (0.5, 1.5), 0.2))
-    scales = seen.std(1) / cloud.std(1)
-    shifts = seen.mean(1) - scales * cloud.mean(1)
-    self.assertBetween(scales.min(), 0.5, 0.6)
-    self.assertBetween(scales.max(), 1.4, 1.5)
-    self.assertBetween(np.abs(shifts).max(), 0.17, 0.2001)
-    self.assertGreater(np.abs(scales[:, 0] - scales[:, 1]).min(), 0)
+  def test_votes_are_of_all_views_and_none_of_fillings(self):
+    data = PointRows(clouds(40, 0, noise=0.5))
+    evaluator = voting(data=data, views=4, **self.shared)
+    found = evaluator({}, jax.random.key(0))
+    self.assertEqual(found, evaluator({}, jax.random.key(1)))
+    dataset = data.dataset("validation")
+    logits = []
+    for number in range(4):
+      stream = PointDataset(dataset.clouds, dataset.reading, 20_181_011, number)
+      rows = stream.rows(0, 40)
+      logits.append(Means().apply({}, rows, "logits"))
+    self.assertGreater(np.ptp(logits, axis=0).min(), 0)  # no two are alike
+    known = rows["labels"] >= 0
+    self.assertEqual(known.sum(), 38)
+    for name, scores in (
+      ("accuracy", np.sum(logits, axis=0)),
+      ("single_view_accuracy", logits[0]),
+    ):
+      right = (scores.argmax(1) == rows["labels"])[known].mean()
+      self.assertAlmostEqual(found[name], right)
 
-  def test_votes(self):
-    data = Rows(validation=clouds(40, 0, noise=0.5))
-    plain = voting(data=data, views=1, scale=(1, 1), shift=0.0, **self.shared)(
+  def test_many_views_see_more_than_one(self):
+    far = (dict(name="scale_shift", low=0.9, high=1.1, shift=2.0),)
+    data = PointRows(clouds(40, 0, noise=0.5))
+    found = voting(data=data, views=50, augment=far, **self.shared)(
       {}, jax.random.key(0)
     )
-    rows = data.splits["validation"]
-    logits = Means().apply({}, rows, "logits")
-    right = (logits.argmax(1) == rows["labels"])[:-2].mean()
-    self.assertEqual(plain, {"accuracy": right, "single_view_accuracy": right})
-    # Views that lie far off err, but not all in the same way.
-    far = voting(
-      data=data, views=50, scale=(0.9, 1.1), shift=2.0, **self.shared
-    )({}, jax.random.key(0))
-    self.assertLess(far["single_view_accuracy"], 0.7)
-    self.assertGreater(far["accuracy"], far["single_view_accuracy"] + 0.2)
+    self.assertLess(found["single_view_accuracy"], 0.7)
+    self.assertGreater(found["accuracy"], found["single_view_accuracy"] + 0.2)
 
-  @parameterized.parameters(
-    (dict(views=0), "views=0 must be at least 1"),
-    (dict(num_points=13), "num_points=13 between 1 and 12"),
-  )
-  def test_views_that_there_are_not(self, options, message):
-    data = Rows(validation=clouds(8, 0))
-    with self.assertRaisesRegex(ValueError, message):
-      voting(data=data, **options, **self.shared)
+  def test_views_are_drawn_of_the_points_that_are_kept(self):
+    """Of a cluster and a few points far away, farthest points keep the few."""
+    few = np.arange(4)[:, None] + np.zeros((4, 3))
+    many = np.random.default_rng(0).normal(scale=0.01, size=(96, 3))
+    cloud = np.concatenate([many, few]).astype(np.float32)
+    data = PointRows({"points": cloud[None], "labels": np.zeros(1, np.int32)},
+                     num_points=9)  # fmt: skip
+    folder = pathlib.Path(self.create_tempdir())
+    kept = Stored(data.dataset("").clouds, 12, folder, farthest=True)
+    dataset = PointDataset(kept, data.reading)
+    ((*views,),) = dataset.views(20, data.reading, 1)
+    far = [(np.abs(view["points"]).max(-1) > 0.5).sum() for view in views]
+    # Of 3 among 12 points 9 are drawn; of all 100 hardly one would be.
+    self.assertBetween(np.mean(far), 2, 2.5)
+    self.assertLen({view["points"].tobytes() for view in views}, 20)
+
+  def test_views_that_there_are_not(self):
+    data = PointRows(clouds(8, 0))
+    for options, message in (
+      (dict(views=0), "views=0 must be at least 1"),
+      (dict(draw="first"), "makes all views alike"),
+      (dict(draw="frist"), "'frist' is unknown"),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        voting(data=data, **options, **self.shared)
+    with self.assertRaisesRegex(ValueError, "data.name='points', not Rows"):
+      voting(data=Rows(validation=clouds(8, 0)), **self.shared)
 
   def test_ious_are_those_of_a_loop(self):
     rng = np.random.default_rng(0)

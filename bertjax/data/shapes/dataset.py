@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -94,11 +94,14 @@ class PointDataset(RowDataset):
 
   unit = "points"
 
-  def __init__(self, clouds: Clouds, reading: Reading, seed: int = 0):
+  def __init__(
+    self, clouds: Clouds, reading: Reading, seed: int = 0, view: int = 0
+  ):
     """Args:
     clouds: of a split.
     reading: how rows are made of them.
     seed: of their order, and of what is drawn.
+    view: what is drawn is that of so many epochs later; the order is not.
 
     Raises:
       ValueError: no cloud, or clouds without the parts that are asked for.
@@ -110,7 +113,8 @@ class PointDataset(RowDataset):
         "data.parts=True: these clouds do not tell the parts of their points;"
         " leave it out."
       )
-    self.clouds, self.reading, self.seed = clouds, reading, seed
+    self.clouds, self.reading = clouds, reading
+    self.seed, self.view = seed, view
     self._orders = Orders(len(clouds), seed)
 
   @property
@@ -138,7 +142,7 @@ class PointDataset(RowDataset):
     }
 
   def _row(self, epoch: int, index: int) -> dict[str, Any]:
-    rng = np.random.default_rng([self.seed, epoch, index])
+    rng = np.random.default_rng([self.seed, epoch + self.view, index])
     cloud = self.clouds[index]
     points, chosen = self.reading.drawn(cloud.points, rng)
     row = {"points": points, "labels": cloud.label, "index": index}
@@ -151,6 +155,25 @@ class PointDataset(RowDataset):
     plain = PointDataset(self.clouds, self.reading.still(), self.seed)
     return RowDataset.evaluation_batches(plain, *args, **options)
 
+  def views(
+    self, count: int, reading: Reading, *args, **options
+  ) -> Iterator[list[dict[str, np.ndarray]]]:
+    """Evaluation batches `count` times over: other points of the same clouds.
+
+    Args:
+      count: of views.
+      reading: how their rows are drawn and augmented.
+      *args: those of `evaluation_batches`.
+      **options: the same.
+    """
+    streams = [
+      RowDataset.evaluation_batches(
+        PointDataset(self.clouds, reading, self.seed, view), *args, **options
+      )
+      for view in range(count)
+    ]
+    return map(list, zip(*streams, strict=True))
+
   def empty_rows(self, count: int) -> dict[str, np.ndarray]:
     """Rows of points at the origin, without a label."""
     return {
@@ -160,8 +183,11 @@ class PointDataset(RowDataset):
 
   def fingerprint(self) -> str:
     return fingerprint_of(
-      self.clouds.fingerprint(), self.reading.facts(), self.seed
+      self.clouds.fingerprint(),
+      self.reading.facts(),
+      self.seed,
+      *([self.view] if self.view else []),
     )
 
   def reseeded(self, seed: int) -> "PointDataset":
-    return PointDataset(self.clouds, self.reading, seed)
+    return PointDataset(self.clouds, self.reading, seed, self.view)
