@@ -1,7 +1,7 @@
 """A linear classifier on frozen features, for choosing among pre-trainings."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,31 @@ from bertjax.evals.base import Evaluator, read_batches
 from bertjax.parallel.sharding import put_batch
 from bertjax.registry import lookup
 
+
+class Feature(NamedTuple):
+  """What of a row is probed.
+
+  Attributes:
+    method: of the objective; takes a batch.
+    pool: what it says -> [b, f].
+    condition: an attribute of the objective that must be true.
+  """
+
+  method: str
+  pool: Callable[[jax.Array], jax.Array]
+  condition: str = ""
+
+
 # Of final states [b, t, e]; rows without padding, as those of point clouds.
-FEATURES: dict[str, Callable[[jax.Array], jax.Array]] = {
-  "cls": lambda hidden: hidden[:, 0],
-  "cls_max": lambda hidden: jnp.concatenate(
-    [hidden[:, 0], hidden[:, 1:].max(1)], axis=-1
+FEATURES: dict[str, Feature] = {
+  "cls": Feature("encode", lambda hidden: hidden[:, 0]),
+  "cls_max": Feature(
+    "encode",
+    lambda hidden: jnp.concatenate(
+      [hidden[:, 0], hidden[:, 1:].max(1)], axis=-1
+    ),
   ),
+  "contrast": Feature("project", lambda vectors: vectors, "contrasts"),
 }
 
 
@@ -35,11 +54,12 @@ def linear_probe(
 ) -> Evaluator:
   """Accuracy of a linear SVM on the states of a frozen encoder.
 
-  The released Point-BERT run probes what its contrast head makes of [CLS]; this
-  is [CLS] itself, which fine-tuning starts from.
+  "cls" is [CLS] itself, which fine-tuning starts from; "cls_max" what
+  Point-BERT's classifier reads; "contrast" what the contrast head makes of
+  [CLS], by which the released run chose its checkpoint.
 
   Args:
-    objective: whose `encode` gives states.
+    objective: has the method that the features come from.
     data: with `labels` int32 [b], -1 for none.
     mesh: the device mesh.
     train_split: that the SVM is fitted to; that of the run by default.
@@ -50,14 +70,20 @@ def linear_probe(
     batch_size: of the global batch; that of training by default.
 
   Raises:
-    ValueError: data without such labels, or, when it is called, of one class.
+    ValueError: data without such labels, features that the objective does not
+      have, or, when it is called, labels of one class.
   """
-  choose = lookup(FEATURES, features, "features")
+  feature = lookup(FEATURES, features, "features")
+  if feature.condition and not getattr(objective, feature.condition, False):
+    raise ValueError(
+      f"evals: linear_probe: features={features!r} needs an objective that"
+      " contrasts clouds, such as 'masked_points'; probe 'cls'."
+    )
   _check_labels(data.batch_spec(data.batch_size))
 
   def run(variables, batch):
-    hidden = objective.apply(variables, batch, method="encode")
-    return choose(hidden).astype(jnp.float32), batch["labels"]
+    found = objective.apply(variables, batch, method=feature.method)
+    return feature.pool(found).astype(jnp.float32), batch["labels"]
 
   # Every process fits to all rows.
   run = jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))

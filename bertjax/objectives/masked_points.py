@@ -185,13 +185,14 @@ class MaskedPoints(nn.Module):
       dtype=dtype,
       kernel_init=kernel_init,
     )
-    if self._contrasts:
+    if self.contrasts:
       self.contrast_head = ContrastHead(self.options.contrast_dim, dtype)
       self.slow = SlowCopy(self.options.momentum)
       self.queue = Queue(self.options.queue_size, self.options.contrast_dim)
 
   @property
-  def _contrasts(self) -> bool:
+  def contrasts(self) -> bool:
+    """Whether there is a contrast head."""
     return self.options.contrast or self.options.mixed_contrast
 
   @property
@@ -226,7 +227,7 @@ class MaskedPoints(nn.Module):
     if self.options.mixed_tokens:
       found, more = token_terms("mixed_tokens", mixed_guess, valid)
       sums, metrics = sums | found, metrics | more
-    if self._contrasts and (train or self.is_initializing()):
+    if self.contrasts and (train or self.is_initializing()):
       found, more = self._contrast(
         keys[3],
         patches,
@@ -341,6 +342,10 @@ class MaskedPoints(nn.Module):
     """Final states of [CLS] and of patches, none of them hidden."""
     return self.encoder(batch, train=False).hidden
 
+  def project(self, batch: Batch) -> Float[Array, "b c"]:
+    """What is contrasted of clouds without hidden patches; unit vectors."""
+    return self.contrast_head(self.encode(batch)[:, 0])
+
   def outputs(self, batch: Batch) -> Terms:
     """States and, for each patch, scores of its code."""
     hidden = self.encode(batch)
@@ -368,7 +373,7 @@ class MaskedPoints(nn.Module):
     head = 2 * slots * self.encoder.style.emb_dim * self.vocab_size
     mixes = self.options.mixed_tokens or self.options.mixed_contrast
     found = (1 + mixes) * (trunk + head)
-    without_gradient = flops.products(coded, cloud) + self._contrasts * trunk
+    without_gradient = flops.products(coded, cloud) + self.contrasts * trunk
     return found + without_gradient / meters.TRAINING
 
 

@@ -124,6 +124,28 @@ class EvaluatorsTest(parameterized.TestCase):
       self.assertBetween(found["accuracy"], low, high)
       self.assertEqual(found["rows"], 22)
 
+  def test_a_probe_sees_no_more_than_its_features(self):
+    class Told:
+      """[CLS] knows a third of a class, its contrast a half, patches all."""
+
+      contrasts = True
+
+      def apply(self, variables, batch, method):
+        labels = batch["labels"]
+        if method == "project":
+          return jax.nn.one_hot(labels // 3, 2)
+        third, whole = (jax.nn.one_hot(x, 6) for x in (labels % 3, labels))
+        return jnp.stack([third, whole, whole], axis=1)
+
+    data = Rows(train=clouds(40, 0), validation=clouds(32, 1))
+    for name, accuracy in (("cls", 1 / 2), ("contrast", 1 / 3), ("cls_max", 1)):
+      found = linear_probe(
+        data=data, features=name, objective=Told(), mesh=make_mesh()
+      )({}, jax.random.key(0))
+      self.assertAlmostEqual(found["accuracy"], accuracy)
+    with self.assertRaisesRegex(ValueError, "'contrast' needs an objective th"):
+      linear_probe(data=data, features="contrast", **self.shared)
+
   def test_a_probe_refuses_what_has_no_classes(self):
     points = clouds(8, 0)
     lonely = dict(points, labels=np.zeros(8, np.int32))

@@ -147,6 +147,19 @@ class ObjectiveTest(parameterized.TestCase):
     self.assertAlmostEqual(best, float(most / count), places=6)
     self.assertLess(best, 0.6)
 
+  def test_projections_are_those_of_the_contrast(self):
+    batch = clouds()
+    found = self.objective.apply(self.variables, batch, method="project")
+    cls = self.objective.apply(self.variables, batch, method="encode")[:, 0]
+    head = self.variables["params"]["contrast_head"]
+    inner = jax.nn.gelu(
+      cls @ head["dense"]["kernel"] + head["dense"]["bias"][None],
+      approximate=False,
+    )
+    outer = inner @ head["output"]["kernel"] + head["output"]["bias"][None]
+    expected = outer / np.linalg.norm(outer, axis=1, keepdims=True)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
   def test_evaluation_repeats_changes_nothing_and_contrasts_nothing(self):
     (sums, metrics), extra = self.objective.apply(
       self.variables,
