@@ -21,8 +21,7 @@ Small: --config=configs/point_bert_transformer.py:small   all three stages on
 Tiny:  --config=configs/point_bert_transformer.py:tiny   (they just run)
 Needs: ShapeNet55, ModelNet40 or ShapeNetPart as the authors publish them.
 
-The rate changes with every step here, with every epoch there; momentum of
-BatchNorm is constant, where theirs grows while they segment.
+The rate changes with every step here, with every epoch there.
 """
 
 import ml_collections
@@ -154,6 +153,9 @@ def _segment() -> ml_collections.ConfigDict:
     batch_size=16,
   )
   epoch = -(-_PARTS // 16)
+  c.objective.batch_norm_momentum = dict(
+    start=0.1, factor=0.5, every=20 * epoch, floor=0.01
+  )
   c.optim = _optim(_PARTS, 16, warmup=10)
   c.stop = dict(steps=300 * epoch)
   c.evals = dict(heldout=dict(name="part_iou", split="test", every=epoch))

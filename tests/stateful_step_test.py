@@ -11,7 +11,7 @@ from absl.testing import absltest, parameterized
 
 from bertjax import optim, train_state, train_step
 from bertjax.evals.replicas import differing
-from bertjax.models.point_bert.patch_embedding import batch_norm
+from bertjax.layers.batch_norm import batch_norm
 from bertjax.objectives.frozen import FROZEN
 from bertjax.objectives.step import current_step
 from bertjax.parallel.mesh import make_mesh

@@ -11,7 +11,8 @@ from bertjax.objectives.fine_tuning import FINE_TUNING
 from bertjax.objectives.left_to_right import LeftToRightLM, left_to_right_lm
 from bertjax.objectives.masked_lm import MaskedLM, masked_lm
 from bertjax.objectives.masked_points import masked_points
-from bertjax.objectives.point_fine_tuning import POINT_FINE_TUNING
+from bertjax.objectives.part_segmentation import part_segmentation
+from bertjax.objectives.point_classification import point_classification
 from bertjax.objectives.point_reconstruction import (
   PointReconstruction,
   point_reconstruction,
@@ -23,8 +24,9 @@ OBJECTIVES: dict[str, Callable[..., nn.Module]] = {
   "masked_lm": masked_lm,
   "masked_points": masked_points,
   "point_reconstruction": point_reconstruction,
+  "part_segmentation": part_segmentation,
+  "point_classification": point_classification,
   **FINE_TUNING,
-  **POINT_FINE_TUNING,
 }
 
 

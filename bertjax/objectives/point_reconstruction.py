@@ -5,7 +5,6 @@ loss is how far the decoded points lie from the patch's own, and how unevenly
 the codes are used.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -20,6 +19,7 @@ from bertjax.metrics import flops
 from bertjax.models.point_bert import PointTokenizer, Reconstruction
 from bertjax.models.point_bert.tokenizer import uniformity
 from bertjax.objectives.base import BatchSpec, Metrics, Terms
+from bertjax.objectives.schedules import HalfCosine
 from bertjax.objectives.step import current_step
 from bertjax.points import Patches
 
@@ -27,28 +27,6 @@ Batch = Mapping[str, ArrayLike]
 
 # Distances between whole clouds are reported in thousandths.
 THOUSANDTHS = 1000.0
-
-
-@dataclasses.dataclass(frozen=True)
-class HalfCosine:
-  """From `start` to `end` along half a cosine, constant around it.
-
-  Attributes:
-    start: value up to step `delay`.
-    end: value from step `delay + steps` on.
-    steps: between the two.
-    delay: steps before it begins.
-  """
-
-  start: float
-  end: float
-  steps: int
-  delay: int = 0
-
-  def __call__(self, step: ArrayLike) -> Float[Array, "*n"]:
-    part = jnp.clip((step - self.delay) / self.steps, 0, 1)
-    rest = (1 + jnp.cos(jnp.pi * part)) / 2
-    return self.end + (self.start - self.end) * rest
 
 
 class PointReconstruction(nn.Module):

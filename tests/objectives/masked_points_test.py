@@ -9,9 +9,9 @@ from absl.testing import absltest, parameterized
 from flax import linen as nn
 
 from bertjax import optim, train_state, train_step
+from bertjax.layers.batch_norm import batch_norm
 from bertjax.models import MODELS
 from bertjax.models.point_bert import PointTokenizer
-from bertjax.models.point_bert.patch_embedding import batch_norm
 from bertjax.objectives.masked_points import MaskedPoints, Options
 from bertjax.parallel.mesh import make_mesh
 from bertjax.parallel.sharding import put_batch

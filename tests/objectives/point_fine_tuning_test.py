@@ -14,7 +14,8 @@ from bertjax import points
 from bertjax.interop import point_bert as point_names
 from bertjax.models import MODELS
 from bertjax.objectives import OBJECTIVES
-from bertjax.objectives.point_fine_tuning import smoothed
+from bertjax.objectives.point_classification import smoothed
+from bertjax.objectives.step import clock
 from tests.models import torch_point_bert as theirs
 
 B, N, G, M, E, H, F, L = 3, 40, 7, 5, 24, 4, 10, 3
@@ -237,6 +238,42 @@ class HeadsTest(parameterized.TestCase):
         self.assertTrue(np.isfinite(leaf).all())
       objective = objective.clone(dropout_rate=0.0)
 
+  def test_averages_take_in_less_of_later_batches(self):
+    momentum = dict(start=0.2, factor=0.5, every=10, floor=0.02)
+    objective, variables, _ = pair("segmenter")
+    scheduled = segmenter(batch_norm_momentum=momentum)
+
+    @jax.jit
+    def moves(step):
+      (_, metrics), extra = scheduled.apply(
+        {**variables, **clock(step)},
+        clouds(),
+        train=True,
+        rngs={"dropout": jax.random.key(0)},
+        mutable=["batch_stats"],
+      )
+      change = jax.tree.map(
+        jnp.subtract, extra["batch_stats"], variables["batch_stats"]
+      )
+      return change, metrics["batch_norm_share"][0]
+
+    _, plain = objective.apply(
+      variables, clouds(), train=True, mutable=["batch_stats"],
+      rngs={"dropout": jax.random.key(0)},
+    )  # fmt: skip
+    plain = jax.tree.map(
+      jnp.subtract, plain["batch_stats"], variables["batch_stats"]
+    )  # a tenth of the way to the batch
+    self.assertLen(jax.tree.leaves(plain), 2 * (2 + 3 * 2 + 1))
+    for step, share in ((0, 0.2), (9, 0.2), (10, 0.1), (29, 0.05), (90, 0.02)):
+      change, told = moves(jnp.int32(step))
+      self.assertAlmostEqual(float(told), share, places=6)
+      for a, b in zip(jax.tree.leaves(change), jax.tree.leaves(plain)):
+        np.testing.assert_allclose(a, b * share / 0.1, atol=2e-5)
+    # Outside training there is no clock and no schedule.
+    _, metrics = scheduled.apply(variables, clouds(), train=False)
+    self.assertNotIn("batch_norm_share", metrics)
+
   def test_smoothing_leaves_the_label_its_part(self):
     rng = np.random.default_rng(0)
     logits = rng.normal(size=(4, 5)).astype(np.float32)
@@ -321,6 +358,18 @@ class HeadsTest(parameterized.TestCase):
       r"blocks=\(1, 2, 4\) .* 1 to 3",
     ),
     ("levels", segmenter, dict(levels=(8, 9)), r"levels=\(8, 9\) must be"),
+    (
+      "names",
+      segmenter,
+      dict(labels=("a",)),
+      r"labels=\('a',\) must name the 2",
+    ),
+    (
+      "momentum",
+      segmenter,
+      dict(batch_norm_momentum=dict(start=0.1, factor=0.5, every=0, floor=0.1)),
+      r"batch_norm_momentum=.*every >= 1",
+    ),
   )
   def test_bad_options_are_named(self, build, options, message):
     with self.assertRaisesRegex(ValueError, message):

@@ -7,7 +7,7 @@ import numpy as np
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from bertjax.models.point_bert.patch_embedding import batch_norm
+from bertjax.layers.batch_norm import batch_norm
 
 _FOLD = 4  # fine points of a coarse one
 _STEP = 0.05

@@ -6,28 +6,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
-from bertjax.parallel.sharding import split_by_hand
-
-
-def batch_norm(train: bool, name: str, dtype: Dtype) -> nn.BatchNorm:
-  """Over all axes but the last, of the global batch; averages kept at 0.9.
-
-  The batch is the global one also where the step is split by hand, as for
-  compressed averages; of an accumulated batch it is the microbatch.
-
-  Args:
-    train: use the batch's statistics and update the averages.
-    name: of the module.
-    dtype: of the result; statistics are float32.
-  """
-  return nn.BatchNorm(
-    use_running_average=not train,
-    momentum=0.9,
-    epsilon=1e-5,
-    dtype=dtype,
-    axis_name="data" if split_by_hand("data") else None,
-    name=name,
-  )
+from bertjax.layers.batch_norm import batch_norm
 
 
 class MiniPointNet(nn.Module):

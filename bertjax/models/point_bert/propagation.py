@@ -11,9 +11,9 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from bertjax import points
+from bertjax.layers.batch_norm import batch_norm
 from bertjax.layers.largest import largest
 from bertjax.models.point_bert.dgcnn import NEIGHBOURS, convolved, edges
-from bertjax.models.point_bert.patch_embedding import batch_norm
 
 
 class Carry(nn.Module):
