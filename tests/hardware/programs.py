@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from bertjax.models.point_bert import MiniPointNet
+
 
 def _on_first(devices, shape, dtype=jnp.bfloat16):
   sharding = jax.sharding.SingleDeviceSharding(devices[0])
@@ -53,6 +55,18 @@ def layers(devices, *, count):
 
   ws = _on_first(devices, (count, 512, 512))
   return jax.jit(jax.grad(loss)).lower(ws, _on_first(devices, (1024, 512)))
+
+
+def patches(devices, *, rows):
+  """Vectors of the patches of clouds, as pre-training makes them."""
+  module = MiniPointNet()
+  x = _on_first(devices, (rows, 64, 32, 3), jnp.float32)
+  variables = jax.eval_shape(
+    lambda x: module.init(jax.random.key(0), x, train=False), x
+  )
+  return jax.jit(lambda v, x: module.apply(v, x, train=False)).lower(
+    variables, x
+  )
 
 
 def _mesh(devices):

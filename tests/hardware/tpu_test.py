@@ -5,6 +5,7 @@ import os
 import unittest
 from unittest import mock
 
+import pytest
 from absl.testing import absltest, parameterized
 
 from bertjax.hardware import (
@@ -46,6 +47,15 @@ class ClosedFormTest(parameterized.TestCase):
     program = compile_for("v5e:2x2", programs.copy, rows=rows)
     floor = 2 * rows * 4096 / program.topology.chip.hbm_bandwidth
     self.assertBetween(price(program).seconds, floor * 0.999, 1.1 * floor)
+
+  @pytest.mark.slow
+  def test_patches_of_a_published_batch_compile(self):
+    """Joined features of a set and its members stopped the compiler here."""
+    program = compile_for("v5e:2x2", programs.patches, rows=32)
+    points = 3 * 128 + 128 * 256 + 256 * 512 + 512 * 256
+    flops = 2 * 32 * 64 * (32 * points + 256 * 512)
+    floor = flops / program.topology.chip.flops_per_cycle
+    self.assertGreater(price(program).cycles, 0.9 * floor)
 
   def test_a_loop_costs_its_trips(self):
     short, long = (

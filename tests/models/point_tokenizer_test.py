@@ -8,6 +8,7 @@ from absl.testing import absltest, parameterized
 from torch import nn
 
 from bertjax import points
+from bertjax.metrics import flops
 from bertjax.models import point_bert
 from bertjax.models.point_bert.tokenizer import uniformity
 
@@ -158,6 +159,16 @@ class PartsTest(parameterized.TestCase):
       # PyTorch's variance divides by one less.
       np.testing.assert_allclose(stats["mean"], after[name]["mean"], atol=1e-5)
       np.testing.assert_allclose(stats["var"], after[name]["var"], rtol=1e-2)
+
+  def test_what_a_set_shares_is_mapped_once(self):
+    found = flops.products(
+      lambda x: point_bert.MiniPointNet(E).init(
+        jax.random.key(0), x, train=False
+      ),
+      self.patches.points,
+    )
+    points_ = 3 * 128 + 128 * 256 + 256 * 512 + 512 * E  # of each
+    self.assertEqual(found, 2 * B * G * (M * points_ + 256 * 512))
 
   def test_graph(self):
     theirs = shaken(TorchGraph(E, V))

@@ -8,6 +8,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from bertjax.layers.batch_norm import batch_norm
+from bertjax.models.point_bert.patch_embedding import SetDense
 
 _FOLD = 4  # fine points of a coarse one
 _STEP = 0.05
@@ -45,7 +46,7 @@ class Folding(nn.Module):
     def dense(width, name):
       return nn.Dense(width, dtype=self.dtype, name=name)
 
-    b, g, e = features.shape
+    b, g, _ = features.shape
     wide, narrow = 1024 // self.shrink, 512 // self.shrink
     x = jax.nn.relu(dense(wide, "coarse_in")(features))
     x = jax.nn.relu(dense(wide, "coarse_middle")(x))
@@ -53,14 +54,11 @@ class Folding(nn.Module):
     coarse = x.reshape(b, g, -1, 3)
     anchors = jnp.repeat(coarse, _FOLD, axis=2)
     grid = jnp.tile(jnp.asarray(_GRID, x.dtype), (self.size // _FOLD, 1))
-    parts = (
-      jnp.broadcast_to(features[:, :, None], (b, g, self.size, e)),
-      jnp.broadcast_to(grid, (b, g, *grid.shape)),
-      anchors,
-    )
-    x = jnp.concatenate(parts, axis=-1)
-    for number in range(2):
-      x = dense(narrow, f"fold_{number}")(x)
-      x = jax.nn.relu(batch_norm(train, f"fold_norm_{number}", self.dtype)(x))
+    grid = jnp.broadcast_to(grid, (b, g, *grid.shape))
+    x = jnp.concatenate([grid, anchors], axis=-1)
+    x = SetDense(narrow, self.dtype, name="fold_0")(features, x)
+    x = jax.nn.relu(batch_norm(train, "fold_norm_0", self.dtype)(x))
+    x = dense(narrow, "fold_1")(x)
+    x = jax.nn.relu(batch_norm(train, "fold_norm_1", self.dtype)(x))
     fine = dense(3, "fold_out")(x) + anchors
     return coarse.astype(jnp.float32), fine.astype(jnp.float32)

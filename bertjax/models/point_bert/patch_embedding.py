@@ -7,6 +7,37 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
 from bertjax.layers.batch_norm import batch_norm
+from bertjax.layers.matmul import einsum
+
+
+class SetDense(nn.Module):
+  """`nn.Dense` of what is known of a set, joined to what is of a member.
+
+  A set's part is mapped once, and not once for each of its members, which are
+  many: the sum of the two products is that of the joined features.
+
+  Attributes:
+    features: width of the output.
+    dtype: compute dtype.
+    kernel_init: initializer of the kernel.
+  """
+
+  features: int
+  dtype: Dtype = jnp.float32
+  kernel_init: Initializer = nn.initializers.lecun_normal()
+
+  @nn.compact
+  def __call__(
+    self, whole: Float[Array, "b g c"], members: Float[Array, "b g m d"]
+  ) -> Float[Array, "b g m e"]:
+    """Both are mapped by one kernel, the set's features first."""
+    split, inputs = whole.shape[-1], whole.shape[-1] + members.shape[-1]
+    kernel = self.param("kernel", self.kernel_init, (inputs, self.features))
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    of_set = einsum("bgc,ce->bge", whole, kernel[:split], self.dtype)
+    of_member = einsum("bgmd,de->bgme", members, kernel[split:], self.dtype)
+    shared = (of_set + bias[None, None]).astype(self.dtype)
+    return of_member.astype(self.dtype) + shared[:, :, None]
 
 
 class MiniPointNet(nn.Module):
@@ -36,8 +67,8 @@ class MiniPointNet(nn.Module):
     x = dense(128 // self.shrink, "point_in")(patches)
     x = jax.nn.relu(batch_norm(train, "point_norm", self.dtype)(x))
     x = dense(256 // self.shrink, "point_out")(x)
-    whole = x.max(axis=-2, keepdims=True)
-    x = jnp.concatenate([jnp.broadcast_to(whole, x.shape), x], axis=-1)
-    x = dense(512 // self.shrink, "patch_in")(x)
+    x = SetDense(
+      512 // self.shrink, self.dtype, self.kernel_init, name="patch_in"
+    )(x.max(axis=-2), x)
     x = jax.nn.relu(batch_norm(train, "patch_norm", self.dtype)(x))
     return dense(self.features, "patch_out")(x).max(axis=-2)
