@@ -76,7 +76,8 @@ class Segmenter(nn.Module):
       widths = (4 * (e // 3), e)
       return Refine(widths, self.dtype, name=f"refine_{level}")(*inputs)
 
-    fine, coarse = (self._thinned(cloud, count) for count in self.levels)
+    fine = self._thinned(cloud, self.levels[0])
+    coarse = fine[:, : self.levels[1]]  # what fewer farthest points would be
     at_coarse = carry(2, coarse, coarse, centres, middle)
     at_fine = carry(1, fine, fine, centres, low)
     at_coarse = refine(2, coarse, at_coarse, centres, high)

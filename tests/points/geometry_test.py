@@ -1,5 +1,7 @@
 """Sampling, neighbours and distances against brute force and k-d trees."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ from absl.testing import absltest, parameterized
 from scipy.spatial import cKDTree
 
 from bertjax import points
+from bertjax.points import neighbours
 
 B, N, M, G, K = 3, 70, 41, 12, 7
 
@@ -66,6 +69,26 @@ class NeighboursTest(absltest.TestCase):
       expected, where = cKDTree(c).query(q, K)
       np.testing.assert_array_equal(i, where)
       np.testing.assert_allclose(d, expected**2, rtol=1e-5)
+
+  def test_few_neighbours_are_the_first_of_many(self):
+    queries, cloud = clouds(0, G), np.tile(clouds(1, N // 2), (1, 2, 1))
+    many, far = points.nearest(queries, cloud, 9)
+    tpu = mock.patch.object(neighbours, "platform", lambda: "tpu")
+    self.enterContext(tpu)
+    for count in (1, 3, 4):  # copies of points are equally near
+      few, near = points.nearest(queries, cloud, count)
+      np.testing.assert_array_equal(few, many[..., :count])
+      np.testing.assert_array_equal(near, far[..., :count])
+
+    def distances(q, c, count):
+      return jnp.sin(points.nearest(q, c, count)[1][..., :4]).sum()
+
+    slopes = [
+      jax.grad(distances, (0, 1))(queries, cloud, count) for count in (4, 9)
+    ]
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *slopes
+    )
 
   def test_far_from_the_origin_nothing_cancels(self):
     cloud = clouds(1, N) * 1e-3
