@@ -2,17 +2,20 @@ r"""Moves models between bertjax and published layouts, and proves it.
 
   python -m bertjax.convert --from=FOLDER --to=runs/imported --format=bertjax
   python -m bertjax.convert --from=runs/mlm --to=export --format=huggingface
+  python -m bertjax.convert --from=runs/points --to=points.pth \
+      --format=point_bert
 
 Before it reports success it reads what it wrote and compares: every parameter
 must be equal bit for bit (after rounding, with a 16-bit --dtype) and so must
-the hidden states and logits of a ragged batch. PyTorch is not needed.
+the hidden states and logits of a ragged batch, or of some clouds of points.
+PyTorch is not needed.
 """
 
 import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,8 +23,14 @@ from absl import app, flags, logging
 
 from bertjax import cli
 from bertjax.checkpoint import Checkpointer
-from bertjax.interop import names, published
+from bertjax.interop import (
+  model_spec,
+  names,
+  point_bert_files,
+  published,
+)
 from bertjax.loading import LoadedModel, load_model
+from bertjax.objectives.frozen import FROZEN
 from bertjax.registry import lookup
 
 
@@ -31,7 +40,7 @@ class Conversion:
 
   Attributes:
     path: the new folder.
-    origin: kind of the source: workdir, huggingface or tf1.
+    origin: kind of the source: workdir, huggingface, tf1 or point_bert.
     heads: which heads it has.
     num_parameters: number of values.
     num_tensors: parameters compared.
@@ -94,10 +103,43 @@ def _write_tf1(model: LoadedModel, folder: pathlib.Path, dtype: str) -> None:
   )
 
 
-FORMATS: dict[str, Callable[[LoadedModel, pathlib.Path, str], None]] = {
-  "bertjax": write_workdir,
-  "huggingface": _write_huggingface,
-  "tf1": _write_tf1,
+def _write_point_bert(
+  model: LoadedModel, path: pathlib.Path, dtype: str
+) -> None:
+  if dtype != "float32":
+    raise ValueError(f"dtype={dtype!r}: the authors' layout is float32 only.")
+  point_bert_files.write(
+    path, model.spec, model.objective_spec, model.variables
+  )
+  said = model_spec.resolve(point_bert_files.describe(path))
+  other = {
+    name: model.spec[name]
+    for name in point_bert_files.UNSAID
+    if name in said and model.spec[name] != said[name]
+  }
+  if other:
+    logging.warning("%s does not say %s: whoever loads it must.", path, other)
+
+
+class Format(NamedTuple):
+  """A layout.
+
+  Attributes:
+    write: writes a model there.
+    units: of what it has models: "tokens", "points".
+    unsaid: options of `config.model` that it does not keep.
+  """
+
+  write: Callable[[LoadedModel, pathlib.Path, str], None]
+  units: tuple[str, ...]
+  unsaid: tuple[str, ...] = ()
+
+
+FORMATS: dict[str, Format] = {
+  "bertjax": Format(write_workdir, ("tokens", "points")),
+  "huggingface": Format(_write_huggingface, ("tokens",)),
+  "tf1": Format(_write_tf1, ("tokens",)),
+  "point_bert": Format(_write_point_bert, ("points",), point_bert_files.UNSAID),
 }
 
 
@@ -115,7 +157,7 @@ def convert(
 
   Args:
     source: a workdir or a published folder.
-    target: a new or empty folder.
+    target: a new or empty folder; a new file of "point_bert".
     format: key of `FORMATS`.
     dtype: of the weights written: key of `published.DTYPES`.
     step: which checkpoint of a workdir.
@@ -126,13 +168,14 @@ def convert(
     ValueError: the source is no model of ours, the target is not empty, the
       model has no such form, or what was written reads back differently.
   """
-  write = lookup(FORMATS, format, "format")
+  write, units, unsaid = lookup(FORMATS, format, "format")
   stored = lookup(published.DTYPES, dtype, "dtype")
   model = load_model(source, step=step, ignore=ignore)
-  if "max_positions" not in model.spec:
+  if _unit(model) not in units:
+    others = [k for k, v in FORMATS.items() if _unit(model) in v.units]
     raise ValueError(
-      f"{source}: model.name={model.spec['name']!r} is no encoder of text; only"
-      " those have another layout."
+      f"format={format!r}: {source} has model.name={model.spec['name']!r},"
+      f" which reads {_unit(model)}; its layouts are {', '.join(others)}."
     )
   if not tokenizer:
     model = dataclasses.replace(model, tokenizer=None)
@@ -152,9 +195,13 @@ def convert(
   )
   # Published folders do not say how attention is computed, only what it is; to
   # be equal bit for bit it must be computed alike.
-  how = {name: model.spec[name] for name in ("attend",) if name in model.spec}
-  again = load_model(target, scan=model.spec["scan"], **how)
-  count = _compare_params(rounded, again.params, str(target))
+  how = {k: v for k, v in model.spec.items() if k in ("attend", *unsaid)}
+  again = load_model(target, scan=model.spec.get("scan"), **how)
+  count = _compare_params(
+    {"params": rounded} | _kept(model),
+    {"params": again.params} | _kept(again),
+    str(target),
+  )
   logits = _compare_outputs(
     dataclasses.replace(model, params=rounded), again, str(target)
   )
@@ -168,6 +215,15 @@ def convert(
     num_tensors=count,
     logits=tuple(float(x) for x in logits),
   )
+
+
+def _unit(model: LoadedModel) -> str:
+  return "tokens" if "max_positions" in model.spec else "points"
+
+
+def _kept(model: LoadedModel) -> dict[str, Any]:
+  """Collections that every layout of a model has beside its parameters."""
+  return {k: v for k, v in model.extra.items() if k in ("batch_stats", FROZEN)}
 
 
 def _compare_params(wanted: Any, found: Any, where: str) -> int:
@@ -192,20 +248,35 @@ def _same_bits(a: Any, b: Any) -> bool:
 
 
 def outputs(model: LoadedModel) -> dict[str, np.ndarray]:
-  """Hidden states and logits of a fixed ragged batch."""
+  """All that a model says of a fixed batch, ragged if it is of tokens."""
+  batch = _BATCHES[_unit(model)](model)
+
+  @jax.jit
+  def run(variables, batch):
+    return model.objective.apply(variables, batch, method="outputs")
+
+  return jax.device_get(run(model.variables, batch))
+
+
+def _tokens(model: LoadedModel) -> dict[str, np.ndarray]:
   length = min(16, model.max_positions)
   tokens = np.random.default_rng(0).integers(
     0, model.spec["vocab_size"], (2, length), np.int32
   )
   segment_ids = np.ones((2, length), np.int32)
   segment_ids[1, length // 2 :] = 0
-  batch = {"tokens": tokens, "segment_ids": segment_ids}
+  return {"tokens": tokens, "segment_ids": segment_ids}
 
-  @jax.jit
-  def run(params, batch):
-    return model.objective.apply({"params": params}, batch, method="outputs")
 
-  return jax.device_get(run(model.params, batch))
+def _clouds(model: LoadedModel) -> dict[str, np.ndarray]:
+  levels = model.objective_spec.get("levels", (512,))  # of segmentation
+  count = max(model.objective.encoder.least_points, *levels)
+  cloud = np.random.default_rng(0).normal(size=(2, count, 3))
+  category = np.zeros(2, np.int32)
+  return {"points": cloud.astype(np.float32), "category": category}
+
+
+_BATCHES = {"tokens": _tokens, "points": _clouds}
 
 
 def _compare_outputs(

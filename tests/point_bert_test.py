@@ -106,9 +106,12 @@ class RunTest(parameterized.TestCase):
     (alone,) = tokenize_points(self.model, [cloud], batch_size=1)
     np.testing.assert_array_equal(alone.codes, here.codes)
 
-  def test_the_model_has_no_other_layout(self):
-    with self.assertRaisesRegex(ValueError, "'point_tokenizer' is no encoder"):
+  def test_the_model_has_the_layout_of_the_authors_alone(self):
+    with self.assertRaisesRegex(ValueError, "its layouts are bertjax, point_b"):
       convert(self.workdir, self.root / "out", format="huggingface")
+    with self.assertLogs(level="WARNING") as told:
+      convert(self.workdir, self.root / "dvae.pth", format="point_bert")
+    self.assertIn("dvae.pth does not say {'patches': 6}", told.output[0])
 
   @parameterized.parameters(
     (dict(data=dict(num_points=7)), "data.num_points=7 is too few .* need 8"),

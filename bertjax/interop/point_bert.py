@@ -13,11 +13,26 @@ from typing import Any
 
 import numpy as np
 
-from bertjax.interop.names import NameMap, Row, from_published
+from bertjax.interop.names import (
+  NameMap,
+  Row,
+  flatten,
+  from_published,
+  nest,
+  to_published,
+)
 
 _VECTORS = re.compile(r"(cls_token|cls_pos|mask_token)$")
 _FUSED = re.compile(r"attn\.qkv\.weight$")
+_QKV = ("query", "key", "value")
 _STATISTICS = ("mean", "var")
+# Matrices that the authors have as convolutions, and axes of size 1 of these.
+_CONVOLUTIONS = (
+  (re.compile(r"(first|second|final)_conv\.\d\.weight$"), 1),
+  (re.compile(r"dgcnn_[12]\.(input_trans|layer5\.0)\.weight$"), 1),
+  (re.compile(r"dgcnn_(pro_)?[12]\.layer[1-4]\.0\.weight$"), 2),
+  (re.compile(r"(mlp_convs\.\d|^conv[12])\.weight$"), 1),
+)
 
 _MINI_POINT_NET = (
   ("point_in", "linear", "first_conv.0"),
@@ -218,7 +233,7 @@ def plain(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     elif x.ndim > 2 and set(x.shape[2:]) == {1}:
       x = x.reshape(x.shape[:2])
     if _FUSED.search(name):
-      for part, matrix in zip(("query", "key", "value"), np.split(x, 3)):
+      for part, matrix in zip(_QKV, np.split(x, 3)):
         found[name.replace("qkv", part)] = matrix
     else:
       found[name] = x
@@ -267,6 +282,49 @@ def to_ours(
     "params": _split(tree, statistics=False),
     "batch_stats": _split(tree, statistics=True),
   }
+
+
+def to_theirs(
+  variables: Mapping[str, Any], table: NameMap, *, num_layers: int = 0
+) -> dict[str, np.ndarray]:
+  """Our `params` and `batch_stats` as the released state dict, float32.
+
+  Args:
+    variables: the two collections.
+    table: of `KINDS`, or `TEACHER`.
+    num_layers: depth l of the Transformer, if there is one.
+
+  Raises:
+    ValueError: a parameter that the released model does not have.
+  """
+  whole = _merged(variables["params"], variables.get("batch_stats", {}))
+  return released(to_published(whole, table, num_layers=num_layers))
+
+
+def released(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """The inverse of `plain`, but for the prefix of data parallelism."""
+  found: dict[str, np.ndarray] = {}
+  for name, x in tensors.items():
+    if _VECTORS.search(name):
+      x = x.reshape(1, 1, -1)
+    elif x.ndim == 2:
+      for pattern, axes in _CONVOLUTIONS:
+        if pattern.search(name):
+          x = x.reshape(*x.shape, *[1] * axes)
+    if name.endswith("attn.query.weight"):
+      x = np.concatenate(
+        [tensors[name.replace("query", part)] for part in _QKV]
+      )
+      name = name.replace("query", "qkv")
+    elif re.search(r"attn\.(key|value)\.weight$", name):
+      continue
+    found[name] = x
+  return found
+
+
+def _merged(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+  """The leaves of two trees."""
+  return nest({**flatten(a), **flatten(b)})
 
 
 def _split(tree: Mapping[str, Any], *, statistics: bool) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Released files of Point-BERT become our models."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,11 @@ import torch
 from absl.testing import absltest, parameterized
 from torch import nn
 
-from bertjax import loading, points, transfer
+from bertjax import convert, loading, points, transfer
+from bertjax.interop import point_bert_files
 from bertjax.models import MODELS
 from bertjax.objectives import OBJECTIVES
-from bertjax.objectives.frozen import frozen_variables
+from bertjax.objectives.frozen import frozen_variables, with_frozen
 from tests.models import torch_point_bert as theirs
 from tests.models.point_tokenizer_test import TorchGraph
 
@@ -179,6 +182,122 @@ class FilesTest(parameterized.TestCase):
       )
       jax.tree.map(
         np.testing.assert_array_equal, found[collection]["encoder"], expected
+      )
+
+  def written(self, path):
+    found = torch.load(path, weights_only=True)["base_model"]
+    self.assertTrue(all(x.is_contiguous() for x in found.values()))
+    return found
+
+  def assert_same_tensors(self, found, expected):
+    expected = {
+      k.removeprefix("module."): x
+      for k, x in expected.items()
+      if not k.endswith("num_batches_tracked")
+    }
+    self.assertEqual(set(found), set(expected))
+    for name, x in expected.items():
+      self.assertEqual(found[name].dtype, x.dtype)
+      self.assertEqual(found[name].shape, x.shape, name)
+      self.assertTrue(torch.equal(found[name], x), name)
+
+  def test_a_tokenizer_is_written_as_it_was_read(self):
+    target = pathlib.Path(self.folder) / "again.pth"
+    done = convert.convert(
+      f"{self.folder}/tokenizer.pth", target, format="point_bert"
+    )
+    self.assertEqual(done.origin, "point_bert")
+    self.assert_same_tensors(self.written(target), self.files["tokenizer"])
+    with self.assertRaisesRegex(ValueError, "again.pth is there already"):
+      convert.convert(
+        f"{self.folder}/tokenizer.pth", target, format="point_bert"
+      )
+
+  def test_a_pretrained_model_is_written_with_what_a_run_begins_with(self):
+    target = pathlib.Path(self.folder) / "more.pth"
+    convert.convert(
+      f"{self.folder}/pretrained.pth", target, format="point_bert"
+    )
+    found = self.written(target)
+    expected = {
+      k.removeprefix("module."): x for k, x in self.files["pretrained"].items()
+    }
+    fresh = ("queue", "queue_ptr", "transformer_k.")
+    self.assertEqual(found["queue"].shape, expected["queue"].shape)
+    np.testing.assert_allclose(found["queue"].norm(dim=0), 1, atol=1e-5)
+    for name, x in found.items():
+      if name.startswith("transformer_k."):
+        self.assertTrue(torch.equal(x, found[name.replace("_k.", "_q.")]))
+    self.assert_same_tensors(
+      {k: x for k, x in found.items() if not k.startswith(fresh)},
+      {k: x for k, x in expected.items() if not k.startswith(fresh)},
+    )
+    # Their own classes take it, nothing missing and nothing left over.
+    trunk = heads(theirs.TorchTrunk(L, E, 1, F, mask=True))
+    trunk.load_state_dict(
+      {
+        k.removeprefix("transformer_k."): x
+        for k, x in found.items()
+        if k.startswith("transformer_k.")
+      }
+    )
+
+  def test_a_run_is_written_with_its_slow_encoder_and_its_queue(self):
+    model = self.load("pretrained")
+    rng = np.random.default_rng(0)
+    slow = {
+      name: jax.tree.map(lambda x: 2 * x, model.params[name])
+      for name in ("encoder", "contrast_head")
+    }
+    keys = rng.normal(size=(K, C)).astype(np.float32)
+    (teacher,) = frozen_variables(model.extra).values()
+    coding = {
+      name: {k: v for k, v in tree.items() if k not in ("from_codes", "decode")}
+      for name, tree in teacher.items()
+    }
+    variables = with_frozen(model.variables, {"tokenizer": coding})
+    variables |= {
+      "momentum": {"slow": {"params": slow, "updated": 6}},
+      "queue": {"queue": {"keys": keys, "next": 3}},
+    }
+    path = f"{self.folder}/run.pth"
+    point_bert_files.write(path, model.spec, model.objective_spec, variables)
+    found = self.written(path)
+    np.testing.assert_array_equal(found["queue"], keys.T)
+    self.assertEqual(found["queue_ptr"].tolist(), [3])
+    for name, factor in (
+      ("blocks.blocks.1.attn.qkv.weight", 2),
+      ("cls_head.2.bias", 2),
+      ("lm_head.weight", 1),  # has no slow copy
+    ):
+      np.testing.assert_array_equal(
+        found[f"transformer_k.{name}"], factor * found[f"transformer_q.{name}"]
+      )
+    self.assertIn("dvae.dgcnn_1.layer5.0.weight", found)
+    self.assertNotIn("dvae.dgcnn_2.layer5.0.weight", found)
+    again = self.load("run")
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    (teacher,) = frozen_variables(again.extra).values()
+    jax.tree.map(np.testing.assert_array_equal, teacher, coding)
+    spec = model.spec | {"patch_size": 16}
+    with self.assertRaisesRegex(ValueError, "patch_size=16: without the tok"):
+      point_bert_files.write(
+        f"{self.folder}/no.pth", spec, model.objective_spec, variables
+      )
+
+  def test_what_cannot_be_written(self):
+    model = self.load("pretrained")
+    params = {k: v for k, v in model.params.items() if k != "contrast_head"}
+    arguments = model.spec, model.objective_spec
+    for path, variables, message in (
+      ("a.bin", model.variables, "a.bin must end in .pth or .pt"),
+      ("a.pth", model.variables | {"params": params}, "always has a contrast"),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        point_bert_files.write(f"{self.folder}/{path}", *arguments, variables)
+    with self.assertRaisesRegex(ValueError, "reads points; .*, point_bert"):
+      convert.convert(
+        f"{self.folder}/tokenizer.pth", "new", format="huggingface"
       )
 
   def test_another_file_is_refused(self):

@@ -198,6 +198,21 @@ class HeadsTest(parameterized.TestCase):
       )
     np.testing.assert_allclose(found, expected, atol=2e-4)
 
+  @parameterized.parameters("classifier", "segmenter")
+  def test_released_tensors_are_made_again(self, name):
+    _, variables, module = pair(name)
+    table = point_names.KINDS[name].table
+    found = point_names.to_theirs(variables, table, num_layers=L)
+    expected = {
+      k: x
+      for k, x in theirs.state_of(module).items()
+      if not k.endswith("num_batches_tracked")
+    }
+    self.assertEqual(set(found), set(expected))
+    for key, x in expected.items():
+      self.assertEqual(found[key].shape, x.shape, key)
+      np.testing.assert_array_equal(found[key], x)
+
   def test_losses_leave_out_what_has_no_label(self):
     batch = clouds()
     for name, labels in (("classifier", "labels"), ("segmenter", "parts")):
