@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bertjax.parallel.sharding import feed
+from bertjax.parallel.sharding import feed, put_batch
 
 Values = dict[str, float]
 
@@ -42,3 +42,26 @@ def read_batches(
   return data.dataset(split).evaluation_batches(
     batch_size or data.batch_size, num_batches, index, count
   )
+
+
+def gathered(
+  step: Callable[[Mapping[str, Any], Mapping[str, jax.Array]], Any], mesh: Mesh
+) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Any]:
+  """A compiled step whose outputs every process has whole, as NumPy arrays.
+
+  They are fetched at once: many collectives in flight can stop a CPU mesh.
+
+  Args:
+    step: of (variables, batch).
+    mesh: the device mesh.
+
+  Returns:
+    A function of the variables and of this process's slice of a batch.
+  """
+  compiled = jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+  def run(variables, batch):
+    with jax.set_mesh(mesh):
+      return jax.device_get(compiled(variables, put_batch(batch, mesh)))
+
+  return run

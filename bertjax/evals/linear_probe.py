@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from bertjax.evals.base import Evaluator, read_batches
-from bertjax.parallel.sharding import put_batch
+from bertjax.evals.base import Evaluator, gathered, read_batches
 from bertjax.registry import lookup
 
 
@@ -85,15 +84,13 @@ def linear_probe(
     found = objective.apply(variables, batch, method=feature.method)
     return feature.pool(found).astype(jnp.float32), batch["labels"]
 
-  # Every process fits to all rows.
-  run = jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
+  run = gathered(run, mesh)  # every process fits to all rows
 
   def read(variables, name: str) -> tuple[np.ndarray, np.ndarray]:
     found = []
-    with jax.set_mesh(mesh):
-      for batch in read_batches(data, mesh, name, num_batches, batch_size):
-        x, labels = jax.device_get(run(variables, put_batch(batch, mesh)))
-        found.append((x[labels >= 0], labels[labels >= 0]))
+    for batch in read_batches(data, mesh, name, num_batches, batch_size):
+      x, labels = run(variables, batch)
+      found.append((x[labels >= 0], labels[labels >= 0]))
     x, labels = (np.concatenate(parts) for parts in zip(*found))
     return x, labels
 

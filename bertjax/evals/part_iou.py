@@ -2,14 +2,12 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from bertjax.evals.base import Evaluator, read_batches
-from bertjax.parallel.sharding import put_batch
+from bertjax.evals.base import Evaluator, gathered, read_batches
 
 
 def shape_ious(
@@ -73,17 +71,14 @@ def part_iou(
     # Rows that fill a batch have no part anywhere.
     return ious, batch["category"], (batch["parts"] >= 0).any(1)
 
-  run = jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
+  run = gathered(run, mesh)
 
   def evaluate(variables, key) -> dict[str, float]:
     del key
     found = []
-    with jax.set_mesh(mesh):
-      for batch in read_batches(data, mesh, split, None, batch_size):
-        ious, category, valid = jax.device_get(
-          run(variables, put_batch(batch, mesh))
-        )
-        found.append((ious[valid], category[valid]))
+    for batch in read_batches(data, mesh, split, None, batch_size):
+      ious, category, valid = run(variables, batch)
+      found.append((ious[valid], category[valid]))
     ious, category = (np.concatenate(parts) for parts in zip(*found))
     means = [ious[category == c].mean() for c in np.unique(category)]
     return {

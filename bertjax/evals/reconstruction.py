@@ -5,14 +5,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from bertjax.evals.base import Evaluator, read_batches
+from bertjax.evals.base import Evaluator, gathered, read_batches
 from bertjax.objectives.point_reconstruction import (
   PointReconstruction,
   perplexity,
 )
-from bertjax.parallel.sharding import put_batch
 
 
 def reconstruction(
@@ -48,27 +47,25 @@ def reconstruction(
       "evals: reconstruction needs objective.name='point_reconstruction', not"
       f" {type(objective).__name__}."
     )
-  whole = NamedSharding(mesh, PartitionSpec())
 
-  def sums(variables, batch, num_classes):
+  def sums(variables, batch):
     clouds, counts = objective.apply(variables, batch, method="measure")
     # A row that fills a batch is of no class.
-    member = jax.nn.one_hot(batch["labels"], num_classes, dtype=jnp.float32)
+    member = jax.nn.one_hot(batch["labels"], len(classes()), dtype=jnp.float32)
     found = {name: x @ member for name, x in clouds.items()}
     return found, member.sum(0), counts
 
-  # Every process reads the sums.
-  run = jax.jit(sums, static_argnums=2, out_shardings=whole)
+  run = gathered(sums, mesh)
+
+  def classes() -> tuple[str, ...]:
+    return data.dataset(split).clouds.classes
 
   def evaluate(variables, key) -> dict[str, float]:
     del key
-    classes, total = data.dataset(split).clouds.classes, None
-    with jax.set_mesh(mesh):
-      for batch in read_batches(data, mesh, split, num_batches, batch_size):
-        found = jax.device_get(
-          run(variables, put_batch(batch, mesh), len(classes))
-        )
-        total = jax.tree.map(np.add, total or _zeros(found), found)
+    total = None
+    for batch in read_batches(data, mesh, split, num_batches, batch_size):
+      found = run(variables, batch)
+      total = jax.tree.map(np.add, total or _zeros(found), found)
     if total is None:
       raise ValueError(f"split={split!r} has no cloud to evaluate on.")
     clouds, members, counts = total
@@ -81,7 +78,7 @@ def reconstruction(
       values |= {
         f"{name}/{label}": float(x[i] / members[i])
         for name, x in clouds.items()
-        for i, label in enumerate(classes)
+        for i, label in enumerate(classes())
         if members[i]
       }
     return values

@@ -9,12 +9,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from bertjax.data.shapes.dataset import Reading
-from bertjax.evals.base import Evaluator
-from bertjax.parallel.sharding import feed, put_batch
+from bertjax.evals.base import Evaluator, gathered
+from bertjax.parallel.sharding import feed
 
 
 def voting(
@@ -50,8 +49,7 @@ def voting(
   def run(variables, batch):
     return objective.apply(variables, batch, method="logits"), batch["labels"]
 
-  # Every process counts all rows.
-  run = jax.jit(run, out_shardings=NamedSharding(mesh, PartitionSpec()))
+  run = gathered(run, mesh)
 
   def evaluate(variables, key) -> dict[str, float]:
     del key  # views are the same every time, as all rows of evaluations
@@ -59,18 +57,11 @@ def voting(
     batches = data.dataset(split).views(
       views, reading, batch_size or data.batch_size, None, *feed(mesh)
     )
-    with jax.set_mesh(mesh):
-      for batch in batches:
-        # Fetched one by one: many collectives in flight can stop a CPU mesh.
-        each, (labels, *_) = zip(
-          *(
-            jax.device_get(run(variables, put_batch(view, mesh)))
-            for view in batch
-          )
-        )
-        voted += (sum(each).argmax(-1) == labels).sum()
-        single += (each[0].argmax(-1) == labels).sum()
-        rows += (labels >= 0).sum()
+    for batch in batches:
+      each, (labels, *_) = zip(*(run(variables, view) for view in batch))
+      voted += (sum(each).argmax(-1) == labels).sum()
+      single += (each[0].argmax(-1) == labels).sum()
+      rows += (labels >= 0).sum()
     if not rows:
       raise ValueError(f"split={split!r} has no labelled row to evaluate on.")
     return {
