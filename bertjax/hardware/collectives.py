@@ -168,9 +168,9 @@ def _slices(instruction: Instruction) -> tuple[int, ...]:
 def _same(instruction: Instruction, executed: Executed) -> tuple:
   """What the parts of one asynchronous collective share."""
   channel = _CHANNEL.search(instruction.attributes)
+  # It may go on in the body of a loop, so where it stands tells nothing.
   return (
-    id(executed.computation),
-    channel and channel[1],
+    channel[1] if channel else id(executed.computation),
     instruction.opcode,
     tuple((array.dtype, array.shape) for array in instruction.arrays),
   )

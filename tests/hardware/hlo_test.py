@@ -183,6 +183,30 @@ class AsynchronousTest(absltest.TestCase):
     self.assertEqual(gather.axes(dict(data=2, model=2)), ("model",))
     self.assertEqual(gather.sent_bytes, 32)
 
+  def test_it_counts_once_if_a_loop_carries_it(self):
+    work = "(f32[8], f32[16]) fusion(%a, %b), kind=kLoop, calls=%carry"
+    loop = """\
+%turn (s: (f32[8], f32[16])) -> (f32[8], f32[16]) {
+  %s.1 = (f32[8], f32[16]) parameter(0)
+  %x.1 = f32[8]{0} get-tuple-element(%s.1), index=0
+  ROOT %f.1 = (f32[8], f32[16]) fusion(%x.1, %x.1), kind=kLoop, calls=%carry
+}
+
+%more (s.2: (f32[8], f32[16])) -> pred[] {
+  %s.2 = (f32[8], f32[16]) parameter(0)
+  ROOT %yes = pred[] constant(true)
+}
+
+ENTRY"""
+    self.assertIn(work, _ASYNCHRONOUS)
+    text = _ASYNCHRONOUS.replace("ENTRY", loop).replace(
+      work,
+      "(f32[8], f32[16]) while(%start), condition=%more, body=%turn,"
+      ' backend_config={"known_trip_count":{"n":"12"}}',
+    )
+    (gather,) = read_collectives(Module(text))
+    self.assertEqual(gather.times, 1)
+
   def test_only_the_work_beside_it_is_priced(self):
     cost = price_module(Module(_ASYNCHRONOUS), {}, CHIPS["v5e"])
     self.assertEqual([row.name for row in cost.rows], ["work"])
