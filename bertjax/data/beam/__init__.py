@@ -7,8 +7,8 @@ Of a source that has parts, such as files, `readers` workers count the documents
 of each, then read the part of the corpus that is theirs. Other sources, and a
 single file, are gone through by each of them, who works on every `readers`-th
 block: reading is paid for by each, all that is dear (tokenising, hashing,
-counting words) by one. Folders must lie where all workers see them under one
-path.
+counting words) by one. What workers exchange lies in a folder or at a URL
+that all of them see (`storage`).
 """
 
 try:

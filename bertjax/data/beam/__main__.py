@@ -11,10 +11,14 @@ where it then finds it. `statistics` prints sizes and duplicates of a split.
 
   ... --readers=8 -- --direct_num_workers=8 \
       --direct_running_mode=multi_processing
-  ... --readers=100 -- --runner=DataflowRunner --project=... \
-      --setup_file=./setup.py
+  ... --readers=100 --shared=gs://BUCKET/FOLDER -- --runner=DataflowRunner \
+      --project=... --setup_file=./setup.py
 
-`cache_dir` must be a folder that all workers see under one path.
+Workers exchange files in `cache_dir`, which they must see under one path, or in
+`--shared`: any URL that Beam writes to (gs:// needs apache-beam[gcp]). Shards
+that were made there are copied to `cache_dir`, which is local, and stay there
+until you remove them, so that the same command brings the cache to another
+machine.
 """
 
 import functools
@@ -54,7 +58,10 @@ def _cache(settings: Settings, given: flags.FlagValues, options: Any) -> None:
   made = _text_data(settings).cache(
     given.split,
     functools.partial(
-      cache.make_shards, readers=given.readers, options=options
+      cache.make_shards,
+      readers=given.readers,
+      options=options,
+      shared=given.shared,
     ),
   )
   print(
@@ -77,7 +84,7 @@ def _statistics(
       max_tokens_per_document=None,
       documents_per_shard=_BLOCK,
     ),
-    settings.cache_path,
+    given.shared or str(settings.cache_path),
     readers=given.readers,
     options=options,
     threshold=given.threshold,
@@ -110,7 +117,7 @@ def _vocabulary(
     spec.pop("kind", None),
     source,
     given.split if own is None else split or "train",
-    settings.cache_path,
+    given.shared or str(settings.cache_path),
     readers=given.readers,
     pipeline=options,
     **spec,
@@ -159,6 +166,9 @@ def _define_flags() -> None:
   flags.DEFINE_string("split", "train", "Split of the source.")
   flags.DEFINE_integer(
     "readers", 1, "Workers that read at the same time.", lower_bound=1
+  )
+  flags.DEFINE_string(
+    "shared", None, "Folder or URL that all workers see; cache_dir if unset."
   )
   flags.DEFINE_string(
     "output", None, "statistics: JSON file. vocabulary: folder."

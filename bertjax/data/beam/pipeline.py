@@ -1,13 +1,15 @@
 """What the pipelines share: options, and results that come back."""
 
 import json
-import pathlib
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import apache_beam as beam
+from apache_beam.io.filesystems import FileSystems
 from apache_beam.options.pipeline_options import PipelineOptions
+
+from bertjax.data.beam import storage
 
 # `DirectRunner` first tries a runner that it downloads.
 _LOCAL = "apache_beam.runners.portability.fn_api_runner.FnApiRunner"
@@ -36,23 +38,26 @@ def pipeline_options(flags: Sequence[str] = ()) -> PipelineOptions:
 def results(
   build: Callable[[beam.Pipeline], beam.PCollection],
   options: PipelineOptions | None,
-  scratch: pathlib.Path,
+  scratch: str,
 ) -> Iterator[Any]:
   """Runs a pipeline; yields its results one by one, in any order.
 
   Args:
     build: from a pipeline to a collection of JSON values.
     options: see `pipeline_options`.
-    scratch: folder that all workers see, for a temporary one.
+    scratch: folder or URL that all workers see, for a temporary one.
   """
-  scratch.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(dir=scratch, prefix="beam-") as folder:
+  folder = FileSystems.join(scratch, f"beam-{uuid.uuid4().hex}")
+  storage.make(folder)
+  try:
     with beam.Pipeline(options=options or pipeline_options()) as pipeline:
       _ = (
         build(pipeline)
         | "Encode" >> beam.Map(json.dumps)
-        | "Write" >> beam.io.WriteToText(f"{folder}/part")
+        | "Write" >> beam.io.WriteToText(FileSystems.join(folder, "part"))
       )
-    for path in sorted(pathlib.Path(folder).glob("part*")):
-      with open(path, encoding="utf-8") as lines:
+    for name in storage.find(folder, "part*"):
+      with FileSystems.open(FileSystems.join(folder, name)) as lines:
         yield from map(json.loads, lines)
+  finally:
+    storage.remove_folder(folder)

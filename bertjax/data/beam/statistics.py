@@ -1,7 +1,6 @@
 """How large a corpus is, and how much of it is there twice."""
 
 import itertools
-import pathlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -37,7 +36,7 @@ class _Facts(NamedTuple):
 
 def corpus_statistics(
   job: cache_shards.Job,
-  scratch: pathlib.Path,
+  scratch: str,
   *,
   readers: int = 1,
   options: PipelineOptions | None = None,
@@ -50,7 +49,7 @@ def corpus_statistics(
 
   Args:
     job: what to count; its limit on tokens is not applied.
-    scratch: folder that all workers see.
+    scratch: folder or URL that all workers see.
     readers: workers that read at the same time.
     options: see `pipeline_options`.
     threshold: estimated overlap from which texts are near-duplicates.

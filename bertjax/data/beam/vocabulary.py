@@ -1,7 +1,6 @@
 """Vocabularies from the words of a whole corpus, counted by Apache Beam."""
 
 import collections
-import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ def train_vocabulary(
   kind: str,
   source: Source,
   split: str,
-  scratch: pathlib.Path,
+  scratch: str,
   *,
   readers: int = 1,
   pipeline: PipelineOptions | None = None,
@@ -38,7 +37,7 @@ def train_vocabulary(
     kind: wordpiece, bpe or byte_bpe.
     source: of the documents.
     split: of the source.
-    scratch: folder that all workers see.
+    scratch: folder or URL that all workers see.
     readers: workers that read and count at the same time.
     pipeline: see `pipeline_options`.
     **options: of `train_tokenizer`, but for `max_bytes` and `seed`.

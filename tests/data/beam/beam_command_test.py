@@ -45,6 +45,7 @@ class BeamCommandTest(absltest.TestCase):
       "split": "train",
       "readers": 2,
       "output": None,
+      "shared": None,
       "threshold": 0.8,
       **options,
     }

@@ -55,7 +55,7 @@ class CorpusStatisticsTest(absltest.TestCase):
       cls.enterClassContext(tempfile.TemporaryDirectory())
     )
     cls.found = statistics.corpus_statistics(
-      job(cls.texts), cls.folder, readers=3
+      job(cls.texts), str(cls.folder), readers=3
     )
 
   def test_sizes_equal_a_plain_count(self):
@@ -81,7 +81,7 @@ class CorpusStatisticsTest(absltest.TestCase):
       "train",
       job(self.texts).tokenizer,
       "sentences",
-      self.folder,
+      str(self.folder),
     )
     self.assertEqual(self.found["duplicates"], cache.duplicates)
 
@@ -106,13 +106,13 @@ class CorpusStatisticsTest(absltest.TestCase):
   def test_documents_that_share_a_key_are_compared(self):
     """The planted ones overlap by 0.9 and more, not wholly."""
     found = statistics.corpus_statistics(
-      job(self.texts), self.folder, threshold=1.0
+      job(self.texts), str(self.folder), threshold=1.0
     )
     self.assertEqual(found, self.found | {"near_duplicates": 0})
 
   def test_refuses_a_bad_threshold(self):
     with self.assertRaisesRegex(ValueError, r"threshold=1\.5 must be above 0"):
-      statistics.corpus_statistics(job(["a"]), self.folder, threshold=1.5)
+      statistics.corpus_statistics(job(["a"]), str(self.folder), threshold=1.5)
 
 
 if __name__ == "__main__":

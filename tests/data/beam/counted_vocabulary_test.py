@@ -35,7 +35,7 @@ class CountedVocabularyTest(parameterized.TestCase):
 
   def train(self, kind, **options):
     return vocabulary.train_vocabulary(
-      kind, self.source, "train", self.folder, readers=3, **options
+      kind, self.source, "train", str(self.folder), readers=3, **options
     )
 
   @parameterized.parameters("wordpiece", "bpe", "byte_bpe")
