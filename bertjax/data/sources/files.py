@@ -2,7 +2,8 @@
 
 A format (`formats.py`) is a function from a path to numbered records;
 `FileSource` does the rest. Names that end in .gz, .bz2, .xz or .zst are read
-compressed; a byte order mark at the start of UTF-8 is no text.
+compressed; a byte order mark at the start of UTF-8 is no text. Paths may be
+URLs (`remote`).
 """
 
 import bz2
@@ -18,14 +19,15 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from bertjax.data.sources import base
+from bertjax.data.sources import base, remote
 
 
-def _open_zstd(path: str, mode: str) -> io.BufferedIOBase:
+def _open_zstd(path: str | io.BufferedIOBase, mode: str) -> io.BufferedIOBase:
   """Reads Zstandard, of one frame or several; `mode` is "rb"."""
   import pyarrow
 
-  return pyarrow.CompressedInputStream(pyarrow.OSFile(path, mode), "zstd")
+  raw = pyarrow.OSFile(path, mode) if isinstance(path, str) else path
+  return pyarrow.CompressedInputStream(raw, "zstd")
 
 
 OPENERS = {
@@ -59,8 +61,11 @@ Read = Callable[[str], Iterator[Record]]
 
 def open_binary(path: str) -> io.BufferedIOBase:
   """Opens a file for reading, decompressed by its suffix."""
-  opener = OPENERS.get(os.path.splitext(path)[1], open)
-  return opener(path, "rb")
+  opener = OPENERS.get(os.path.splitext(path)[1])
+  if not remote.is_url(path):
+    return (opener or open)(path, "rb")
+  raw = remote.open_raw(path)
+  return raw if opener is None else opener(raw, "rb")
 
 
 def open_text(path: str, encoding: str = "utf-8") -> io.TextIOWrapper:
@@ -98,7 +103,7 @@ class FileSource:
       split: self._match(split, patterns) for split, patterns in paths.items()
     }
     folders = {
-      os.path.dirname(os.path.abspath(f))
+      os.path.dirname(_place(f))
       for files in self._files.values()
       for f in files
     }
@@ -108,13 +113,15 @@ class FileSource:
   def _match(self, split: str, patterns: Sequence[str]) -> list[str]:
     found = set()
     for pattern in patterns:
-      pattern = os.path.expanduser(str(pattern))
-      files = [
-        f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f)
-      ]
-      if os.path.isfile(pattern):
-        files.append(pattern)  # a name may hold brackets
+      pattern = str(pattern)
+      files = _matching(pattern)
+      if not files and remote.is_url(pattern):
+        raise ValueError(
+          f"paths: {pattern!r} of source {self.name!r}, split {split!r},"
+          " matches no file."
+        )
       if not files:
+        pattern = os.path.expanduser(pattern)
         found_instead = (
           f"is a folder; write {os.path.join(pattern, '*')!r} for its files"
           if os.path.isdir(pattern)
@@ -128,7 +135,7 @@ class FileSource:
     return sorted(found)
 
   def _id(self, path: str) -> str:
-    inside = os.path.relpath(os.path.abspath(path), self._root)
+    inside = os.path.relpath(_place(path), self._root)
     return inside.replace(os.sep, "/")
 
   def fingerprint(self) -> str:
@@ -175,6 +182,21 @@ class FileSource:
       ) from err
 
 
+def _matching(pattern: str) -> list[str]:
+  if remote.is_url(pattern):
+    return remote.match(pattern)
+  pattern = os.path.expanduser(pattern)
+  files = [f for f in glob.glob(pattern, recursive=True) if os.path.isfile(f)]
+  if os.path.isfile(pattern):
+    files.append(pattern)  # a name may hold brackets
+  return files
+
+
+def _place(path: str) -> str:
+  """An absolute path, also of a URL, of which relative ones can be taken."""
+  return os.path.abspath(f"/{path}" if remote.is_url(path) else path)
+
+
 def _undecodable_line(path: str, encoding: str) -> str | None:
   """Where the first line stands that is no text; None if lines are no bytes."""
   if codecs.lookup(encoding).name.startswith(("utf-16", "utf-32")):
@@ -195,13 +217,15 @@ def content_of(path: str) -> str:
   Files above 64 MB are sampled at 16 places, and their time of change counts:
   hashing a whole Wikipedia would delay every start by half a minute.
   """
+  if remote.is_url(path):
+    return _digest(path, *remote.size_and_change(path))
   stat = os.stat(path)
   return _digest(os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=65_536)
 def _digest(path: str, size: int, changed_ns: int) -> str:
-  with open(path, "rb") as f:
+  with remote.open_raw(path) if remote.is_url(path) else open(path, "rb") as f:
     if size <= _WHOLE:
       return hashlib.file_digest(f, "sha256").hexdigest()
     digest = hashlib.sha256(f"{size} {changed_ns}".encode())

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bertjax.data.sources import base
+from bertjax.data.sources import base, remote
 from bertjax.data.sources.files import (
   OPENERS,
   Record,
@@ -90,7 +90,9 @@ def read_parquet(
   import pyarrow.parquet
 
   try:
-    table = pyarrow.parquet.ParquetFile(path)
+    table = pyarrow.parquet.ParquetFile(
+      remote.open_raw(path) if remote.is_url(path) else path
+    )
   except pyarrow.ArrowInvalid as err:
     raise ValueError(f"{path} is not a whole Parquet file: {err}") from err
   with table:

@@ -76,7 +76,7 @@ class MemoryFileSystem(filesystem.FileSystem):
     return str(hash(FILES[path]))
 
   def metadata(self, path):
-    return filesystem.FileMetadata(path, len(FILES[path]), 0)
+    return filesystem.FileMetadata(path, len(FILES[path]), 1.0)
 
   def delete(self, paths):
     for path in paths:

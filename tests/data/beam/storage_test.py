@@ -1,12 +1,17 @@
+import contextlib
 import functools
+import gzip
+import json
 import pathlib
+import pickle
 import tempfile
 from unittest import mock
 
+import pyarrow.parquet
 from absl.testing import absltest
 from apache_beam.io.filesystems import FileSystems
 
-from bertjax.data import cache_build, sentences
+from bertjax.data import cache_build, sentences, sources
 from bertjax.data.beam import cache as beam_cache
 from bertjax.data.beam import statistics, storage
 from tests.data import cache_test
@@ -108,6 +113,58 @@ class StorageTest(absltest.TestCase):
     (name,) = [n for n in memory_filesystem.FILES if "2.arrayrecord" in n]
     memory_filesystem.FILES[name] = memory_filesystem.FILES[name][:-1]
     self.assertEqual(files_of(self.build(where="there")), self.expected())
+
+  def test_texts_of_an_object_store(self):
+    """What is at a URL is what is in a folder, whatever packs it."""
+    written = cache_test.texts(12)
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in written]
+    table = pyarrow.table({"text": written[6:]})
+    pyarrow.parquet.write_table(table, self.folder / "b.parquet")
+    parts = {
+      "en/a.jsonl.gz": gzip.compress(b"".join(lines[:6]), mtime=0),
+      "de/b.jsonl": b"".join(lines[6:]),
+      "en/b.parquet": (self.folder / "b.parquet").read_bytes(),
+      "d.txt": b"no",
+    }
+    for name, content in parts.items():
+      memory_filesystem.FILES[f"mem://corpus/{name}"] = content
+      path = self.folder / "local" / name
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_bytes(content)
+    for kind, pattern, files in (
+      ("jsonl", "*/*.jsonl*", 2),
+      ("parquet", "en/b.parquet", 1),
+      ("text_files", "**.txt", 1),
+    ):
+      with self.subTest(kind):
+        build = sources.SOURCES[kind]
+        local = build(f"{self.folder}/local/{pattern.replace('**', '*')}")
+        there = build(f"mem://corpus/{pattern}")
+        self.assertLen(there.parts("train"), files)
+        self.assertEqual(there.fingerprint(), local.fingerprint())
+        self.assertEqual(
+          list(there.examples("train")), list(local.examples("train"))
+        )
+        where = pickle.loads(pickle.dumps(there))  # on another machine
+        with contextlib.chdir(self.folder):
+          self.assertEqual(
+            list(where.examples("train")), list(local.examples("train"))
+          )
+    both = sources.SOURCES["jsonl"](
+      ["mem://corpus/en/*.gz", f"{self.folder}/local/de/b.jsonl"]
+    )
+    self.assertCountEqual([e["text"] for e in both.examples("train")], written)
+    with self.assertRaisesRegex(ValueError, "'mem://corpus/x/.*matches no"):
+      sources.SOURCES["jsonl"]("mem://corpus/x/*")
+
+  def test_texts_of_a_store_become_shards_in_it(self):
+    for i in range(3):
+      lines = (json.dumps({"text": t}) + "\n" for t in cache_test.texts(9 + i))
+      memory_filesystem.FILES[f"mem://corpus/{i}.jsonl"] = "".join(
+        lines
+      ).encode()
+    self.source = sources.SOURCES["jsonl"]("mem://corpus/*.jsonl")
+    self.assertEqual(files_of(self.build(readers=3)), self.expected())
 
   def test_statistics_exchange_results_in_the_store(self):
     job = beam_cache.cache_shards.Job(
