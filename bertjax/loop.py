@@ -16,6 +16,7 @@ def fit(
   stop: Callable[[int], str | None],
   hooks: Sequence[Hook],
   log: Callable[[int, Metrics], None],
+  amend: Callable[[int, Any], Any] = lambda step, state: state,
 ) -> tuple[Any, int, str]:
   """Steps from `start` until `stop` gives a reason.
 
@@ -29,12 +30,15 @@ def fit(
     stop: asked with the steps taken; a reason ends the loop.
     hooks: called in order as `hook(step, state)`.
     log: called with each step's index and metrics, still on the device.
+    amend: `(step, state) -> state`, before the hooks: what was asked of the run
+      from outside.
 
   Returns:
     The state, the steps taken, and why it stopped.
   """
   step = start
   while True:
+    state = amend(step, state)
     for hook in hooks:
       hook(step, state)
     if reason := stop(step):

@@ -18,6 +18,7 @@ from bertjax.metrics import logger, meters, progress, writers
 from bertjax.optim import adapt
 from bertjax.parallel import agreement, hosts
 from bertjax.parallel.sharding import feed, put_batch
+from bertjax.requests import Requests
 
 INTERRUPTED = "signal"
 
@@ -30,6 +31,7 @@ class Session:
     start: optimizer steps already taken.
     log: for the loop.
     hooks: for the loop: evaluations, saving, profiler.
+    amend: for the loop: what files in the workdir ask for.
   """
 
   def __init__(
@@ -105,6 +107,9 @@ class Session:
     self.hooks = [*self._evaluations, self._saving, *self._profiler()]
     for hook in self.hooks:
       stack.callback(hook.close)
+    self.amend = Requests(
+      hooks_lib.Every(settings.every["log"]), workdir, self.state.opt_state
+    )
     self._guard = stack.enter_context(hooks_lib.PreemptionGuard())
 
   def batches(self) -> Iterator[dict[str, jax.Array]]:

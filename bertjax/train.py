@@ -155,6 +155,7 @@ def run(
       stop=session.stop,
       hooks=session.hooks,
       log=session.log,
+      amend=session.amend,
     )
     state, reason = session.finish(state, step, end)
     metrics = session.latest() | baseline

@@ -247,7 +247,8 @@ def onebit_adam(
     bias_correction: False in the paper's BERT runs.
     freeze_step: when the first phase ends: steps (int), fraction of all steps
       (float; the paper's hand-tuned ones are 0.15 to 0.25), "auto" by the rule
-      below, "manual" by `freezing.freeze_now` alone. One that ends before the
+      below, "manual" by `freezing.freeze_now` alone (`bertjax.train` calls it
+      once its workdir holds a file of that name). One that ends before the
       learning rate has warmed up is logged as a warning.
     freeze_threshold: "auto" ends it once the variance of `freeze_interval`
       steps ago has this share of its l1 norm, and the rate no longer rises.

@@ -40,7 +40,8 @@ class SwitchRule:
 
   Attributes:
     step: throws it before that step, whatever the loss does; None leaves it to
-      the loss, unless `threshold` is None, too: then to `switch_now`.
+      the loss, unless `threshold` is None, too: then to `switch_now` (in a run
+      of `bertjax.train`: to a file of that name in its workdir).
     threshold: relative decrease of the averaged loss over a window.
     window: steps between two looks.
     patience: looks.

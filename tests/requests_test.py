@@ -1,0 +1,118 @@
+"""What files in the workdir ask of a run under way."""
+
+import dataclasses
+import pathlib
+import tempfile
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+from absl.testing import absltest
+
+from bertjax import requests, train
+from bertjax.config import settings
+from bertjax.hooks import Every
+from bertjax.optim import build_optimizer
+from bertjax.optim.freezing import PhaseState
+from bertjax.optim.preconditioning.switch import SwitchState
+from bertjax.parallel import agreement
+from tests import tiny
+
+
+@dataclasses.dataclass
+class State:
+  opt_state: Any
+
+  def replace(self, opt_state):
+    return State(opt_state)
+
+
+def _nodes(opt_state, kind):
+  def found(node):
+    return isinstance(node, kind)
+
+  return [x for x in jax.tree.leaves(opt_state, is_leaf=found) if found(x)]
+
+
+def _opt_state(**options):
+  params = {"dense": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}}
+  spec = dict(name="lamb", learning_rate=0.1) | options
+  built = build_optimizer(
+    spec, total_steps=9, params=params, linear_layers=lambda: {"dense": 1}
+  )
+  return built.transform.init(params)
+
+
+class RequestsTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    manual = dict(name="mkor", switch=dict(threshold=None))
+    self.state = State(_opt_state(precondition=manual))
+
+  def follow(self, opt_state=None):
+    opt_state = self.state.opt_state if opt_state is None else opt_state
+    return requests.Requests(Every(3), self.folder, opt_state)
+
+  def on(self, state):
+    (switch,) = _nodes(state.opt_state, SwitchState)
+    return bool(switch.on)
+
+  def test_looks_when_it_is_due_and_follows_once(self):
+    amend = self.follow()
+    self.assertFalse(self.on(amend(3, self.state)))
+    (self.folder / "switch_now").touch()
+    for step in (4, 5):
+      self.assertIs(amend(step, self.state), self.state)
+    amended = amend(6, self.state)
+    self.assertTrue(self.on(amended))
+    self.assertIs(amend(9, amended), amended)
+
+  def test_process_0_decides(self):
+    asked = []
+
+    def told(value, said):
+      asked.append(value)
+      return said
+
+    with mock.patch.object(agreement, "told", lambda v: told(v, 1)):
+      self.assertTrue(self.on(self.follow()(3, self.state)))  # it sees no file
+    (self.folder / "switch_now").touch()
+    with mock.patch.object(agreement, "told", lambda v: told(v, 0)):
+      self.assertFalse(self.on(self.follow()(3, self.state)))
+    self.assertEqual(asked, [0, 1])
+
+  def test_runs_without_phase_or_switch_do_not_wait_for_each_other(self):
+    (self.folder / "freeze_now").touch()
+    with mock.patch.object(agreement, "told") as told:
+      amend = self.follow(_opt_state())
+      self.assertIs(amend(3, self.state), self.state)
+    told.assert_not_called()
+
+  def test_a_run_of_train_freezes_when_the_file_is_there(self):
+    tiny.write_corpus(self.folder)
+    config = tiny.small(
+      self.folder,
+      optim=dict(
+        name="onebit_adam",
+        learning_rate=1e-3,
+        clip_norm=1.0,
+        freeze_step="manual",
+      ),
+      evals=dict(heldout=dict(every=50)),
+    )
+    stage, workdir = settings(config), self.folder / "run"
+    frozen = []
+    self.enterContext(mock.patch.object(train.report, "write_report"))
+    for limit in (2, 2):
+      result = train.run(stage, workdir, limit=limit)
+      phases = _nodes(result.state.opt_state, PhaseState)
+      frozen.append([bool(phase.frozen) for phase in phases])
+      (workdir / "freeze_now").touch()
+    self.assertEqual(frozen, [[False], [True]])
+    self.assertEqual(result.step, 4)
+
+
+if __name__ == "__main__":
+  absltest.main()
