@@ -65,20 +65,22 @@ class Outcome:
   Attributes:
     paper: authors, year and identifier.
     claims: at least one.
-    rows: of results.csv, one a run; their `seconds` give the minutes.
+    counts: how many runs, measurements ... the rows stand for, by name.
+    rows: of results.csv; their `seconds` give the minutes.
     summary: rows of the README's table.
     figure: results.png.
   """
 
   paper: str
   claims: Sequence[Claim]
+  counts: Mapping[str, int]
   rows: Sequence[Mapping[str, Any]]
   summary: Sequence[Mapping[str, Any]]
   figure: Figure
 
   @property
   def minutes(self) -> float:
-    """Of all runs, one after the other."""
+    """Of all rows, one after the other."""
     return sum(row["seconds"] for row in self.rows) / 60
 
 
@@ -97,8 +99,8 @@ def save(outcome: Outcome, folder: str | os.PathLike) -> None:
       _BEGIN,
       tables.markdown([claim.row() for claim in outcome.claims]),
       tables.markdown(outcome.summary),
-      f"{len(outcome.rows)} runs, {outcome.minutes:.0f} minutes on"
-      f" {os.cpu_count()} CPU cores.",
+      ", ".join(f"{n} {what}" for what, n in outcome.counts.items() if n)
+      + f", {outcome.minutes:.0f} minutes on {os.cpu_count()} CPU cores.",
       _END,
     )
   )

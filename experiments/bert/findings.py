@@ -35,6 +35,7 @@ def outcome(runs: Sequence[arms.Run]) -> Outcome:
       _bidirectional(runs),
       *(_pre_trained(runs, task) for task in ("topics", "docstrings")),
     ],
+    counts={"runs": len(runs)},
     rows=[run.row([c for c in _COLUMNS if c in run.metrics]) for run in runs],
     summary=arms.summary(
       runs,

@@ -60,6 +60,10 @@ def outcome(rows: Rows, times: Mapping[str, Any], steps: Steps) -> Outcome:
   return Outcome(
     paper=PAPER,
     claims=claims,
+    counts={
+      "runs": sum(len(row["losses"]) for row in rows),
+      "measurements": len(timed),
+    },
     rows=[*solved, *timed],
     summary=_summary(best, cost, steps),
     figure=_figure(best, cost),

@@ -31,6 +31,7 @@ def outcome(rows: Sequence[Row]) -> Outcome:
       *([_step(rows)] if _select(rows, STEP) else []),
       *([_crossover(rows)] if _select(rows, CROSSOVER) else []),
     ],
+    counts={"measurements": len(rows)},
     rows=rows,
     summary=_summary(rows),
     figure=_figure(rows),

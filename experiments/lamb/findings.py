@@ -34,6 +34,7 @@ def outcome(
   return Outcome(
     paper=PAPER,
     claims=[_ordering(runs), _largest(runs)],
+    counts={"runs": len(trials) + len(runs) + len(calmer)},
     rows=[
       run.row([LOSS, _ACCURACY, "loss"]) for run in (*trials, *runs, *calmer)
     ],

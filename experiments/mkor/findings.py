@@ -53,6 +53,7 @@ def outcome(runs: Sequence[arms.Run], layers: Rows) -> Outcome:
       _cheaper(layers),
       _smaller(layers),
     ],
+    counts={"runs": len(runs), "measurements": len(layers)},
     rows=[*rows, *layers],
     summary=_summary(runs, reached),
     figure=_figure(runs, layers),

@@ -73,6 +73,7 @@ def outcome(
       _volume(sent),
       *([_pods(pods)] if pods else []),
     ],
+    counts={"runs": len(trials) + len(runs), "compiled steps": len(pods)},
     rows=[*(run.row(metrics) for run in trials), *rows, *pods],
     summary=summary,
     figure=_figure(runs, sent, variance),

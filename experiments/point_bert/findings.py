@@ -38,6 +38,7 @@ def outcome(runs: Sequence[arms.Run], clouds: int) -> Outcome:
   return Outcome(
     paper=PAPER,
     claims=[_decodes(runs), _codes_tell(runs), _codes_spread(runs)],
+    counts={"runs": len(runs)},
     rows=[run.row(_COLUMNS) for run in runs],
     summary=arms.summary(
       runs,

@@ -22,6 +22,7 @@ def make(**changes):
   values = dict(
     paper="A paper",
     claims=claims,
+    counts={"runs": 5, "measurements": 2, "others": 0},
     rows=rows,
     summary=[{"arm": "a", "accuracy": "0.333"}],
     figure=figure,
@@ -72,7 +73,7 @@ class OutcomeTest(parameterized.TestCase):
     self.assertNotIn("old", once)
     self.assertIn("| a beats b | 2x | 1.5 ± 0.1 | reproduced |", once)
     self.assertIn("| a \\| b is exact |", once)
-    self.assertIn("2 runs, 3 minutes", once)
+    self.assertIn("5 runs, 2 measurements, 3 minutes", once)
     outcome.save(make(), folder)
     self.assertEqual(readme.read_text(), once)
 
