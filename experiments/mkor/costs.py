@@ -11,13 +11,15 @@ from bertjax.optim import PRECONDITIONERS
 from bertjax.optim.preconditioning import Preconditioner
 from bertjax.optim.preconditioning.layers import Layer
 
-# `optim.precondition` by name; SNGD keeps as many samples as there are rows.
+# `optim.precondition` by name; a rank is a share of the rows. HyLo's first
+# refreshes, which are measured, are of its careful and dear kind.
 METHODS: dict[str, dict[str, Any]] = {
   "MKOR": dict(name="mkor", rule="reference"),
   "K-FAC": dict(name="kfac", form="eigen", inverse_interval=1),
   "K-FAC, inverse": dict(name="kfac", form="inverse", inverse_interval=1),
   "Eva": dict(name="eva"),
-  "SNGD": dict(name="sngd", rank=1),
+  "SNGD": dict(name="sngd", rank=1.0),
+  "HyLo": dict(name="hylo", rank=0.1),
 }
 
 
@@ -65,7 +67,7 @@ def layer(
 def _preconditioner(name: str, tokens: int) -> Preconditioner:
   options = dict(METHODS[name])
   if "rank" in options:
-    options["rank"] = tokens
+    options["rank"] = max(1, round(options["rank"] * tokens))
   return PRECONDITIONERS[options.pop("name")](**options)
 
 

@@ -146,13 +146,14 @@ def _flat(layers: Rows) -> Claim:
   ratios = {
     arm: _of(layers, arm, width, many)["refresh ms"]
     / _of(layers, arm, width, few)["refresh ms"]
-    for arm in ("MKOR", "SNGD")
+    for arm in ("MKOR", "SNGD", "HyLo")
   }
   return Claim(
     f"MKOR's refresh does not depend on the batch: {many} tokens cost less than"
     f" twice what {few} do",
     "O(d^2) against HyLo's O(b^3)",
-    f"width {width}: {ratios['MKOR']:.2f}x (SNGD {ratios['SNGD']:.0f}x)",
+    f"width {width}: {ratios['MKOR']:.2f}x (SNGD {ratios['SNGD']:.0f}x,"
+    f" HyLo {ratios['HyLo']:.0f}x)",
     [ratios["MKOR"] < 2],
   )
 
