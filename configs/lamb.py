@@ -4,35 +4,47 @@ Run:   python -m bertjax.train --config=configs/lamb.py --workdir=runs/lamb
        the mixed-batch run: 64k sequences of 128 tokens, then 32k of 512, with
        the moments kept and the schedule begun again.
        sizes as in configs/bert.py; the paper's is large, the default.
+       --config=configs/lamb.py:batch_4096
+       the paper's table of batches of one size, 512 (batch_512) to 32,768: as
+       many sequences in each, nine tenths of the steps with 128 tokens, the
+       rest with 512; rate and warm-up by the square-root rule.
        --config=configs/lamb.py:mlperf_448 --config.init_from.path=FOLDER
        the second phase alone, from weights of the first, until masked accuracy
-       on 10,000 held-out sequences is 0.720; also mlperf_768 and the other
-       batches of `MLPERF` below, up to 16,384.
+       on 10,000 held-out sequences is 0.720; also mlperf_768 and the others
+       of `MLPERF` below, up to mlperf_16384.
 Tiny:  --config=configs/lamb.py:tiny   (seconds, no network)
 Needs: the corpora of configs/bert.py; a vocab.txt. On few devices raise
        `microbatches` until a part of the batch fits.
 Seen:  the tiny variant only; nobody here has the corpora or a TPU.
 
-Rates of phases 1 and 2, steps, warm-up and power 0.5 are those of NVIDIA's
-scripts, and so is the variant of LAMB: clipped gradient, no adaptation where
-nothing decays.
+Of the mixed-batch run rates of phases 1 and 2, steps, warm-up and power 0.5 are
+those of NVIDIA's scripts, and so is the variant of LAMB: clipped gradient, no
+adaptation where nothing decays. The table's runs have the paper's: no clipping,
+power 1. Its ratio of warm-up is taken of the steps of each phase.
 """
 
 import ml_collections
 
 from bertjax.config import new_config
+from bertjax.optim import square_root_scaling
+from bertjax.registry import lookup
+
+# The paper's batches, and the sequences that each of its runs reads.
+BATCHES = (512, 1_024, 2_048, 4_096, 8_192, 16_384, 32_768)
+_SEQUENCES = 512_000_000
 
 # MLPerf v2.0 and v2.1 logs by global batch: rate, b1, b2, decay, steps of the
 # schedule, warm-up, where on the ramp it starts.
 MLPERF = {
-  448: (4e-4, 0.9, 0.999, 0.01, 7_280, 0, 0),
-  768: (9.6e-4, 0.60466, 0.85437, 0.1, 3_680, 0, 0),
-  1_536: (2e-3, 0.66, 0.996, 0.01, 2_254, 0, 0),
-  3_072: (1.5e-3, 0.83, 0.925, 0.0, 1_271, 100, -25),
-  4_096: (2.55e-3, 0.71, 0.88, 0.0, 820, 256, -76),
-  6_912: (2.9293e-3, 0.7206, 0.78921, 0.001, 700, 0, 0),
-  14_336: (3.4065e-3, 0.80690, 0.87310, 0.021345, 454, 314, -112),
-  16_384: (3.3e-3, 0.75, 0.9, 0.0, 470, 290, -100),
+  "448": (4e-4, 0.9, 0.999, 0.01, 7_280, 0, 0),
+  "768": (9.6e-4, 0.60466, 0.85437, 0.1, 3_680, 0, 0),
+  "1536": (2e-3, 0.66, 0.996, 0.01, 2_254, 0, 0),
+  "3072": (1.5e-3, 0.83, 0.925, 0.0, 1_271, 100, -25),
+  "3072_v2.1": (2.0992e-3, 0.60466, 0.85437, 0.1, 1_059, 0, 0),
+  "4096": (2.55e-3, 0.71, 0.88, 0.0, 820, 256, -76),
+  "6912": (2.9293e-3, 0.7206, 0.78921, 0.001, 700, 0, 0),
+  "14336": (3.4065e-3, 0.80690, 0.87310, 0.021345, 454, 314, -112),
+  "16384": (3.3e-3, 0.75, 0.9, 0.0, 470, 290, -100),
 }
 
 
@@ -46,8 +58,9 @@ def get_config(variant: str = "large") -> ml_collections.ConfigDict:
   c = new_config()
   c.seed = 0
   c.dtype = "bfloat16"
-  mlperf = variant.startswith("mlperf_")
-  c.model = dict(name="bert", size="large" if mlperf else variant)
+  kind, _, which = variant.partition("_")
+  build = {"batch": _batch, "mlperf": _mlperf}.get(kind) if which else None
+  c.model = dict(name="bert", size="large" if build else variant)
   c.objective = dict(name="masked_lm", pair_task="nsp")
   c.data = dict(
     source=dict(
@@ -76,8 +89,8 @@ def get_config(variant: str = "large") -> ml_collections.ConfigDict:
   c.stop = dict(steps=7_038)
   c.evals = dict(heldout=dict(name="objective", num_batches=1, every=200))
   c.every = dict(log=10, checkpoint=200)
-  if mlperf:
-    return _mlperf(c, variant.removeprefix("mlperf_"))
+  if build:
+    return build(c, which)
   c.stages = dict(
     phase1=dict(),
     phase2=dict(
@@ -90,14 +103,38 @@ def get_config(variant: str = "large") -> ml_collections.ConfigDict:
   return _tiny(c) if variant == "tiny" else c
 
 
+def _batch(c, batch: str):
+  batch_size = lookup(
+    {str(size): size for size in BATCHES}, batch, "configs/lamb.py:batch_"
+  )
+  steps = _SEQUENCES // batch_size
+  first = round(0.9 * steps)
+  rate, warmup = square_root_scaling(batch_size)
+  c.data.batch_size = batch_size
+  c.microbatches = max(1, batch_size // 4_096)
+  c.optim = dict(
+    name="lamb",
+    learning_rate=rate,
+    weight_decay=0.01,
+    schedule=dict(name="polynomial_reference", warmup=warmup),
+  )
+  c.stop = dict(steps=first)
+  c.stages = dict(
+    phase1=dict(),
+    phase2=dict(
+      stop=dict(steps=steps - first),
+      data=dict(seq_len=512, masking=dict(max_masked=80)),
+      init_from=dict(carry="optimizer", reset_schedule=True),
+    ),
+  )
+  return c
+
+
 def _mlperf(c, batch: str):
-  if batch not in map(str, MLPERF):
-    raise ValueError(
-      f"configs/lamb.py:mlperf_{batch} is unknown; choose a global batch of"
-      f" {', '.join(map(str, MLPERF))}."
-    )
-  batch_size = int(batch)
-  rate, b1, b2, decay, steps, warmup, start = MLPERF[batch_size]
+  rate, b1, b2, decay, steps, warmup, start = lookup(
+    MLPERF, batch, "configs/lamb.py:mlperf_"
+  )
+  batch_size = int(batch.partition("_")[0])
   c.init_from = dict(path="phase1")
   c.data.update(seq_len=512, batch_size=batch_size, masking=dict(max_masked=76))
   c.microbatches = 1

@@ -69,14 +69,50 @@ class ConfigsTest(parameterized.TestCase):
     self.assertEqual(_load(path, variant).data.task.name, task)
 
   @parameterized.parameters(sorted(lamb.MLPERF))
-  def test_every_mlperf_run_begins_on_its_ramp(self, batch_size):
-    config = settings(lamb.get_config(f"mlperf_{batch_size}"))
-    self.assertEqual(config.data["batch_size"], batch_size)
-    rate, *_, warmup, start = lamb.MLPERF[batch_size]
+  def test_every_mlperf_run_begins_on_its_ramp(self, name):
+    config = settings(lamb.get_config(f"mlperf_{name}"))
+    self.assertStartsWith(name, str(config.data["batch_size"]))
+    rate, *_, warmup, start = lamb.MLPERF[name]
     made = _optimizer(config)
     first = -start / warmup if warmup else 1.0
     self.assertAlmostEqual(float(made.schedule(0)), rate * first, places=8)
     self.assertAlmostEqual(float(made.schedule(config.stop["steps"])), 0.0)
+
+  @parameterized.parameters(
+    # Table 4 of the LAMB paper, and the steps of its table 1.
+    (512, 3, 320, 1_000_000),
+    (1_024, 2.5, 160, 500_000),
+    (2_048, 2, 80, 250_000),
+    (4_096, 1.5, 40, 125_000),
+    (8_192, 1, 20, 62_500),
+    (16_384, 0.5, 10, 31_250),
+    (32_768, 0, 5, 15_625),
+  )
+  def test_lamb_scales_with_the_batch_as_its_table_says(
+    self, batch_size, halvings, warmup, steps
+  ):
+    stages = stage_configs(lamb.get_config(f"batch_{batch_size}"))
+    first, second = map(settings, stages.values())
+    taken = [stage.stop["steps"] for stage in (first, second)]
+    self.assertEqual(sum(taken), steps)
+    self.assertAlmostEqual(taken[0] / steps, 0.9, places=4)
+    self.assertEqual([s.data["seq_len"] for s in (first, second)], [128, 512])
+    peak = 5e-3 / 2**halvings
+    for stage in (first, second):
+      self.assertEqual(stage.data["batch_size"], batch_size)
+      schedule = _optimizer(stage).schedule
+      last = stage.stop["steps"]
+      ramp = round(last / warmup)
+      for step in (0, ramp // 2, ramp - 1):
+        self.assertAlmostEqual(float(schedule(step)), peak * step / ramp, 8)
+      self.assertAlmostEqual(float(schedule(ramp)), peak * (1 - ramp / last), 8)
+      self.assertAlmostEqual(float(schedule(last)), 0)
+
+  def test_lamb_names_the_batches_that_it_has(self):
+    with self.assertRaisesRegex(ValueError, "batch_.*'64'.*512, "):
+      lamb.get_config("batch_64")
+    with self.assertRaisesRegex(ValueError, "mlperf_.*'64'.*14336"):
+      lamb.get_config("mlperf_64")
 
   @parameterized.parameters(sorted(onebit_adam.STEPS))
   def test_variances_freeze_after_the_rate_has_warmed_up(self, variant):
