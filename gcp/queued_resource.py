@@ -13,9 +13,11 @@ from bertjax.hardware.machines import Machine
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _HOME = "bertjax"  # the checkout, in the home folder of each host
-_LOG, _STATUS, _PID = (f"{_HOME}-run.{end}" for end in ("log", "status", "pid"))
+_LOG, _STATUS, _PID, _STOP = (
+  f"{_HOME}-run.{end}" for end in ("log", "status", "pid", "stop")
+)
 MOUNT = "/mnt/shared"
-RUNNING = "running"
+RUNNING, STOPPED = "running", "stopped"
 _LAST_WORDS = 10  # lines of gcloud's that an error repeats
 
 
@@ -191,19 +193,24 @@ class Tpu:
     # `stop` signals the shell as well; it waits for its child, then notes.
     run = f"trap : TERM; {train}; echo $? > ../{_STATUS}"
     self._ssh(
-      f"cd {_HOME} && echo {RUNNING} > ../{_STATUS}"
+      f"cd {_HOME} && rm -f ../{_STOP} && echo {RUNNING} > ../{_STATUS}"
       f" && (setsid nohup bash -c {shlex.quote(run)} >> ../{_LOG} 2>&1"
       f" < /dev/null & echo $! > ../{_PID})"
     )
 
   def statuses(self) -> list[str]:
-    """Of the hosts' runs: "running", an exit status, or "none"."""
+    """Of the hosts' runs: "running", an exit status, "lost" or "none".
+
+    One that was asked to `stop` and did not end with 0 is "stopped".
+    """
     # A host that was started anew holds what its predecessor said.
     said = self._ssh(
       f"s=$(cat {_STATUS} 2>/dev/null || echo none);"
       f' if [ "$s" = {RUNNING} ] && ! kill -0 -- "-$(cat {_PID})" 2>/dev/null;'
       # It may have ended just now, and noted it.
       f' then s=$(cat {_STATUS}); [ "$s" != {RUNNING} ] || s=lost; fi;'
+      f' if [ "$s" != {RUNNING} ] && [ "$s" != 0 ] && [ -e {_STOP} ];'
+      f" then s={STOPPED}; fi;"
       ' echo "status=$s"'
     )
     return [
@@ -217,8 +224,14 @@ class Tpu:
     print(self._ssh(f"tail -n {lines} {_LOG}", first=True), end="")
 
   def stop(self) -> None:
-    """Asks all processes to save and leave (SIGTERM)."""
-    self._ssh(f'kill -TERM -- "-$(cat {_PID})"')
+    """Asks all processes to save and leave (SIGTERM).
+
+    Leaves a note until the next launch, or `watch` would start them again.
+    """
+    self._ssh(
+      f'touch {_STOP}; kill -TERM -- "-$(cat {_PID})"'
+      f" || {{ rm -f {_STOP}; exit 1; }}"
+    )
 
   def delete(self) -> None:
     """Gives everything back, running or not."""

@@ -22,7 +22,7 @@ from absl import app, flags
 
 from bertjax import cli, hardware
 from bertjax.hardware.machines import machine_of
-from gcp.queued_resource import MOUNT, RUNNING, GcloudError, State, Tpu
+from gcp.queued_resource import MOUNT, RUNNING, STOPPED, GcloudError, State, Tpu
 
 _MOST_FAILURES = 10  # of gcloud, in a row
 
@@ -35,7 +35,7 @@ def watch(
   bucket: str | None,
   max_restarts: int,
   poll_s: float,
-) -> None:
+) -> bool:
   """Waits, sets up, launches, and starts over until the run is done.
 
   Args:
@@ -47,12 +47,16 @@ def watch(
       as it is.
     poll_s: seconds between two looks.
 
+  Returns:
+    Whether the run is done; False: somebody has stopped it meanwhile. One that
+    was stopped before is launched again.
+
   Raises:
     GcloudError: a command failed before anything had worked, or again and
       again.
     RuntimeError: the run failed too often.
   """
-  restarts, failures, ready, worked = 0, 0, False, False
+  restarts, failures, ready, worked, begun = 0, 0, False, False, False
 
   def restart(why: str) -> None:
     nonlocal restarts
@@ -75,15 +79,17 @@ def watch(
       if state is State.ACTIVE:
         found = set(tpu.statuses())
         if found == {"0"}:
-          return
-        if found == {"none"}:
-          if not ready:
-            tpu.setup(bucket)
-            ready = True
-          tpu.launch(arguments)
-        elif not found & {RUNNING}:
+          return True
+        if STOPPED in found and RUNNING not in found and begun:
+          return False
+        if found == {"none"} and not ready:
+          tpu.setup(bucket)
+          ready = True
+        elif found != {"none"} and not found & {RUNNING, STOPPED}:
           restart(f"The run ended with status {', '.join(sorted(found))}")
+        if RUNNING not in found:
           tpu.launch(arguments)
+        begun = True
       failures = 0
     except GcloudError as err:  # so it is while TPUs are taken away
       failures += 1
@@ -144,7 +150,7 @@ def _run(tpu: Tpu, command: str, rest: list[str], given) -> None:
     if given.dry_run:
       _preview(tpu, arguments, create, given.bucket)
       return
-    watch(
+    done = watch(
       tpu,
       arguments,
       create=create,
@@ -152,7 +158,8 @@ def _run(tpu: Tpu, command: str, rest: list[str], given) -> None:
       max_restarts=given.max_restarts,
       poll_s=given.poll_s,
     )
-    print("The run is done. The TPUs are still there: gcp.tpu delete.")
+    end = "is done" if done else "was stopped; watch again to go on"
+    print(f"The run {end}. The TPUs are still there: gcp.tpu delete.")
   elif rest:
     raise ValueError(f"{command} takes no further arguments: {rest}.")
   elif command == "create":

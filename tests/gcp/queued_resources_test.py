@@ -213,7 +213,7 @@ class HostsTest(absltest.TestCase):
       "gcloud",
       f"cd {self.home}\n"
       'for argument; do case "$argument" in\n'
-      '  --command=*) bash -c "${argument#--command=}" ;;\n'
+      '  --command=*) bash -c "${argument#--command=}" || exit ;;\n'
       "esac; done",
     )
     self.enter_context(self.commands.on_path())
@@ -249,7 +249,15 @@ class HostsTest(absltest.TestCase):
     while not (self.home / "bertjax" / "ready").exists():
       time.sleep(0.05)
     self.tpu.stop()
+    self._wait_for("stopped")
+    self._launch("exit 143")  # by the machine's own end: nobody's wish
     self._wait_for("143")
+
+  def test_stop_of_nothing_fails_and_leaves_no_note(self):
+    with self.assertRaises(GcloudError):
+      self.tpu.stop()
+    (self.home / "bertjax-run.status").write_text("3\n")
+    self.assertEqual(self.tpu.statuses(), ["3"])
 
   def test_a_run_that_vanished_is_lost(self):
     self._launch("sleep 60")
@@ -332,7 +340,7 @@ class WatchTest(parameterized.TestCase):
     with mock.patch.object(
       tpu_lib.time, "sleep", lambda s: self.assertLess(next(looks), 50)
     ):
-      tpu_lib.watch(
+      self.done = tpu_lib.watch(
         Tpu("bert", _machine("2xv5e:4x4"), zone="z"),
         ["--config=c"],
         create=dict(spot=True),
@@ -372,6 +380,25 @@ class WatchTest(parameterized.TestCase):
   def test_a_failed_run_starts_again_without_setting_up(self):
     found = self._watch(["ACTIVE"], ["1 lost", "running running", "0 0"])
     self.assertEqual(found, ["launch"])
+
+  def test_a_run_that_is_stopped_meanwhile_is_left_alone(self):
+    found = self._watch(
+      ["ACTIVE"], ["running running", "running stopped", "stopped stopped"]
+    )
+    self.assertEmpty(found)
+    self.assertFalse(self.done)
+    found = self._watch(
+      ["ACTIVE"], ["none none", "0 stopped", "running running"]
+    )
+    self.assertEqual(found, ["setup", "launch"])
+    self.assertFalse(self.done)
+
+  def test_a_run_that_was_stopped_before_goes_on(self):
+    found = self._watch(
+      ["ACTIVE"], ["stopped stopped", "running running", "0 0"], max_restarts=0
+    )
+    self.assertEqual(found, ["launch"])
+    self.assertTrue(self.done)
 
   def test_restarts_have_an_end(self):
     with self.assertRaisesRegex(RuntimeError, "status 1; --max_restarts=2"):
