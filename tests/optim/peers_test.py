@@ -77,11 +77,11 @@ class PeersTest(parameterized.TestCase):
     start = rng.normal(size=(6,)).astype(np.float32)
     return root @ root.T / 6, start
 
-  def mine(self, transform, steps=20):
+  def mine(self, transform, steps=20, scale=1.0):
     matrix, start = self.quadratic()
     path, _ = run(
       transform,
-      {"w": jnp.asarray(start)},
+      {"w": jnp.asarray(scale * start)},
       steps,
       lambda p, t: {"w": jnp.asarray(matrix) @ p["w"]},
     )
@@ -102,6 +102,44 @@ class PeersTest(parameterized.TestCase):
       rtol=1e-5,
       atol=1e-6,
     )
+
+  @parameterized.product(
+    weight_decay=(0.0, 0.1), size=(1.0, 20.0), unadapted=(False, True)
+  )
+  def test_lamb_is_torch_optimizers_lamb(self, weight_decay, size, unadapted):
+    """The paper's third version: no correction, and norms of 10 at most."""
+    import torch
+    import torch_optimizer
+
+    matrix, start = self.quadratic()
+    start = size * start
+    self.assertEqual(np.linalg.norm(start) > 10, size == 20.0)
+    weight = torch.tensor(start, requires_grad=True)
+    peer = torch_optimizer.Lamb(
+      [weight],
+      lr=0.02,
+      eps=1e-6,
+      weight_decay=weight_decay,
+      clamp_value=10,
+      adam=unadapted,
+      debias=False,
+    )
+    for _ in range(20):
+      weight.grad = torch.tensor(matrix) @ weight.detach()
+      peer.step()
+    mine = self.mine(
+      lamb(
+        0.02,
+        weight_decay=weight_decay,
+        bias_correction=False,
+        adapt=not unadapted,
+        phi_clip=(0.0, 10.0),
+      ),
+      scale=size,
+    )
+    # 20 steps of float32 rounding.
+    np.testing.assert_allclose(mine, weight.detach().numpy(), rtol=1e-5,
+                               atol=1e-6 * size)  # fmt: skip
 
   @parameterized.parameters(0.0, 0.1)
   def test_adamw_is_torch_adamw(self, weight_decay):
