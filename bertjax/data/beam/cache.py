@@ -58,7 +58,8 @@ def make_shards(
   shares = Shares(job.source, job.split, readers)
   place = str(folder)
   if shared is not None:
-    place = FileSystems.join(shared, folder.stem)
+    name = folder.name.partition(".")[0]
+    place = FileSystems.join(shared, f"{name}.shards")
   drafts = FileSystems.join(place, _DRAFTS)
   for made in (place, drafts):
     storage.make(made)

@@ -58,7 +58,7 @@ class StorageTest(absltest.TestCase):
     # Whole shards stay, drafts and temporary files do not.
     self.assertLen(memory_filesystem.FILES, 2 * 7)
     self.assertEqual(
-      self.remote("caches/tokens-*/shard-*.arrayrecord"),
+      self.remote("caches/tokens-*.shards/shard-*.arrayrecord"),
       [f"shard-{i:05d}.arrayrecord" for i in range(7)],
     )
 
