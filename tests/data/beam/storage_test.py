@@ -4,6 +4,7 @@ import gzip
 import json
 import pathlib
 import pickle
+import sys
 import tempfile
 from unittest import mock
 
@@ -156,6 +157,13 @@ class StorageTest(absltest.TestCase):
     self.assertCountEqual([e["text"] for e in both.examples("train")], written)
     with self.assertRaisesRegex(ValueError, "'mem://corpus/x/.*matches no"):
       sources.SOURCES["jsonl"]("mem://corpus/x/*")
+
+  def test_a_url_without_beam_says_what_to_install(self):
+    with (
+      mock.patch.dict(sys.modules, {"apache_beam.io.filesystems": None}),
+      self.assertRaisesRegex(ImportError, r"pip install 'bertjax\[beam\]'"),
+    ):
+      sources.SOURCES["jsonl"]("gs://corpus/*.jsonl")
 
   def test_texts_of_a_store_become_shards_in_it(self):
     for i in range(3):
