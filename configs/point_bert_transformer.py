@@ -168,7 +168,7 @@ def _small() -> ml_collections.ConfigDict:
 
   Each stage begins from the one before.
   """
-  patches = dict(patches=16, patch_size=16)
+  patches = dict(patches=16, patch_size=32)
   narrow = dict(patch_features=64, shrink=8, num_layers=3, emb_dim=64)
   trunk = dict(name="point_bert", num_heads=4, **patches, **narrow)
   c = new_config()
@@ -176,8 +176,10 @@ def _small() -> ml_collections.ConfigDict:
   c.model, c.objective, c.evals = {}, {}, {}
   c.data = dict(
     name="points",
-    source=dict(name="procedural"),
-    num_points=256,
+    source=dict(name="procedural", points=1024, jitter=0.02, stretch=1.6),
+    num_points=512,
+    stored_points=640,
+    farthest=True,
     draw="subset",
     augment=_AUGMENT,
     batch_size=32,
@@ -234,6 +236,7 @@ def _tiny() -> ml_collections.ConfigDict:
   c = _small()
   c.data.source.sizes = dict(train=48, validation=12, test=12)
   c.data.source.points = 128
+  c.data.stored_points = 80
   c.data.num_points, c.data.batch_size = 64, 8
   c.stop.steps = 2
   c.every = dict(log=1, checkpoint=2)

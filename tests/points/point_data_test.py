@@ -384,6 +384,15 @@ class MeshesTest(absltest.TestCase):
     half = np.array([1, 0.5, 0.25])
     points_ = clouds[0].points
     self.assertTrue(np.isclose(np.abs(points_), half, atol=1e-5).any(1).all())
+    for split in ("train", "test"):
+      all_ = found.open(split)
+      some = data(source=source | dict(categories=["Küche"])).source.open(split)
+      self.assertEqual(some.classes, ("Küche",))
+      self.assertLen(some, int((all_.labels == 1).sum()))
+    with self.assertRaisesRegex(
+      ValueError, "source.categories='Flur' is unknown; choose from Bad, Küche"
+    ):
+      data(source=source | dict(categories=["Flur"])).source.open("train")
     (root / "bad.sh3f").write_text("no archive")
     with self.assertRaisesRegex(ValueError, "bad.sh3f is no library"):
       data(source=source).dataset()

@@ -288,9 +288,18 @@ class FurnitureFolder(Divided):
     path: str,
     points: int = 8192,
     fractions: Mapping[str, float] | None = None,
+    categories: Sequence[str] | None = None,
   ):
-    """See `Divided`; the folder holds *.sh3f files."""
+    """See `Divided`; the folder holds *.sh3f files.
+
+    Args:
+      path: see `Divided`.
+      points: see `Divided`.
+      fractions: see `Divided`.
+      categories: of the catalogues, those that are kept; None: all of them.
+    """
     super().__init__(path, points, fractions)
+    self._categories = categories
 
   def _open(self, folder: pathlib.Path, split: str) -> Clouds:
     libraries = sorted(folder.glob("*.sh3f"))
@@ -299,6 +308,11 @@ class FurnitureFolder(Divided):
         f"data.source.path={self._path!r} holds no library (*.sh3f)."
       )
     models = [m for library in libraries for m in furniture.catalogue(library)]
+    if self._categories is not None:
+      known = dict.fromkeys(sorted({m.category for m in models}))
+      for name in self._categories:
+        lookup(known, name, "data.source.categories")
+      models = [m for m in models if m.category in self._categories]
     return furniture.Furniture(
       [
         m
