@@ -77,9 +77,7 @@ def _small() -> ml_collections.ConfigDict:
     features=64,
     shrink=8,
   )
-  c.data.source = dict(
-    name="procedural", points=1024, jitter=0.02, stretch=1.6
-  )
+  c.data.source = dict(name="procedural", points=1024, jitter=0.02, stretch=1.6)
   c.data.num_points = 512
   # Even samples: what differs between patches is more surface, less chance.
   c.data.stored_points, c.data.farthest = 640, True

@@ -190,29 +190,40 @@ def _small() -> ml_collections.ConfigDict:
     weight_decay=0.05,
     schedule=dict(name="cosine", warmup=0.05, end_factor=2e-3),
   )
-  c.stop = dict(steps=1500)
-  c.every = dict(log=25, checkpoint=250)
+  c.stop = {}
+  c.every = dict(log=25, checkpoint=500)
   held_out = dict(name="objective", split="test", every=250)
-  probe = dict(name="linear_probe", split="test", every=250)
+  probe = dict(name="linear_probe", split="test", num_batches=15, every=500)
   tokenizer = dict(
     model=dict(
       name="point_tokenizer", vocab_size=64, features=64, shrink=8, **patches
     ),
+    # See configs/point_bert.py:small.
     objective=dict(
       name="point_reconstruction",
-      temperature_steps=1000,
-      kl_delay=100,
-      kl_steps=1000,
+      temperature=4.0,
+      temperature_steps=700,
+      kl_weight=0.005,
+      kl_delay=0,
+      kl_steps=1,
     ),
-    evals=dict(heldout=dict(name="reconstruction", split="test", every=250)),
+    data=dict(batch_size=16, augment=()),
+    optim=dict(learning_rate=5e-3, weight_decay=5e-4),
+    stop=dict(steps=900),
+    evals=dict(heldout=dict(name="reconstruction", split="test", every=150)),
   )
   pretrain = dict(
     init_from=_FROM_TOKENIZER,
     model=trunk,
     objective=dict(
-      name="masked_points", tokenizer={}, contrast_dim=64, queue_size=512
+      name="masked_points",
+      tokenizer={},
+      contrast_dim=64,
+      queue_size=512,
+      momentum=0.99,  # the paper's would hardly have moved
     ),
     optim=dict(no_decay=_NO_DECAY),
+    stop=dict(steps=1000),
     evals=dict(heldout=held_out, probe=probe),
   )
   classify = dict(
@@ -220,6 +231,7 @@ def _small() -> ml_collections.ConfigDict:
     model=trunk,
     objective=dict(name="point_classification"),
     optim=dict(no_decay=_NO_DECAY, clip_norm=10.0),
+    stop=dict(steps=500),
     evals=dict(heldout=held_out),
   )
   # A ConfigDict sorts its keys.
@@ -238,13 +250,14 @@ def _tiny() -> ml_collections.ConfigDict:
   c.data.source.points = 128
   c.data.stored_points = 80
   c.data.num_points, c.data.batch_size = 64, 8
-  c.stop.steps = 2
   c.every = dict(log=1, checkpoint=2)
   for stage in c.stages.values():
+    stage.stop.steps = 2
     stage.model.patches, stage.model.patch_size = 6, 8
     stage.model.shrink = 32
     for evaluation in stage.evals.values():
       evaluation.every = 2
+  del c.stages["1_tokenizer"].data.batch_size
   c.stages["1_tokenizer"].model.features = 16
   c.stages["1_tokenizer"].model.vocab_size = 16
   c.stages["2_pretrain"].objective.queue_size = 16

@@ -76,9 +76,7 @@ def features(run: arms.Run) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
   return np.concatenate(found), np.concatenate(labels), dataset.clouds.classes
 
 
-def draw_features(
-  pca: Axes, tsne: Axes, run: arms.Run, title: str, legend: bool
-) -> None:
+def draw_features(pca: Axes, tsne: Axes, run: arms.Run, title: str) -> None:
   """Features in two dimensions, by either method, coloured by class."""
   from sklearn import decomposition, manifold
 
@@ -103,5 +101,4 @@ def draw_features(
     panel.set_title(f"{name} of features, {title}", fontsize=9)
     panel.set_xticks([])
     panel.set_yticks([])
-  if legend:
-    tsne.legend(fontsize=5, loc="center left", bbox_to_anchor=(1, 0.5))
+  tsne.legend(fontsize=5)

@@ -13,7 +13,7 @@ where it installs them or in the folder that SWEETHOME3D_FURNITURE names.
 import dataclasses
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bertjax.config import merge
@@ -24,16 +24,32 @@ from experiments.point_bert import findings, stages
 
 _INSTALLED = "/usr/share/sweethome3d/furniture"
 # Half of the meshes are for training. Staircases, of which there are two, and
-# "Miscellaneous", which is no class of shapes, are left out.
-_FURNITURE = dict(
-  name="furniture",
-  points=1024,
-  fractions=dict(train=0.5, test=0.5),
-  categories=(
-    "Bathroom", "Bedroom", "Characters", "Doors and windows", "Exterior",
-    "Kitchen", "Lights", "Living room", "Office", "Vehicles",
-  ),
+# "Miscellaneous", which no shape tells, are left out.
+_CATEGORIES = (
+  "Bathroom", "Bedroom", "Characters", "Doors and windows", "Exterior",
+  "Kitchen", "Lights", "Living room", "Office", "Vehicles",
 )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What pre-training is followed by.
+
+  Attributes:
+    stage: `FEW_SHOT`, `CLASSES` or `PARTS` of findings.
+    clouds: of which: `SHAPES` or `FURNITURE`.
+    steps: of fine-tuning.
+    seeds: of it, each from the pre-training of the same seed.
+    data: what `config.data` says otherwise, but for the fold.
+    folds: of few-shot tasks.
+  """
+
+  stage: str
+  clouds: str
+  steps: int
+  seeds: Sequence[int]
+  data: Mapping[str, Any]
+  folds: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,64 +58,67 @@ class Scale:
 
   Attributes:
     variant: of the configs.
-    seeds: of pre-training, each with a fine-tuning of its own.
-    few_shot_seeds: the same, of those whose fine-tunings are many.
-    folds: of few-shot tasks.
-    tests: clouds of each class that a fold is measured on.
-    steps: of fine-tuning, by task.
-    fractions: of the labels, by task.
-    further_steps: of pre-training that goes on with the meshes.
-    meshes: `config.data.source` of these.
+    tokenizers: keys of `tokenizer_arms`, first the one whose codes are guessed.
+    seeds: of pre-training.
+    further_steps: of pre-training that goes on with furniture; 0: none.
+    untrained: whether initial values are probed as well.
+    tasks: that follow.
     clouds: that are drawn with what they decode to.
   """
 
   variant: str
-  seeds: tuple[int, ...]
-  few_shot_seeds: tuple[int, ...]
-  folds: int
-  tests: Mapping[str, int]
-  steps: Mapping[str, int]
-  fractions: Mapping[str, float]
+  tokenizers: Sequence[str]
+  seeds: Sequence[int]
   further_steps: int
-  meshes: Mapping[str, Any]
+  untrained: bool
+  tasks: Sequence[Task]
   clouds: int
 
 
+_SEEDS = (0, 1, 2)
+_SHOTS = dict(ways=5, shots=10)
 SCALES = {
   command.FULL: Scale(
     variant="small",
-    seeds=(0, 1, 2),
-    few_shot_seeds=(0, 1, 2),
-    folds=10,
-    tests={findings.SHAPES: 20, findings.FURNITURE: 10},
-    steps={
-      findings.FEW_SHOT: 100,
-      findings.CLASSES: 200,
-      findings.PARTS: 200,
-    },
-    fractions={findings.SHAPES: 0.05, findings.FURNITURE: 1.0},
-    further_steps=400,
-    meshes=_FURNITURE,
+    tokenizers=(findings.BASE, findings.FEW_CODES, findings.NO_KL),
+    seeds=_SEEDS,
+    further_steps=300,
+    untrained=True,
+    tasks=(
+      Task(
+        findings.CLASSES, findings.SHAPES, 150, _SEEDS, {"label_fraction": 0.05}
+      ),
+      Task(
+        findings.PARTS, findings.SHAPES, 150, _SEEDS, {"label_fraction": 0.05}
+      ),
+      Task(findings.CLASSES, findings.FURNITURE, 150, _SEEDS, {}),
+      Task(
+        findings.FEW_SHOT, findings.SHAPES, 60, _SEEDS,
+        {"few_shot": _SHOTS | {"tests": 20}}, folds=10,
+      ),
+      Task(
+        findings.FEW_SHOT, findings.FURNITURE, 60, _SEEDS,
+        {"few_shot": _SHOTS | {"tests": 10}}, folds=10,
+      ),
+    ),
     clouds=4,
   ),
   "tiny": Scale(
     variant="tiny",
+    tokenizers=(findings.BASE,),
     seeds=(0,),
-    few_shot_seeds=(0,),
-    folds=1,
-    tests={findings.SHAPES: 1, findings.FURNITURE: 1},
-    steps={findings.FEW_SHOT: 2, findings.CLASSES: 2, findings.PARTS: 2},
-    fractions={findings.SHAPES: 0.5, findings.FURNITURE: 1.0},
-    further_steps=2,
-    meshes=dict(
-      name="procedural",
-      points=128,
-      seed=1,
-      sizes=dict(train=144, validation=12, test=12),
+    further_steps=0,
+    untrained=False,
+    tasks=(
+      Task(
+        findings.FEW_SHOT, findings.SHAPES, 2, (0,),
+        {"few_shot": dict(ways=2, shots=4, tests=1)},
+      ),
+      Task(findings.PARTS, findings.SHAPES, 2, (0,), {}),
     ),
     clouds=1,
   ),
-}
+}  # fmt: skip
 
 
 def run(workdir: pathlib.Path, variant: str = command.FULL) -> Outcome:
@@ -110,29 +129,51 @@ def run(workdir: pathlib.Path, variant: str = command.FULL) -> Outcome:
     variant: key of `SCALES`.
   """
   scale = lookup(SCALES, variant, "variant")
+  sources = {findings.SHAPES: {}}
+  if scale.further_steps:
+    sources[findings.FURNITURE] = {"source": furniture()}
   bench = arms.Bench(workdir)
-  codes = tokenizers(bench, scale)
-  sources = {findings.SHAPES: None, findings.FURNITURE: _found(scale.meshes)}
+  codes, *_ = (tokenizer(bench, scale, arm) for arm in scale.tokenizers)
   starts = {
-    (clouds, seed): run
+    (clouds, seed): pretrained(bench, scale, codes, clouds, sources, seed)
+    for clouds in sources
     for seed in scale.seeds
-    for clouds, run in pretrained(bench, scale, codes, sources, seed).items()
   }
-  untrained(bench, scale, codes)
-  for (clouds, seed), start in starts.items():
-    few_shot(bench, scale, clouds, sources[clouds], start, seed)
-    fine_tuned(bench, scale, clouds, sources[clouds], start, seed)
+  if scale.untrained:
+    untrained(bench, scale, codes)
+  for task in scale.tasks:
+    for seed in task.seeds:
+      start = starts[task.clouds, seed]
+      fine_tuned(bench, scale, task, sources[task.clouds], start)
   return findings.outcome(bench.runs, scale.clouds)
 
 
-def tokenizers(bench: arms.Bench, scale: Scale) -> arms.Run:
-  """Trains all arms of the tokenizer; gives the one whose codes are guessed."""
-  config = stages.tokenizer(scale.variant)
-  runs = [
-    bench.run(merge(config, changes), seed=0, stage=findings.TOKENIZER, arm=arm)
-    for arm, changes in tokenizer_arms().items()
-  ]
-  return runs[0]
+def furniture() -> dict[str, Any]:
+  """`config.data.source` of the meshes.
+
+  Raises:
+    ValueError: they are not installed.
+  """
+  folder = os.environ.get("SWEETHOME3D_FURNITURE", _INSTALLED)
+  if not any(pathlib.Path(folder).glob("*.sh3f")):
+    raise ValueError(
+      f"SWEETHOME3D_FURNITURE={folder!r} holds no library (*.sh3f): install"
+      " Debian's package sweethome3d-furniture, or name the folder that one is"
+      " unpacked to."
+    )
+  return dict(
+    name="furniture",
+    path=folder,
+    points=1024,
+    fractions=dict(train=0.5, test=0.5),
+    categories=_CATEGORIES,
+  )
+
+
+def tokenizer(bench: arms.Bench, scale: Scale, arm: str) -> arms.Run:
+  """Trains an arm of the tokenizer."""
+  config = merge(stages.tokenizer(scale.variant), tokenizer_arms()[arm])
+  return bench.run(config, seed=0, stage=findings.TOKENIZER, arm=arm)
 
 
 def tokenizer_arms() -> dict[str, dict[str, Any]]:
@@ -148,36 +189,34 @@ def pretrained(
   bench: arms.Bench,
   scale: Scale,
   codes: arms.Run,
-  sources: Mapping[str, Mapping[str, Any] | None],
+  clouds: str,
+  sources: Mapping[str, Mapping[str, Any]],
   seed: int,
-) -> dict[str, arms.Run]:
-  """Pre-training on shapes, and what goes on from there with furniture."""
+) -> arms.Run:
+  """Pre-training on shapes, or on furniture from where that ended."""
   config = stages.pretraining(scale.variant, codes.workdir)
-  on_shapes = bench.run(
+  if clouds == findings.FURNITURE:
+    (shapes,) = arms.select(
+      bench.runs, stage=findings.PRETRAINING, clouds=findings.SHAPES, seed=seed
+    )
+    config = stages.continued(
+      config,
+      shapes.workdir,
+      codes.workdir,
+      scale.further_steps,
+      **sources[clouds],
+    )
+  return bench.run(
     config,
     seed=seed,
     stage=findings.PRETRAINING,
     arm=findings.PRETRAINED,
-    clouds=findings.SHAPES,
+    clouds=clouds,
   )
-  goes_on = stages.pretraining_on(
-    merge(config, {"stop": {"steps": scale.further_steps}}),
-    on_shapes.workdir,
-    codes.workdir,
-    sources[findings.FURNITURE],
-  )
-  on_furniture = bench.run(
-    goes_on,
-    seed=seed,
-    stage=findings.PRETRAINING,
-    arm=findings.PRETRAINED,
-    clouds=findings.FURNITURE,
-  )
-  return {findings.SHAPES: on_shapes, findings.FURNITURE: on_furniture}
 
 
 def untrained(bench: arms.Bench, scale: Scale, codes: arms.Run) -> arms.Run:
-  """A pre-training that is over after a step at almost no rate."""
+  """A pre-training that ends after a step at almost no rate."""
   config = stages.pretraining(scale.variant, codes.workdir)
   once = {"stop": {"steps": 1}, "optim": {"learning_rate": 1e-9}}
   return bench.run(
@@ -189,97 +228,42 @@ def untrained(bench: arms.Bench, scale: Scale, codes: arms.Run) -> arms.Run:
   )
 
 
-def few_shot(
+def fine_tuned(
   bench: arms.Bench,
   scale: Scale,
-  clouds: str,
-  source: Mapping[str, Any] | None,
+  task: Task,
+  source: Mapping[str, Any],
   start: arms.Run,
-  seed: int,
 ) -> None:
-  """Fine-tunes to every fold, from a pre-training and from scratch.
+  """Fine-tunes to every fold of a task, pre-trained and from scratch.
 
   Args:
     bench: has the runs.
     scale: of the variant.
-    clouds: what they are of.
-    source: of them; None: that of the configs.
-    start: pre-trained on them.
-    seed: of that and of the fine-tunings.
+    task: which one.
+    source: what `config.data` says of its clouds.
+    start: pre-training, whose seed is that of the fine-tuning.
   """
-  if seed not in scale.few_shot_seeds:
-    return
-  for fold in range(scale.folds):
-    data = stages.few_shot(fold, scale.tests[clouds])
-    for arm, path in _origins(start).items():
+  make = {findings.PARTS: stages.segmentation}.get(
+    task.stage, stages.classification
+  )
+  for fold in range(task.folds):
+    data, factors = {**source, **task.data}, {}
+    if task.stage == findings.FEW_SHOT:
+      data = merge(data, {"few_shot": {"fold": fold}})
+      factors = {"fold": fold}
+    for arm, path in (
+      (findings.PRETRAINED, start.workdir),
+      (findings.SCRATCH, None),
+    ):
       bench.run(
-        stages.classification(
-          scale.variant,
-          path,
-          scale.steps[findings.FEW_SHOT],
-          **data | _source(source),
-        ),
-        seed=seed,
-        stage=findings.FEW_SHOT,
+        make(scale.variant, path, task.steps, **data),
+        seed=start.seed,
+        stage=task.stage,
         arm=arm,
-        clouds=clouds,
-        fold=fold,
+        clouds=task.clouds,
+        **factors,
       )
-
-
-def fine_tuned(
-  bench: arms.Bench,
-  scale: Scale,
-  clouds: str,
-  source: Mapping[str, Any] | None,
-  start: arms.Run,
-  seed: int,
-) -> None:
-  """Fine-tunes to all classes and, where they are known, to parts.
-
-  Arguments as those of `few_shot`.
-  """
-  tasks = {findings.CLASSES: stages.classification}
-  if clouds == findings.SHAPES:
-    tasks[findings.PARTS] = stages.segmentation
-  labels = {"label_fraction": scale.fractions[clouds], "subset_seed": seed}
-  for task, config in tasks.items():
-    for arm, path in _origins(start).items():
-      bench.run(
-        config(
-          scale.variant, path, scale.steps[task], **labels | _source(source)
-        ),
-        seed=seed,
-        stage=task,
-        arm=arm,
-        clouds=clouds,
-      )
-
-
-def _origins(start: arms.Run) -> dict[str, pathlib.Path | None]:
-  return {findings.PRETRAINED: start.workdir, findings.SCRATCH: None}
-
-
-def _source(source: Mapping[str, Any] | None) -> dict[str, Any]:
-  return {} if source is None else {"source": dict(source)}
-
-
-def _found(meshes: Mapping[str, Any]) -> dict[str, Any]:
-  """The source with the folder of its libraries, if it is one of files.
-
-  Raises:
-    ValueError: they are not installed.
-  """
-  if meshes["name"] != "furniture":
-    return dict(meshes)
-  folder = os.environ.get("SWEETHOME3D_FURNITURE", _INSTALLED)
-  if not any(pathlib.Path(folder).glob("*.sh3f")):
-    raise ValueError(
-      f"SWEETHOME3D_FURNITURE={folder!r} holds no library (*.sh3f): install"
-      " Debian's package sweethome3d-furniture, or name the folder of one that"
-      " is unpacked."
-    )
-  return dict(meshes, path=folder)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Configs of Point-BERT's stages, from a tokenizer to fine-tuning.
 
-They are those of configs/, one after the other; what is said here is which
-clouds and labels a stage has and where it starts.
+They are those of configs/; what is said here is where each starts, how long it
+takes and which clouds and labels it has.
 """
 
 import pathlib
@@ -12,7 +12,6 @@ from bertjax.config import merge, plain, stage_configs
 from configs import point_bert, point_bert_transformer
 
 Config = dict[str, Any]
-WAYS, SHOTS = 5, 10
 
 
 def tokenizer(variant: str) -> Config:
@@ -21,7 +20,7 @@ def tokenizer(variant: str) -> Config:
 
 
 def pretraining(variant: str, codes: pathlib.Path) -> Config:
-  """Masked point modelling of the same clouds, their labels unread.
+  """Masked point modelling of generated shapes, their labels unread.
 
   Args:
     variant: of configs/point_bert_transformer.py.
@@ -31,57 +30,61 @@ def pretraining(variant: str, codes: pathlib.Path) -> Config:
   return _quiet(merge(_stage(variant, "2_pretrain"), start))
 
 
-def pretraining_on(
-  config: Config, start: pathlib.Path, codes: pathlib.Path, source: Mapping
+def continued(
+  config: Config,
+  start: pathlib.Path,
+  codes: pathlib.Path,
+  steps: int,
+  **data: Any,
 ) -> Config:
-  """Pre-training that goes on with the clouds of another source.
+  """Pre-training that goes on with other clouds.
 
   Args:
     config: of pre-training.
     start: workdir of that.
     codes: workdir of the tokenizer.
-    source: `config.data.source`.
+    steps: how many.
+    **data: what `config.data` says otherwise.
   """
-  tokens = {"objective": {"tokenizer": {"path": str(codes)}}}
-  goes_on = merge(config, tokens | {"data": {"source": source}})
-  return goes_on | {"init_from": {"path": str(start)}}
+  changes = {
+    "objective": {"tokenizer": {"path": str(codes)}},
+    "data": data,
+    "stop": {"steps": steps},
+  }
+  return merge(config, changes) | {"init_from": {"path": str(start)}}
 
 
 def classification(
   variant: str, start: pathlib.Path | None, steps: int, **data: Any
 ) -> Config:
-  """Fine-tuning for classes.
+  """Fine-tuning to classes.
 
   Args:
     variant: of configs/point_bert_transformer.py.
     start: workdir of pre-training; None: the paper's initial values of training
       from scratch.
-    steps: of either.
+    steps: how many.
     **data: what `config.data` says otherwise.
   """
   return _started(_stage(variant, "3_classify"), start, steps, data)
 
 
-def few_shot(fold: int, tests: int) -> Config:
-  """`config.data` of a fold, for `classification`."""
-  task = dict(ways=WAYS, shots=SHOTS, fold=fold, tests=tests)
-  return {"few_shot": task}
-
-
 def segmentation(
   variant: str, start: pathlib.Path | None, steps: int, **data: Any
 ) -> Config:
-  """Fine-tuning for the parts of points; arguments of `classification`."""
+  """Fine-tuning to the parts of points; arguments of `classification`."""
   stage = _stage(variant, "3_classify")
   points = stage["data"]["num_points"]
-  changes = {
-    "objective": dict(
-      name="part_segmentation", levels=(points // 2, points // 8)
-    ),
-    "evals": {"heldout": {"name": "part_iou", "split": "test"}},
-  }
-  stage = merge(stage, changes)
-  return _started(stage, start, steps, {"parts": True} | data)
+  stage = merge(
+    stage,
+    {
+      "objective": dict(
+        name="part_segmentation", levels=(points // 2, points // 8)
+      ),
+      "evals": {"heldout": dict(name="part_iou", split="test")},
+    },
+  )
+  return _started(stage, start, steps, {"parts": True, **data})
 
 
 def _stage(variant: str, name: str) -> Config:
@@ -94,7 +97,7 @@ def _started(
   steps: int,
   data: Mapping[str, Any],
 ) -> Config:
-  """Evaluated at the end alone, saved then."""
+  """Evaluated at the end alone, and saved then."""
   changed = merge(
     stage,
     {
