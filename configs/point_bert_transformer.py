@@ -192,8 +192,8 @@ def _small() -> ml_collections.ConfigDict:
   )
   c.stop = {}
   c.every = dict(log=25, checkpoint=500)
-  held_out = dict(name="objective", split="test", every=250)
-  probe = dict(name="linear_probe", split="test", num_batches=15, every=500)
+  held_out = dict(name="objective", split="test", every=125)
+  probe = dict(name="linear_probe", split="test", num_batches=15, every=125)
   tokenizer = dict(
     model=dict(
       name="point_tokenizer", vocab_size=64, features=64, shrink=8, **patches
@@ -223,7 +223,7 @@ def _small() -> ml_collections.ConfigDict:
       momentum=0.99,  # the paper's would hardly have moved
     ),
     optim=dict(no_decay=_NO_DECAY),
-    stop=dict(steps=1000),
+    stop=dict(steps=500),
     evals=dict(heldout=held_out, probe=probe),
   )
   classify = dict(

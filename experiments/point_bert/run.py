@@ -82,7 +82,7 @@ SCALES = {
     variant="small",
     tokenizers=(findings.BASE, findings.FEW_CODES, findings.NO_KL),
     seeds=_SEEDS,
-    further_steps=300,
+    further_steps=200,
     untrained=True,
     tasks=(
       Task(
