@@ -20,6 +20,7 @@ Small: --config=configs/point_bert_transformer.py:small   all three stages on
        generated shapes, no network
 Tiny:  --config=configs/point_bert_transformer.py:tiny   (they just run)
 Needs: ShapeNet55, ModelNet40 or ShapeNetPart as the authors publish them.
+Seen:  small, in experiments/point_bert; nobody here has their collections.
 
 The rate changes with every step here, with every epoch there.
 """

@@ -16,6 +16,7 @@ PAPER = "Point-BERT (Yu et al. 2022, arXiv:2111.14819)"
 # Stages.
 TOKENIZER, PRETRAINING = "tokenizer", "pre-training"
 FEW_SHOT, CLASSES, PARTS = "few-shot", "classes", "parts"
+_STAGES = (TOKENIZER, PRETRAINING, FEW_SHOT, CLASSES, PARTS)
 # Arms.
 BASE, FEW_CODES, NO_KL = "dVAE", "4 codes", "no KL term"
 PRETRAINED, SCRATCH = "pre-trained", "from scratch"
@@ -109,6 +110,7 @@ def outcome(runs: Sequence[arms.Run], clouds: int) -> Outcome:
     runs: of all stages.
     clouds: how many are drawn with what they decode to.
   """
+  runs = sorted(runs, key=lambda run: _STAGES.index(run.factors["stage"]))
   return Outcome(
     paper=PAPER,
     counts={"runs": len(runs)},

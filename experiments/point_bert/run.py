@@ -58,20 +58,20 @@ class Scale:
 
   Attributes:
     variant: of the configs.
-    tokenizers: keys of `tokenizer_arms`, first the one whose codes are guessed.
     seeds: of pre-training.
     further_steps: of pre-training that goes on with furniture; 0: none.
-    untrained: whether initial values are probed as well.
     tasks: that follow.
+    untrained: whether initial values of the Transformer are probed as well.
+    compared: further arms of the tokenizer.
     clouds: that are drawn with what they decode to.
   """
 
   variant: str
-  tokenizers: Sequence[str]
   seeds: Sequence[int]
   further_steps: int
-  untrained: bool
   tasks: Sequence[Task]
+  untrained: bool
+  compared: Sequence[str]
   clouds: int
 
 
@@ -80,35 +80,33 @@ _SHOTS = dict(ways=5, shots=10)
 SCALES = {
   command.FULL: Scale(
     variant="small",
-    tokenizers=(findings.BASE, findings.FEW_CODES, findings.NO_KL),
     seeds=_SEEDS,
     further_steps=200,
-    untrained=True,
     tasks=(
       Task(
         findings.CLASSES, findings.SHAPES, 150, _SEEDS, {"label_fraction": 0.05}
       ),
       Task(
-        findings.PARTS, findings.SHAPES, 150, _SEEDS, {"label_fraction": 0.05}
-      ),
-      Task(findings.CLASSES, findings.FURNITURE, 150, _SEEDS, {}),
-      Task(
         findings.FEW_SHOT, findings.SHAPES, 60, _SEEDS,
         {"few_shot": _SHOTS | {"tests": 20}}, folds=10,
       ),
+      Task(findings.CLASSES, findings.FURNITURE, 150, _SEEDS, {}),
       Task(
-        findings.FEW_SHOT, findings.FURNITURE, 60, _SEEDS,
+        findings.PARTS, findings.SHAPES, 150, _SEEDS, {"label_fraction": 0.05}
+      ),
+      Task(
+        findings.FEW_SHOT, findings.FURNITURE, 60, (0,),
         {"few_shot": _SHOTS | {"tests": 10}}, folds=10,
       ),
     ),
+    untrained=True,
+    compared=(findings.FEW_CODES, findings.NO_KL),
     clouds=4,
   ),
   "tiny": Scale(
     variant="tiny",
-    tokenizers=(findings.BASE,),
     seeds=(0,),
     further_steps=0,
-    untrained=False,
     tasks=(
       Task(
         findings.FEW_SHOT, findings.SHAPES, 2, (0,),
@@ -116,6 +114,8 @@ SCALES = {
       ),
       Task(findings.PARTS, findings.SHAPES, 2, (0,), {}),
     ),
+    untrained=False,
+    compared=(),
     clouds=1,
   ),
 }  # fmt: skip
@@ -133,7 +133,7 @@ def run(workdir: pathlib.Path, variant: str = command.FULL) -> Outcome:
   if scale.further_steps:
     sources[findings.FURNITURE] = {"source": furniture()}
   bench = arms.Bench(workdir)
-  codes, *_ = (tokenizer(bench, scale, arm) for arm in scale.tokenizers)
+  codes = tokenizer(bench, scale, findings.BASE)
   starts = {
     (clouds, seed): pretrained(bench, scale, codes, clouds, sources, seed)
     for clouds in sources
@@ -145,6 +145,8 @@ def run(workdir: pathlib.Path, variant: str = command.FULL) -> Outcome:
     for seed in task.seeds:
       start = starts[task.clouds, seed]
       fine_tuned(bench, scale, task, sources[task.clouds], start)
+  for arm in scale.compared:
+    tokenizer(bench, scale, arm)
   return findings.outcome(bench.runs, scale.clouds)
 
 
