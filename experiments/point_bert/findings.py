@@ -134,7 +134,7 @@ def _claims(runs: Sequence[arms.Run]) -> list[Claim]:
     claims.append(_probed(runs))
   for task in TASKS:
     if arms.select(runs, stage=task.stage, clouds=task.clouds):
-      claims.append(_helps(runs, task))
+      claims.append(helps(runs, task))
   return claims
 
 
@@ -207,7 +207,7 @@ def _probed(runs: Sequence[arms.Run]) -> Claim:
   )
 
 
-def _helps(runs: Sequence[arms.Run], task: Task) -> Claim:
+def helps(runs: Sequence[arms.Run], task: Task) -> Claim:
   """Every seed must gain, on the average over its folds."""
   chosen = arms.select(runs, stage=task.stage, clouds=task.clouds)
   seeds = dict.fromkeys(run.seed for run in chosen)
