@@ -108,7 +108,6 @@ SCALES = {
         findings.FEW_SHOT, findings.SHAPES, 2,
         {"few_shot": dict(ways=2, shots=4, tests=1)}, folds=1,
       ),
-      Task(findings.PARTS, findings.SHAPES, 2, {}),
     ),
     untrained=False,
     compared=(),
