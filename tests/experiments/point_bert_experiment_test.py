@@ -1,12 +1,15 @@
-"""What is said of Point-BERT's runs, by runs that were made up."""
+"""Stages of Point-BERT's experiment, and what is said of runs."""
 
 import pathlib
 
-from absl.testing import absltest
+import jax
+from absl.testing import absltest, parameterized
 
+from bertjax import experiment
+from bertjax.config import settings
 from experiments import arms
 from experiments.outcome import NOT, PARTLY, REPRODUCED
-from experiments.point_bert import findings
+from experiments.point_bert import findings, stages
 
 _TASK = findings.TASKS[0]
 
@@ -24,6 +27,29 @@ def few_shot(accuracies):
     for (seed, fold), values in accuracies.items()
     for arm, value in zip((findings.PRETRAINED, findings.SCRATCH), values)
   ]
+
+
+class StagesTest(parameterized.TestCase):
+  @parameterized.parameters(stages.classification, stages.segmentation)
+  def test_arms_differ_in_their_start_alone(self, make):
+    start = pathlib.Path("pretrained")
+    ours, scratch = (
+      make("tiny", path, 7, batch_size=3) for path in (start, None)
+    )
+    self.assertEqual(ours.pop("init_from"), {"path": "pretrained"})
+    self.assertIsNone(scratch.pop("init_from"))
+    self.assertEqual(scratch["model"].pop("start"), "classifier")
+    self.assertEqual(ours, scratch)
+    self.assertEqual(ours["stop"], {"steps": 7})
+    self.assertEqual(ours["data"]["batch_size"], 3)
+
+  def test_segmentation_is_one(self):
+    folder = self.create_tempdir().full_path
+    config = stages.segmentation("tiny", None, 2) | {"cache_dir": folder}
+    config["data"]["batch_size"] = len(jax.devices())
+    built = experiment.build(settings(config))
+    self.assertEqual(built.objective.levels, (32, 8))
+    self.assertLen(built.objective.class_parts, 12)
 
 
 class HelpsTest(absltest.TestCase):
