@@ -286,15 +286,21 @@ def _draw_levels(panel: Axes, runs: Sequence[arms.Run]) -> None:
     for task in TASKS
     if arms.select(runs, stage=task.stage, clouds=task.clouds)
   ]
-  for arm in (PRETRAINED, SCRATCH):
+  for side, arm in ((-1, PRETRAINED), (1, SCRATCH)):
     stats = [
       arms.stat(
         runs, task.metric, stage=task.stage, clouds=task.clouds, arm=arm
       )
       for task in known
     ]
-    plots.levels(panel, range(len(known)), stats, arm)
+    panel.bar(
+      [number + 0.2 * side for number in range(len(known))],
+      [stat.mean for stat in stats],
+      width=0.4,
+      yerr=[stat.spread if len(stat.values) > 1 else 0.0 for stat in stats],
+      label=arm,
+    )
   names = [f"{task.stage}\n{task.clouds}" for task in known]
   panel.set_xticks(range(len(known)), names, fontsize=6)
   panel.set_title("accuracy, mIoU of parts")
-  panel.legend(fontsize=7)
+  panel.legend(fontsize=7, loc="lower left")
