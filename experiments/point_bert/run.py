@@ -41,6 +41,7 @@ class Task:
     steps: of fine-tuning.
     data: what `config.data` says otherwise, but for the fold.
     folds: of a few-shot task; 0 for others.
+    seeds: how many pre-trainings another task follows; None: all of them.
   """
 
   stage: str
@@ -48,6 +49,7 @@ class Task:
   steps: int
   data: Mapping[str, Any]
   folds: int = 0
+  seeds: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +90,7 @@ SCALES = {
         findings.FEW_SHOT, findings.SHAPES, 120,
         {"few_shot": _SHOTS | {"tests": 20}, "batch_size": 16}, folds=10,
       ),
-      Task(findings.PARTS, findings.SHAPES, 150, _FEW),
+      Task(findings.PARTS, findings.SHAPES, 150, _FEW, seeds=1),
       Task(findings.CLASSES, findings.FURNITURE, 150, {}),
       Task(
         findings.FEW_SHOT, findings.FURNITURE, 120,
@@ -245,7 +247,7 @@ def fine_tuned(
   make = {findings.PARTS: stages.segmentation}.get(
     task.stage, stages.classification
   )
-  for number in range(task.folds or len(starts)):
+  for number in range(task.folds or task.seeds or len(starts)):
     start, data, factors = starts[number % len(starts)], task.data, {}
     if task.folds:
       data = merge(data, {"few_shot": {"fold": number}})
