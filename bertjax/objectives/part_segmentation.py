@@ -97,7 +97,7 @@ class Segmenter(nn.Module):
   def _thinned(
     self, cloud: Float[Array, "b n 3"], count: int
   ) -> Float[Array, "b m 3"]:
-    index = points.farthest_point_sampling(jax.lax.stop_gradient(cloud), count)
+    index = points.farthest_point_sampling(cloud, count)
     return points.gather(cloud, index)
 
 

@@ -2,7 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
+
+from bertjax.parallel.sharding import parts, platform
+from kernels import farthest_points
 
 _NEAR_ORIGIN = 1e-3
 
@@ -17,7 +21,7 @@ def farthest_point_sampling(
   """Points that are far from each other, by their index.
 
   After `start` always the point whose distance to those already chosen is
-  largest; of equals the first.
+  largest; of equals the first. There is no derivative.
 
   Args:
     points: clouds.
@@ -33,7 +37,7 @@ def farthest_point_sampling(
   b, n, _ = points.shape
   if not 1 <= count <= n:
     raise ValueError(f"count={count} must be between 1 and {n}, the points.")
-  points = points.astype(jnp.float32)
+  points = jax.lax.stop_gradient(points).astype(jnp.float32)
   # Coordinates first: the long axis last is what vectors are made of.
   rows = points.transpose(2, 0, 1)
   first = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (b,))
@@ -42,6 +46,17 @@ def farthest_point_sampling(
     near = (rows**2).sum(0) <= _NEAR_ORIGIN
     distances = jnp.where(near, -1.0, distances)
 
+  if platform() == "tpu" and farthest_points.fits(n):
+    return _by_kernel(rows, distances, first, count)
+  return _by_loop(rows, distances, first, count)
+
+
+def _by_loop(
+  rows: Float[Array, "3 b n"],
+  distances: Float[Array, "b n"],
+  first: Int[Array, " b"],
+  count: int,
+) -> Int[Array, "b g"]:
   def choose(carry, _):
     distances, last = carry
     chosen = jnp.take_along_axis(rows, last[None, :, None], axis=2)
@@ -51,3 +66,30 @@ def farthest_point_sampling(
 
   _, found = jax.lax.scan(choose, (distances, first), length=count)
   return found.T
+
+
+def _by_kernel(
+  rows: Float[Array, "3 b n"],
+  distances: Float[Array, "b n"],
+  first: Int[Array, " b"],
+  count: int,
+) -> Int[Array, "b g"]:
+  """By the TPU's kernel, each device of the clouds that it has."""
+  mesh = jax.sharding.get_abstract_mesh()
+  free = set(mesh.axis_names) - set(mesh.manual_axes)
+
+  def local(rows, distances, first):
+    return farthest_points.farthest_points(rows, distances, first, count)
+
+  if not free:
+    return local(rows, distances, first)
+  (axes,) = parts(first.shape, ("batch",))
+  clouds = PartitionSpec(axes or None)
+  return jax.shard_map(
+    local,
+    in_specs=(PartitionSpec(None, axes or None), clouds, clouds),
+    out_specs=clouds,
+    # All axes: the partitioner must not get to see a kernel.
+    axis_names=free,
+    check_vma=False,
+  )(rows, distances, first)
