@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from benchmarks.farthest_points import sampled
 from bertjax import points
 from bertjax.hardware import compile_for, price
 from kernels.farthest_points import farthest_points, fits
-from tests.kernels import farthest_points_programs
 
 
 def _clouds(b, n):
@@ -61,11 +61,10 @@ class FarthestPointsTest(parameterized.TestCase):
   def test_a_tpu_takes_a_tenth_of_the_cycles(self):
     """On a mesh, where each device has the clouds of its own."""
     sizes = dict(clouds=32, points=1024, count=64)
-    target = farthest_points_programs.sampled
-    ours = compile_for("v5e:2x2", target, **sizes)
+    ours = compile_for("v5e:2x2", sampled, **sizes)
     self.assertRegex(ours.text, r"tpu_custom_call")
     self.assertNotRegex(ours.text, "all-gather|all-reduce|all-to-all")
-    loop = compile_for("v5e:2x2", target, kernel=False, **sizes)
+    loop = compile_for("v5e:2x2", sampled, kernel=False, **sizes)
     self.assertNotRegex(loop.text, r"tpu_custom_call")
     self.assertLess(10 * price(ours).cycles, price(loop).cycles)
     self.assertGreater(price(ours).cycles, 64 * 8 * 3)  # all steps counted
