@@ -3,13 +3,14 @@
 import json
 import pathlib
 import tempfile
+import types
 
 from absl import flags
 from absl.testing import absltest, parameterized
 from ml_collections import config_flags
 
 from bertjax import cli, evals, expressions, train
-from bertjax.predict import __main__ as command
+from bertjax.predict.requests import requests_of
 
 
 class MessagesTest(parameterized.TestCase):
@@ -69,7 +70,8 @@ class MessagesTest(parameterized.TestCase):
     path = self.root / "texts.txt"
     path.write_bytes(b"caf\xe9\n")
     with self.assertRaisesRegex(ValueError, f"{path} is not UTF-8 text"):
-      command._lines(path, "text")
+      asked = types.SimpleNamespace(text=[], pair=[], file=path)
+      requests_of(asked, ("text",))
 
   def test_an_expression_that_is_none_is_quoted(self):
     with self.assertRaisesRegex(

@@ -1,6 +1,7 @@
 """JAX settings of the whole suite; they must precede the first use of JAX."""
 
 import os
+import pathlib
 import shutil
 import tempfile
 
@@ -24,6 +25,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
+import pytest
 from absl import flags
 
 # Named by `--jaxtyping-packages`, which imports no more than `tests`.
@@ -52,6 +54,19 @@ _LONGEST = (
   "task_data_test.py",
   "parity_test.py",
 )
+
+
+# Every compiled program is a few mappings of memory, of which Linux allows a
+# process 65,530; the compiler crashes at the next one.
+_MAPPINGS = pathlib.Path("/proc/self/maps")
+_MANY = 30_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs():
+  yield
+  if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MANY:
+    jax.clear_caches()
 
 
 def pytest_collection_modifyitems(items):

@@ -65,7 +65,7 @@ def features(run: arms.Run) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
     hidden = model.objective.apply(
       variables, {"points": points}, method="encode"
     )
-    return FEATURES["cls_max"](hidden)
+    return FEATURES["cls_max"].pool(hidden)
 
   found, labels = [], []
   for batch in dataset.evaluation_batches(data.batch_size):

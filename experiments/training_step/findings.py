@@ -33,6 +33,7 @@ def outcome(rows: Sequence[Row]) -> Outcome:
       _agreement(rows),
       *([_packing(rows)] if _select(rows, FILL) else []),
     ],
+    counts={"measurements": len(rows)},
     rows=rows,
     summary=_summary(rows),
     figure=_figure(rows),
