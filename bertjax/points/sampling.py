@@ -57,11 +57,19 @@ def _by_loop(
   first: Int[Array, " b"],
   count: int,
 ) -> Int[Array, "b g"]:
+  n = rows.shape[2]
+  places = jnp.arange(n, dtype=jnp.int32)[None]
+
   def choose(carry, _):
     distances, last = carry
-    chosen = jnp.take_along_axis(rows, last[None, :, None], axis=2)
-    distances = jnp.minimum(distances, ((rows - chosen) ** 2).sum(0))
-    following = distances.argmax(1).astype(jnp.int32)
+    # Sums written out, and two passes for `argmax`: what CPUs make vectors of.
+    x, y, z = (
+      jnp.square(row - jnp.take_along_axis(row, last[:, None], axis=1))
+      for row in rows
+    )
+    distances = jnp.minimum(distances, x + y + z)
+    most = distances.max(1, keepdims=True)
+    following = jnp.where(distances == most, places, n - 1).min(1)
     return (distances, following), last
 
   _, found = jax.lax.scan(choose, (distances, first), length=count)
