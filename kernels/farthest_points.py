@@ -1,9 +1,9 @@
 """Farthest point sampling as one Pallas kernel for TPUs.
 
 The loop over chosen points is short of work: a step reads a cloud once and asks
-for its farthest point, which the next one needs. As a loop of XLA's it goes to
-HBM and back for every step; here clouds and distances stay in VMEM, clouds side
-by side in the sublanes, points in the lanes.
+for its farthest point, which the next one needs. A loop of XLA's takes six to
+twelve times the cycles (`benchmarks.farthest_points`); here clouds and distances
+stay in VMEM, clouds side by side in the sublanes, points in the lanes.
 """
 
 import functools

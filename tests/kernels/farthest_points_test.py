@@ -58,7 +58,7 @@ class FarthestPointsTest(parameterized.TestCase):
     importlib.util.find_spec("libtpu"),
     "libtpu is not installed: pip install 'bertjax[test]'",
   )
-  def test_a_tpu_takes_a_tenth_of_the_cycles(self):
+  def test_a_tpu_takes_a_fifth_of_the_cycles(self):
     """On a mesh, where each device has the clouds of its own."""
     sizes = dict(clouds=32, points=1024, count=64)
     ours = compile_for("v5e:2x2", sampled, **sizes)
@@ -66,7 +66,7 @@ class FarthestPointsTest(parameterized.TestCase):
     self.assertNotRegex(ours.text, "all-gather|all-reduce|all-to-all")
     loop = compile_for("v5e:2x2", sampled, kernel=False, **sizes)
     self.assertNotRegex(loop.text, r"tpu_custom_call")
-    self.assertLess(10 * price(ours).cycles, price(loop).cycles)
+    self.assertLess(5 * price(ours).cycles, price(loop).cycles)
     self.assertGreater(price(ours).cycles, 64 * 8 * 3)  # all steps counted
 
 
