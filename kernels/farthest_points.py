@@ -2,8 +2,8 @@
 
 The loop over chosen points is short of work: a step reads a cloud once and asks
 for its farthest point, which the next one needs. A loop of XLA's takes six to
-twelve times the cycles (`benchmarks.farthest_points`); here clouds and distances
-stay in VMEM, clouds side by side in the sublanes, points in the lanes.
+twelve times the cycles (`benchmarks.farthest_points`); here clouds and
+distances stay in VMEM, clouds side by side in the sublanes, points in lanes.
 """
 
 import functools
