@@ -22,7 +22,7 @@ it inside `jax.shard_map` on gradients that nobody has averaged.
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -229,25 +229,14 @@ def build_optimizer(
   spec = dict(spec)
   selection.check_float32(params)
   builder = registry.lookup(OPTIMIZERS, spec.get("name", ""), "optim.name")
-  common = {
-    name: parameter.default
+  common = [
+    name
     for name, parameter in inspect.signature(_surround).parameters.items()
     if parameter.kind is parameter.KEYWORD_ONLY
-  }
+  ]
   takes = inspect.signature(builder).parameters
   resets = {"reset_errors"} if "workers" in takes else set()
-  _check_options(
-    spec,
-    {
-      *common,
-      *takes,
-      *resets,
-      "name",
-      "schedule",
-      "precondition",
-      "loss_scale",
-    },
-  )
+  _check_options(spec, {*common, *takes, *resets, *_OWN_OPTIONS})
   reset_errors = spec.pop("reset_errors", False)
   scale = spec.pop("loss_scale", None)
 
@@ -256,21 +245,15 @@ def build_optimizer(
     if logical_axes is None
     else selection.stacked_from_logical(logical_axes)
   )
-  context: dict[str, Any] = {
-    "stacked_axes": stacked,
-    "total_steps": total_steps,
-  }
-  if "workers" in takes:
-    context["workers"] = _workers(params, logical_axes, stacked, mesh)
-  if param_specs is not None:
-    context |= {
-      "norm_axes": trust_ratio.norm_axes_from_specs(param_specs, stacked),
-      "global_norm_axes": trust_ratio.norm_axes_from_specs(param_specs),
-    }
-  if "trainable" in takes:
-    context["trainable"] = _trainable(
-      params, spec.get("freeze_lowest"), stacked
-    )
+  context = _context(
+    takes,
+    params,
+    logical_axes,
+    stacked,
+    param_specs,
+    mesh,
+    spec.get("freeze_lowest"),
+  ) | {"total_steps": total_steps}
   if "learning_rate" not in spec:
     raise ValueError("optim.learning_rate is required: the peak rate.")
   schedule = build_schedule(
@@ -342,6 +325,40 @@ def build_optimizer(
   return registry.call(
     loss_scale.scaled, scale, "optim.loss_scale", optimizer=optimizer
   )
+
+
+# Options that no row of the table and nothing around it takes.
+_OWN_OPTIONS = ("name", "schedule", "precondition", "loss_scale")
+
+
+def _context(
+  takes: Collection[str],
+  params: Any,
+  logical_axes: Any,
+  stacked: selection.AxesFn,
+  param_specs: Any,
+  mesh: Mesh | None,
+  freeze_lowest: int | None,
+) -> dict[str, Any]:
+  """What a row of the table may take besides its options.
+
+  Args:
+    takes: names of what it takes; only the dear ones are looked up.
+    params: see `build_optimizer`; likewise logical_axes, param_specs and mesh.
+    stacked: (name, leaf) -> stacked axes.
+    freeze_lowest: see `_surround`.
+  """
+  context: dict[str, Any] = {"stacked_axes": stacked}
+  if "workers" in takes:
+    context["workers"] = _workers(params, logical_axes, stacked, mesh)
+  if param_specs is not None:
+    context |= {
+      "norm_axes": trust_ratio.norm_axes_from_specs(param_specs, stacked),
+      "global_norm_axes": trust_ratio.norm_axes_from_specs(param_specs),
+    }
+  if "trainable" in takes:
+    context["trainable"] = _trainable(params, freeze_lowest, stacked)
+  return context
 
 
 # Options of `_surround` that a loop over layers knows.
