@@ -52,9 +52,16 @@ def make_mesh(
     )
   shape, axis_types = tuple(sizes.values()), (AxisType.Auto,) * len(AXES)
   slices = len({getattr(device, "slice_index", 0) for device in devices})
-  if slices == 1:
+  if slices > 1:
+    laid = _over_slices(sizes, slices, devices)
+    return Mesh(laid, AXES, axis_types=axis_types)
+  try:
     return jax.make_mesh(shape, AXES, axis_types=axis_types, devices=devices)
-  return Mesh(_over_slices(sizes, slices, devices), AXES, axis_types=axis_types)
+  except NotImplementedError:  # fsdp=4 is no product of sides of an 8 x 8 torus
+    laid = mesh_utils.create_device_mesh(
+      shape, devices, allow_split_physical_axes=True
+    )
+    return Mesh(laid, AXES, axis_types=axis_types)
 
 
 def sliced_axis(sizes: Mapping[str, int], slices: int) -> str:

@@ -42,6 +42,22 @@ class MeshTest(parameterized.TestCase):
       self.assertEqual({d.slice_index for d in half.flat}, {number})
     self.assertTrue(all("Auto" in str(t) for t in mesh.axis_types))
 
+  @parameterized.parameters(
+    ("v5e:8x8", dict(fsdp=4), (16, 4, 1, 1)),
+    ("v5p:4x4x4", dict(model=2), (32, 1, 2, 1)),
+  )
+  def test_an_axis_takes_a_part_of_a_torus_dimension(
+    self, topology, sizes, shape
+  ):
+    devices = topologies.devices(hardware.parse(topology))
+    mesh = mesh_lib.make_mesh(**sizes, devices=devices)
+    self.assertEqual(mesh.devices.shape, shape)
+    self.assertCountEqual(mesh.devices.flat, devices)
+    for group in mesh.devices.reshape(shape[0], -1):
+      coords = np.array([device.coords for device in group])
+      sides = coords.max(0) - coords.min(0)
+      self.assertCountEqual(sides[sides > 0], [len(group) - 1])
+
   def test_slices_that_divide_no_axis_of_the_batch_are_refused(self):
     devices = topologies.devices(hardware.parse("2xv5e:2x2"))
     with self.assertRaisesRegex(ValueError, "data=1, fsdp=1: the 2 slices"):
