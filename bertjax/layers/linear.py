@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 
 from bertjax.layers.matmul import einsum, held
+from bertjax.parallel.sharding import parts
 
 # "normal truncated at two std with std 0.02": the real deviation is 0.0176.
 bert_init = nn.initializers.truncated_normal(0.02)
@@ -20,6 +21,7 @@ def _affine(
   kernel: jax.Array,
   bias: jax.Array | None,
   dtype: Dtype,
+  exchanged: str,
 ) -> jax.Array:
   """`einsum(spec, x, kernel) + bias`; by a two-dimensional kernel if it can.
 
@@ -33,7 +35,7 @@ def _affine(
   summed = "".join(c for c in letters if c not in out)
   made = letters.removeprefix(summed)
   if summed not in given or made not in out:
-    y = einsum(spec, x, kernel, dtype)
+    y = einsum(spec, x, kernel, dtype, exchanged)
     return _add_bias(y, bias, out, made).astype(dtype)
   start = given.index(summed)
   width = math.prod(kernel.shape[: len(summed)])
@@ -44,6 +46,11 @@ def _affine(
     x.reshape(*x.shape[:start], width, *rest),
     kernel.reshape(width, -1),
     dtype,
+    "".join(
+      flattened
+      for flattened, merged in (("x", summed), ("y", made))
+      if set(merged).intersection(exchanged)
+    ),
   )
   if bias is not None:
     bias = bias.reshape(-1)
@@ -110,4 +117,6 @@ class Linear(nn.Module):
         jnp.float32,
       )
       kernel = held(kernel, bias)
-    return _affine(self.spec, x, kernel, bias, self.dtype)
+    split = parts(shape, self.axes)
+    exchanged = "".join(c for c, axes in zip(letters, split) if "model" in axes)
+    return _affine(self.spec, x, kernel, bias, self.dtype, exchanged)

@@ -10,7 +10,9 @@ from flax.typing import Dtype
 from bertjax.parallel.sharding import platform, replicates_parameters
 
 
-def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def _product(
+  spec: str, a: jax.Array, b: jax.Array, exchanged: str = ""
+) -> jax.Array:
   """`jnp.einsum` accumulating in float32, operands in the order of the output.
 
   XLA's CPU backend has no bfloat16 x bfloat16 -> float32 product for a
@@ -21,13 +23,22 @@ def _product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
   free = [c for c in out if (c in lhs) != (c in rhs)]
   if free and free[0] in rhs:
     lhs, rhs, a, b = rhs, lhs, b, a
-  return jnp.einsum(
-    f"{lhs},{rhs}->{out}", a, b, preferred_element_type=jnp.float32
+  summed = set(lhs).intersection(rhs).difference(out)
+  made = jnp.einsum(
+    f"{lhs},{rhs}->{out}",
+    a,
+    b,
+    preferred_element_type=(
+      a.dtype if summed.intersection(exchanged) else jnp.float32
+    ),
   )
+  return made.astype(jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: Dtype) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def einsum(
+  spec: str, a: jax.Array, b: jax.Array, dtype: Dtype, exchanged: str = ""
+) -> jax.Array:
   """Two-operand einsum: operands cast to `dtype`, sums kept in float32.
 
   Differentiating an ordinary mixed-precision product multiplies the float32
@@ -40,11 +51,13 @@ def einsum(spec: str, a: jax.Array, b: jax.Array, dtype: Dtype) -> jax.Array:
     a: left operand, any float dtype.
     b: right operand, any float dtype.
     dtype: dtype of the multiplications.
+    exchanged: letters that a mesh axis splits in both operands. Devices add up
+      their parts of sums over them; they send them in `dtype`.
 
   Returns:
     The product, float32; cast it to the compute dtype after adding the bias.
   """
-  return _product(spec, a.astype(dtype), _cast(spec, b, dtype))
+  return _product(spec, a.astype(dtype), _cast(spec, b, dtype), exchanged)
 
 
 # A matrix this large in the compute dtype is not kept on chip for a cast.
@@ -107,17 +120,17 @@ held.defvjp(
 )
 
 
-def _forward(spec, a, b, dtype):
-  return einsum(spec, a, b, dtype), (a, b)
+def _forward(spec, a, b, dtype, exchanged):
+  return einsum(spec, a, b, dtype, exchanged), (a, b)
 
 
-def _backward(spec, dtype, residuals, g):
+def _backward(spec, dtype, exchanged, residuals, g):
   a, b = residuals
   inputs, out = spec.split("->")
   lhs, rhs = inputs.split(",")
   g = g.astype(dtype)
   back = f"{out},{rhs}->{lhs}"
-  da = _product(back, g, _cast(back, b, dtype))
+  da = _product(back, g, _cast(back, b, dtype), exchanged)
   db = _product(f"{out},{lhs}->{rhs}", g, a.astype(dtype))
   return da.astype(a.dtype), db.astype(b.dtype)
 
