@@ -37,6 +37,7 @@ def outcome(rows: Sequence[Row]) -> Outcome:
   return Outcome(
     paper=PAPER,
     claims=claims,
+    counts={"compiled steps": len(rows)},
     rows=[_flat(row) for row in rows],
     summary=[_line(row, weak) for row in rows],
     figure=_figure(weak, recipes),
