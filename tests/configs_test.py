@@ -8,6 +8,7 @@ from absl.testing import absltest, parameterized
 
 from bertjax import stopping, train
 from bertjax.config import plain, settings, stage_configs
+from bertjax.data.masking import Masking
 from bertjax.optim import build_optimizer
 from configs import lamb, onebit_adam
 from tests import tiny
@@ -77,6 +78,18 @@ class ConfigsTest(parameterized.TestCase):
     first = -start / warmup if warmup else 1.0
     self.assertAlmostEqual(float(made.schedule(0)), rate * first, places=8)
     self.assertAlmostEqual(float(made.schedule(config.stop["steps"])), 0.0)
+
+  @parameterized.parameters(
+    "base",
+    "large",
+    *(f"batch_{size}" for size in lamb.BATCHES),
+    *(f"mlperf_{name}" for name in lamb.MLPERF),
+  )
+  def test_rows_have_slots_for_the_labels_of_a_full_one(self, variant):
+    for stage in stage_configs(lamb.get_config(variant)).values():
+      masking = Masking(**stage["data"]["masking"])
+      length = stage["data"]["seq_len"]
+      self.assertGreaterEqual(masking.slots(length), round(0.15 * length))
 
   @parameterized.parameters(
     # Table 4 of the LAMB paper, and the steps of its table 1.
