@@ -11,6 +11,7 @@ where it installs them or in the folder that SWEETHOME3D_FURNITURE names.
 """
 
 import dataclasses
+import itertools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -41,7 +42,6 @@ class Task:
     steps: of fine-tuning.
     data: what `config.data` says otherwise, but for the fold.
     folds: of a few-shot task; 0 for others.
-    seeds: how many pre-trainings another task follows; None: all of them.
   """
 
   stage: str
@@ -49,7 +49,6 @@ class Task:
   steps: int
   data: Mapping[str, Any]
   folds: int = 0
-  seeds: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +89,7 @@ SCALES = {
         findings.FEW_SHOT, findings.SHAPES, 120,
         {"few_shot": _SHOTS | {"tests": 20}, "batch_size": 16}, folds=10,
       ),
-      Task(findings.PARTS, findings.SHAPES, 150, _FEW, seeds=1),
+      Task(findings.PARTS, findings.SHAPES, 150, _FEW),
       Task(findings.CLASSES, findings.FURNITURE, 150, {}),
       Task(
         findings.FEW_SHOT, findings.FURNITURE, 120,
@@ -233,9 +232,7 @@ def fine_tuned(
   source: Mapping[str, Any],
   starts: Sequence[arms.Run],
 ) -> None:
-  """Fine-tunes to a task, from each pre-training and from scratch.
-
-  Folds of few-shot tasks are dealt out: each is of one pre-training.
+  """Fine-tunes to each fold of a task, from each pre-training and from scratch.
 
   Args:
     bench: has the runs.
@@ -247,11 +244,9 @@ def fine_tuned(
   make = {findings.PARTS: stages.segmentation}.get(
     task.stage, stages.classification
   )
-  for number in range(task.folds or task.seeds or len(starts)):
-    start, data, factors = starts[number % len(starts)], task.data, {}
-    if task.folds:
-      data = merge(data, {"few_shot": {"fold": number}})
-      factors = {"fold": number}
+  folds = [{"fold": number} for number in range(task.folds)] or [{}]
+  for start, fold in itertools.product(starts, folds):
+    data = merge(task.data, {"few_shot": fold} if fold else {})
     for arm, path in (
       (findings.PRETRAINED, start.workdir),
       (findings.SCRATCH, None),
@@ -262,7 +257,7 @@ def fine_tuned(
         stage=task.stage,
         arm=arm,
         clouds=task.clouds,
-        **factors,
+        **fold,
       )
 
 
