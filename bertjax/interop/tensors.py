@@ -21,7 +21,14 @@ import safetensors.numpy
 Tensors = dict[str, np.ndarray]
 
 # Where training scripts put the state dict among what else they save.
-_STATE_DICTS = ("state_dict", "base_model")
+_STATE_DICTS = ("state_dict", "base_model", "model_state_dict")
+# What numbers of NumPy are made of, in 1 and 2; a script's metrics often are.
+_NUMBERS = (
+  ("numpy.core.multiarray", "scalar"),
+  ("numpy._core.multiarray", "scalar"),
+  ("numpy", "dtype"),
+  ("_codecs", "encode"),
+)
 
 _STORAGES = {
   "DoubleStorage": np.float64,
@@ -44,8 +51,18 @@ def _read_safetensors(path: pathlib.Path) -> Tensors:
     raise ValueError(f"{path} is not a whole safetensors file: {err}") from err
 
 
+class _Number:
+  """Stands for a number of NumPy, which is not read: nobody asks for it."""
+
+  def __init__(self, *parts: Any):
+    del parts
+
+  def __setstate__(self, state: Any):
+    del state
+
+
 class _TensorUnpickler(pickle.Unpickler):
-  """Admits tensors in plain containers and nothing else."""
+  """Admits tensors in plain containers, steps over numbers, refuses the rest."""
 
   def __init__(self, file: Any, load: Callable[..., np.ndarray], where: str):
     super().__init__(file)
@@ -60,6 +77,8 @@ class _TensorUnpickler(pickle.Unpickler):
       return lambda data, requires_grad, hooks: data
     if module == "torch" and name in _STORAGES:
       return _STORAGES[name]
+    if (module, name) in _NUMBERS:
+      return _Number
     raise ValueError(
       f"{self._where} wants to run {module}.{name}, which is no tensor; it is"
       " not opened. Save the state dict alone, or as safetensors."

@@ -268,6 +268,27 @@ class TorchFileTest(FolderTestCase):
     with self.assertRaisesRegex(ValueError, "wants to run .*system.*no tensor"):
       tensors.read_torch_file(path)
 
+  @parameterized.parameters("state_dict", "base_model", "model_state_dict")
+  def test_what_scripts_save_beside_a_state_dict_is_stepped_over(self, key):
+    weight = torch.arange(3.0)
+    accuracy = np.float64(0.9)  # as of sklearn, and of `np.mean`
+    path = self.save(
+      {"metrics": {"acc": accuracy, "n": np.int64(3)}, key: {"w": weight}}
+    )
+    self.assertEqual([*tensors.read_torch_file(path)], ["w"])
+    # NumPy 1, with which most files were written, has another name for them.
+    old = self.root / "old.bin"
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(old, "w") as target:
+      for name in source.namelist():
+        content = source.read(name)
+        if name.endswith("data.pkl"):
+          self.assertIn(b"numpy._core.multiarray\n", content)
+          content = content.replace(b"numpy._core.", b"numpy.core.")
+        target.writestr(name, content)
+    np.testing.assert_array_equal(tensors.read_torch_file(old)["w"], weight)
+    with self.assertRaisesRegex(ValueError, "state dict of named tensors"):
+      tensors.read_torch_file(self.save({"w": weight, "acc": accuracy}))
+
   def test_the_old_format_is_refused_with_advice(self):
     path = self.save(
       {"weight": torch.zeros(2)}, _use_new_zipfile_serialization=False
