@@ -62,7 +62,7 @@ class _Number:
 
 
 class _TensorUnpickler(pickle.Unpickler):
-  """Admits tensors in plain containers, steps over numbers, refuses the rest."""
+  """Admits tensors in plain containers, skips numbers, refuses the rest."""
 
   def __init__(self, file: Any, load: Callable[..., np.ndarray], where: str):
     super().__init__(file)

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 from absl.testing import absltest
 
-from bertjax.data.shapes import files
+from bertjax.data.shapes import files, hdf5, sources
 
 
 def rows(seed, columns, count=9):
@@ -83,24 +83,81 @@ class FilesTest(absltest.TestCase):
       files.ModelNet40Cache(path)
 
   def test_scanobjectnn(self):
-    for number, (home, ending) in enumerate(files.SCAN_VARIANTS.values()):
+    for number, (home, ending) in enumerate(hdf5.SCAN_VARIANTS.values()):
       path = self.root / home / f"test_{ending}"
       path.parent.mkdir(exist_ok=True)
       with h5py.File(path, "w") as file:
         file["data"] = np.stack([rows(number, 3), rows(number + 5, 3)])
         file["label"] = np.array([3, number], np.int32)
-    for number, variant in enumerate(files.SCAN_VARIANTS):
-      found = files.ScanObjectNN(self.root, "test", variant)
+    for number, variant in enumerate(hdf5.SCAN_VARIANTS):
+      found = hdf5.ScanObjectNN(self.root, "test", variant)
       self.assertEqual([cloud.label for cloud in found], [3, number])
       np.testing.assert_array_equal(found[0].points, rows(number, 3))
     self.assertLen(found.classes, 15)
     with self.assertRaisesRegex(FileNotFoundError, "training_objectdataset"):
-      files.ScanObjectNN(self.root)
+      hdf5.ScanObjectNN(self.root)
     with h5py.File(path, "w") as file:
       file["data"] = rows(0, 3)
       file["label"] = np.zeros(9)
     with self.assertRaisesRegex(ValueError, r"data \(9, 3\)"):
-      files.ScanObjectNN(self.root, "test")
+      hdf5.ScanObjectNN(self.root, "test")
+    with h5py.File(path, "w") as file:
+      file["data"] = rows(0, 3)[None]
+    with self.assertRaisesRegex(ValueError, "scale75.h5 has no 'data' or no"):
+      hdf5.ScanObjectNN(self.root, "test")
+    path.write_bytes(path.read_bytes()[:99])
+    with self.assertRaisesRegex(ValueError, "scale75.h5 cannot be read: .*tru"):
+      hdf5.ScanObjectNN(self.root, "test")
+
+  def test_modelnet40_hdf5(self):
+    """As `modelnet40_ply_hdf5_2048` lists its files: from elsewhere."""
+    self.write("shape_names.txt", "airplane\nbathtub\nbed\n")
+    lines = [f"data/somewhere/ply_data_train{i}.h5\n" for i in (1, 0)]
+    self.write("train_files.txt", "".join(lines))
+    self.write("test_files.txt", "data/somewhere/ply_data_test0.h5\n")
+    for i, labels in enumerate(([2], [0, 1])):
+      with h5py.File(self.root / f"ply_data_train{i}.h5", "w") as file:
+        file["data"] = np.stack([rows(10 * i + j, 3) for j in labels])
+        file["label"] = np.array(labels, np.uint8)[:, None]
+    source = sources.modelnet40_hdf5(path=str(self.root))
+    found = source.open("train")
+    self.assertEqual(found.classes, ("airplane", "bathtub", "bed"))
+    self.assertEqual([cloud.label for cloud in found], [0, 1, 2])
+    np.testing.assert_array_equal(found.labels, [0, 1, 2])
+    for cloud, seed in zip(found, (10, 11, 2)):
+      np.testing.assert_array_equal(cloud.points, rows(seed, 3))
+    with self.assertRaisesRegex(ValueError, "ply_data_test0.h5 is not there"):
+      source.open("test")
+    with h5py.File(self.root / "ply_data_test0.h5", "w") as file:
+      file["data"], file["label"] = rows(0, 3)[None], np.array([[3]], np.uint8)
+    with self.assertRaisesRegex(ValueError, "label 3 is of none of the 3 cla"):
+      source.open("test")
+    self.write("test_files.txt", "\n")
+    with self.assertRaisesRegex(ValueError, "test_files.txt names no file"):
+      source.open("test")
+
+  def test_damaged_files_and_empty_lists_are_named(self):
+    self.write("train.txt", "1-a.npy\n1-b.npy\n")
+    np.save(self.root / "1-a.npy", rows(0, 3))
+    whole = (self.root / "1-a.npy").read_bytes()
+    for content in (b"", b"no array", whole[:-5]):
+      (self.root / "1-b.npy").write_bytes(content)
+      with self.assertRaisesRegex(ValueError, "1-b.npy holds no points: "):
+        files.ShapeNet55(self.root)[1]
+    self.write("modelnet40_train.txt", "bed_0001\n")
+    self.write("bed/bed_0001.txt", "1,2,3\nx\n")
+    with self.assertRaisesRegex(ValueError, "bed_0001.txt holds no points: "):
+      files.ModelNet40(self.root)[0]
+    for content in (b"", b"no pickle", pickle.dumps([rows(0, 6)])[:40]):
+      (self.root / "a.dat").write_bytes(content)
+      with self.assertRaisesRegex(ValueError, "a.dat cannot be read: "):
+        files.ModelNet40Cache(self.root / "a.dat")
+    self.write("test.txt", "\n\n")
+    with self.assertRaisesRegex(ValueError, "split 'test' is empty; its list"):
+      sources.shapenet55(path=str(self.root)).open("test")
+    self.write("synsetoffset2category.txt", "Bag 02773838\nChair\n")
+    with self.assertRaisesRegex(ValueError, "category.txt should hold NAME SY"):
+      files.ShapeNetPart(self.root)
 
   def test_shapenet_part(self):
     self.write(

@@ -1,7 +1,8 @@
 """Readers of the published collections of point clouds, as they lie on disk.
 
 Each is a sequence of `Cloud`s, read when asked for: points as they are stored,
-neither sampled nor scaled. Point-BERT (Yu et al. 2022) uses all four.
+neither sampled nor scaled. Point-BERT (Yu et al. 2022) uses all of them, and
+ScanObjectNN (`hdf5`).
 """
 
 import dataclasses
@@ -9,13 +10,16 @@ import itertools
 import json
 import pathlib
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from bertjax.data.sources.base import fingerprint_of
 from bertjax.registry import lookup
+
+# What readers of arrays and pickles raise at something else, or at half of it.
+_BROKEN = (ValueError, TypeError, EOFError, IndexError, pickle.UnpicklingError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +97,7 @@ class ShapeNet55(Clouds):
     names = [
       name
       for part in lookup(splits, split, "split")
-      for name in _names(folder, f"{part}.txt", ("ShapeNet-55", "."))
+      for name in lines_of(folder, f"{part}.txt", ("ShapeNet-55", "."))
     ]
     for name in names:
       if "-" not in name or not name.endswith(".npy"):
@@ -106,7 +110,7 @@ class ShapeNet55(Clouds):
     super().__init__([home / n for n in names], [numbers[s] for s in synsets])
 
   def __getitem__(self, index: int) -> Cloud:
-    points = _array(self._paths[index], np.load(self._paths[index]), 3)
+    points = _read(self._paths[index], np.load, 3)
     return Cloud(points, self._labels[index])
 
 
@@ -128,7 +132,7 @@ class ModelNet40(Clouds):
     """
     folder = pathlib.Path(folder)
     part = lookup({"train": "train", "test": "test"}, split, "split")
-    names = _names(folder, f"modelnet40_{part}.txt", (".",))
+    names = lines_of(folder, f"modelnet40_{part}.txt")
     kinds = [name.rpartition("_")[0] for name in names]
     listed = folder / "modelnet40_shape_names.txt"
     every = (
@@ -148,7 +152,7 @@ class ModelNet40(Clouds):
 
   def __getitem__(self, index: int) -> Cloud:
     path = self._paths[index]
-    rows = _array(path, np.loadtxt(path, delimiter=",", ndmin=2), 6)
+    rows = _read(path, lambda p: np.loadtxt(p, delimiter=",", ndmin=2), 6)
     return Cloud(rows[:, :3], self._labels[index], normals=rows[:, 3:])
 
 
@@ -162,8 +166,7 @@ class ModelNet40Cache(Clouds):
     Raises:
       ValueError: it holds something else.
     """
-    with open(path, "rb") as file:
-      found = _Arrays(file).load()
+    found = _unpickled(path)
     try:
       clouds, labels = found
       labels = [int(np.asarray(label).item()) for label in labels]
@@ -216,8 +219,7 @@ class FewShotPickle(Clouds):
         f"there is no {fold}.pkl in {' or '.join(spellings)}."
       )
     lookup(dict.fromkeys(("train", "test")), split, "split")
-    with open(path, "rb") as file:
-      found = _Arrays(file).load()
+    found = _unpickled(path)
     try:
       rows = [
         (cloud, int(np.asarray(new).item()), int(np.asarray(old).item()))
@@ -258,76 +260,17 @@ class _Arrays(pickle.Unpickler):
 _ARRAY_PARTS = ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer")
 
 
-# Folder and ending of the files of ScanObjectNN's three variants.
-SCAN_VARIANTS = {
-  "objectonly": ("main_split_nobg", "objectdataset.h5"),
-  "background": ("main_split", "objectdataset.h5"),
-  "hardest": ("main_split", "objectdataset_augmentedrot_scale75.h5"),
-}
+def _unpickled(path: str | pathlib.Path) -> Any:
+  """What a pickle of arrays holds.
 
-
-class ScanObjectNN(Clouds):
-  """HDF5 with `data` [n, 2048, 3] and `label` [n], of 15 classes.
-
-  Needs h5py: `pip install 'bertjax[points]'`.
+  Raises:
+    ValueError: it cannot be read, or holds more than arrays.
   """
-
-  classes = (
-    "bag",
-    "bin",
-    "box",
-    "cabinet",
-    "chair",
-    "desk",
-    "display",
-    "door",
-    "shelf",
-    "table",
-    "bed",
-    "pillow",
-    "sink",
-    "sofa",
-    "toilet",
-  )
-
-  def __init__(
-    self,
-    folder: str | pathlib.Path,
-    split: str = "train",
-    variant: str = "hardest",
-  ):
-    """Args:
-    folder: that holds main_split and main_split_nobg.
-    split: "train" or "test".
-    variant: "objectonly" (OBJ_ONLY), "background" (OBJ_BG) or "hardest"
-      (PB_T50_RS).
-
-    Raises:
-      ValueError: an unknown split or variant, or arrays of other shapes.
-      FileNotFoundError: the file is missing.
-    """
-    import h5py
-
-    home, ending = lookup(SCAN_VARIANTS, variant, "variant")
-    start = lookup({"train": "training", "test": "test"}, split, "split")
-    path = pathlib.Path(folder) / home / f"{start}_{ending}"
-    if not path.exists():
-      raise FileNotFoundError(f"{path} is not there.")
-    with h5py.File(path) as file:
-      try:
-        data, labels = file["data"][()], file["label"][()].reshape(-1)
-      except KeyError as err:
-        raise ValueError(f"{path} has no 'data' or no 'label'.") from err
-    if data.ndim != 3 or data.shape[-1] != 3 or len(data) != len(labels):
-      raise ValueError(
-        f"{path}: data {data.shape} and label {labels.shape} should be"
-        " [n, points, 3] and [n]."
-      )
-    self._data = data.astype(np.float32)
-    super().__init__([path] * len(data), labels.tolist())
-
-  def __getitem__(self, index: int) -> Cloud:
-    return Cloud(self._data[index], self._labels[index])
+  try:
+    with open(path, "rb") as file:
+      return _Arrays(file).load()
+  except _BROKEN as err:
+    raise ValueError(f"{path} cannot be read: {err}.") from err
 
 
 class ShapeNetPart(Clouds):
@@ -362,10 +305,10 @@ class ShapeNetPart(Clouds):
     folder = pathlib.Path(folder)
     splits = {name: [name] for name in ("train", "val", "test")}
     splits["trainval"] = ["train", "val"]
-    pairs = [
-      line.split()
-      for line in _names(folder, "synsetoffset2category.txt", (".",))
-    ]
+    listed = "synsetoffset2category.txt"
+    pairs = [line.split() for line in lines_of(folder, listed)]
+    if not all(len(pair) == 2 for pair in pairs):
+      raise ValueError(f"{folder / listed} should hold NAME SYNSET a line.")
     self.classes = tuple(name for name, _ in pairs)
     numbers = {synset: i for i, (_, synset) in enumerate(pairs)}
     paths, labels = [], []
@@ -381,7 +324,7 @@ class ShapeNetPart(Clouds):
 
   def __getitem__(self, index: int) -> Cloud:
     path = self._paths[index]
-    rows = _array(path, np.loadtxt(path, ndmin=2), 7)
+    rows = _read(path, lambda p: np.loadtxt(p, ndmin=2), 7)
     return Cloud(
       rows[:, :3],
       self._labels[index],
@@ -390,8 +333,19 @@ class ShapeNetPart(Clouds):
     )
 
 
-def _names(folder: pathlib.Path, name: str, homes: Sequence[str]) -> list[str]:
-  """The lines of a list in the first of the folders that has it."""
+def lines_of(
+  folder: pathlib.Path, name: str, homes: Sequence[str] = (".",)
+) -> list[str]:
+  """The lines of a list, without empty ones.
+
+  Args:
+    folder: of the collection.
+    name: of the list.
+    homes: folders in it, the first of which that has the list counts.
+
+  Raises:
+    FileNotFoundError: none has it.
+  """
   for home in homes:
     path = folder / home / name
     if path.exists():
@@ -401,6 +355,21 @@ def _names(folder: pathlib.Path, name: str, homes: Sequence[str]) -> list[str]:
   raise FileNotFoundError(
     f"{folder} has no {name}; looked in {', '.join(homes)}."
   )
+
+
+def _read(
+  path: pathlib.Path, load: Callable[[pathlib.Path], Any], columns: int
+) -> np.ndarray:
+  """The rows of a file.
+
+  Raises:
+    ValueError: it cannot be read, or see `_array`.
+  """
+  try:
+    rows = np.asarray(load(path), np.float32)
+  except _BROKEN as err:
+    raise ValueError(f"{path} holds no points: {err}.") from err
+  return _array(path, rows, columns)
 
 
 def _array(path: Any, rows: Any, columns: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bertjax.data.shapes import files, furniture, meshes
+from bertjax.data.shapes import files, furniture, hdf5, meshes
 from bertjax.data.shapes.files import Cloud, Clouds
 from bertjax.data.shapes.procedural import SHAPES, ProceduralShapes
 from bertjax.data.sources.base import fingerprint_of
@@ -146,9 +146,15 @@ class OnDisk(ShapeSource):
     if not pathlib.Path(self._path).exists():
       raise ValueError(f"data.source.path={self._path!r} is not there.")
     try:
-      return self._open_split(split)
+      clouds = self._open_split(split)
     except FileNotFoundError as err:
       raise ValueError(f"data.source.path={self._path!r}: {err}") from err
+    if not len(clouds):
+      raise ValueError(
+        f"data.source.path={self._path!r}: the split {split!r} is empty; its"
+        " list names no cloud."
+      )
+    return clouds
 
   def about(self) -> About:
     return self._about
@@ -174,6 +180,11 @@ def modelnet40_cache(*, path: str, points: int = 8192) -> OnDisk:
   return OnDisk(path, open_split, About(40))
 
 
+def modelnet40_hdf5(*, path: str) -> OnDisk:
+  """See `hdf5.ModelNet40HDF5`."""
+  return OnDisk(path, lambda s: hdf5.ModelNet40HDF5(path, s), About(40))
+
+
 def modelnet40_few_shot(
   *, path: str, ways: int, shots: int, fold: int = 0
 ) -> OnDisk:
@@ -186,8 +197,8 @@ def modelnet40_few_shot(
 
 
 def scanobjectnn(*, path: str, variant: str = "hardest") -> OnDisk:
-  """See `files.ScanObjectNN`."""
-  return OnDisk(path, lambda s: files.ScanObjectNN(path, s, variant), About(15))
+  """See `hdf5.ScanObjectNN`."""
+  return OnDisk(path, lambda s: hdf5.ScanObjectNN(path, s, variant), About(15))
 
 
 def shapenetpart(*, path: str) -> OnDisk:
@@ -330,6 +341,7 @@ SHAPE_SOURCES: dict[str, Callable[..., ShapeSource]] = {
   "modelnet40": modelnet40,
   "modelnet40_cache": modelnet40_cache,
   "modelnet40_few_shot": modelnet40_few_shot,
+  "modelnet40_hdf5": modelnet40_hdf5,
   "procedural": Procedural,
   "scanobjectnn": scanobjectnn,
   "shapenet55": shapenet55,
