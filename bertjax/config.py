@@ -78,7 +78,8 @@ class Settings:
     mesh: arguments of `make_mesh`.
     microbatches: parts into which a batch is split for accumulation.
     evals: evaluators by any name: `name` of `EVALUATORS`, `every` (steps) or
-      `every_epochs`, and options; without either only at the end.
+      `every_epochs`, and options; without either only at the end. `data` has
+      what differs from this config's in what is read, such as another source.
     every: steps between readings of the metrics (`log`) and between
       checkpoints (`checkpoint`).
     keep: arguments of `Checkpointer` about what stays.

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from bertjax import objectives, registry, resolve, train_state, train_step
-from bertjax.config import Settings
+from bertjax.config import Settings, merge
 from bertjax.data.base import Data
 from bertjax.data.points import PointData
 from bertjax.data.static import StaticData
@@ -154,15 +154,43 @@ def takes(spec, option: str) -> bool:
 
 
 def build_evaluator(experiment: Experiment, spec, field: str) -> Evaluator:
-  """One evaluator of the table `EVALUATORS`."""
+  """One evaluator of the table `EVALUATORS`.
+
+  Args:
+    experiment: whose model is measured.
+    spec: its name and options; `data` among them has the options in which what
+      it reads differs from `config.data`, such as another source.
+    field: the config field that holds `spec`, for messages.
+  """
+  options, data = dict(spec), experiment.data
+  if (changes := options.pop("data", None)) is not None:
+    data = _other_data(experiment, changes, f"{field}.data")
   return registry.build(
     EVALUATORS,
-    spec,
+    options,
     field,
     objective=experiment.objective,
-    data=experiment.data,
+    data=data,
     mesh=experiment.mesh,
   )
+
+
+def _other_data(experiment: Experiment, changes, field: str) -> Data:
+  """The data of a run with other options.
+
+  Raises:
+    ValueError: names the field that does not fit.
+  """
+  settings = experiment.settings
+  try:
+    return build_data(
+      merge(settings.data, changes),
+      seed=settings.seed_of("data"),
+      mask_seed=settings.seed_of("masks"),
+      cache_dir=settings.cache_path,
+    )
+  except ValueError as err:
+    raise ValueError(f"{field}: {err}") from err
 
 
 def build_objective(settings: Settings, data: Data) -> nn.Module:

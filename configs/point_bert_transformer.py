@@ -6,12 +6,14 @@ Run:   python -m bertjax.train --workdir=runs/points \
        python -m bertjax.train --workdir=runs/modelnet40 \
            --config=configs/point_bert_transformer.py:classify \
            --config.init_from.path=runs/points
-       pretrain  masked point modelling; runs/dvae is of configs/point_bert.py,
-                 or the authors' dVAE.pth
-       classify  ModelNet40 from 1024 points; from runs/points, or the authors'
-                 Point-BERT.pth
-       segment   parts of ShapeNetPart's 16 categories
-       scratch   classify without pre-training, from their other initial values
+       pretrain   masked point modelling; runs/dvae is of configs/point_bert.py,
+                  or the authors' dVAE.pth
+       classify   ModelNet40 from 1024 points (classify_4k: 4096, classify_8k:
+                  8192); from runs/points, or the authors' Point-BERT.pth
+       scratch    classify without pre-training, from other initial values
+       scans      ScanObjectNN; data.source.variant is one of its three
+       few_shot   5 classes of ModelNet40, 10 clouds of each; one fold of ten
+       segment    parts of ShapeNetPart's 16 categories
 Then:  python -m bertjax.predict classify_points --model=runs/modelnet40 \
            --input=chair.obj --votes=10
        python -m bertjax.predict segment_points --model=runs/parts \
@@ -19,7 +21,9 @@ Then:  python -m bertjax.predict classify_points --model=runs/modelnet40 \
 Small: --config=configs/point_bert_transformer.py:small   all three stages on
        generated shapes, no network
 Tiny:  --config=configs/point_bert_transformer.py:tiny   (they just run)
-Needs: ShapeNet55, ModelNet40 or ShapeNetPart as the authors publish them.
+Needs: ShapeNet55, ModelNet40, ScanObjectNN or ShapeNetPart as the authors
+       publish them. A linear probe of ModelNet40 chooses among checkpoints of
+       pre-training; evals.probe.data.source names another source.
 Seen:  small, in experiments/point_bert; nobody here has their collections.
 
 The rate changes with every step here, with every epoch there.
@@ -49,7 +53,11 @@ def get_config(variant: str = "pretrain") -> ml_collections.ConfigDict:
   makers = {
     "pretrain": _pretrain,
     "classify": _classify,
+    "classify_4k": lambda: _classify(4096),
+    "classify_8k": lambda: _classify(8192),
     "scratch": _scratch,
+    "scans": _scans,
+    "few_shot": _few_shot,
     "segment": _segment,
     "small": _small,
     "tiny": _tiny,
@@ -62,15 +70,14 @@ def get_config(variant: str = "pretrain") -> ml_collections.ConfigDict:
   return makers[variant]()
 
 
-def _optim(clouds: int, batch_size: int, warmup: int) -> dict:
-  """AdamW; up from 0 over epochs of `warmup`, down to 1e-6 over the rest."""
-  epoch = -(-clouds // batch_size)
+def _optim(warmup: int | float) -> dict:
+  """AdamW; up from 0 over steps or a share of all, down to 1e-6 after that."""
   return dict(
     name="adamw",
     learning_rate=5e-4,
     weight_decay=0.05,
     no_decay=_NO_DECAY,
-    schedule=dict(name="cosine", warmup=warmup * epoch, end_factor=2e-3),
+    schedule=dict(name="cosine", warmup=warmup, end_factor=2e-3),
   )
 
 
@@ -95,26 +102,46 @@ def _pretrain() -> ml_collections.ConfigDict:
     batch_size=128,
   )
   epoch = -(-_PRETRAINING // 128)
-  c.optim = _optim(_PRETRAINING, 128, warmup=3)
+  c.optim = _optim(3 * epoch)
   c.stop = dict(steps=300 * epoch)
-  c.evals = {}
+  # Of what the contrast head says of clouds of their own farthest points.
+  modelnet = dict(
+    source=dict(name="modelnet40", path="ModelNet40"),
+    train_split="train",
+    stored_points=1024,
+    farthest=True,
+    draw_eval="first",
+  )
+  c.evals.probe = dict(
+    name="linear_probe",
+    features="contrast",
+    split="test",
+    data=modelnet,
+    every=10 * epoch,
+  )
+  c.keep = dict(best_metric="probe/accuracy")
   c.every = dict(log=100, checkpoint=epoch)
   return c
 
 
-def _classify() -> ml_collections.ConfigDict:
+# Points of a row: patches, and the farthest points that it is drawn of.
+_DENSITIES = {1024: (64, 1200), 4096: (256, 4800), 8192: (512, 8192)}
+
+
+def _classify(num_points: int = 1024) -> ml_collections.ConfigDict:
   """300 epochs of 32 clouds."""
+  patches, stored = _DENSITIES[num_points]
   c = new_config()
   c.seed = 0
   c.init_from = dict(path="runs/points")
-  c.model = dict(name="point_bert", patches=64, patch_size=32)
+  c.model = dict(name="point_bert", patches=patches, patch_size=32)
   c.objective = dict(name="point_classification")
   c.data = dict(
     name="points",
     source=dict(name="modelnet40", path="ModelNet40"),
-    num_points=1024,
+    num_points=num_points,
     # 1024 of 1200 points that lie far apart; the first of them to evaluate.
-    stored_points=1200,
+    stored_points=stored,
     farthest=True,
     draw="subset",
     draw_eval="first",
@@ -122,7 +149,7 @@ def _classify() -> ml_collections.ConfigDict:
     batch_size=32,
   )
   epoch = -(-_MODELNET // 32)
-  c.optim = dict(_optim(_MODELNET, 32, warmup=10), clip_norm=10.0)
+  c.optim = dict(_optim(10 * epoch), clip_norm=10.0)
   c.stop = dict(steps=300 * epoch)
   c.evals = dict(
     heldout=dict(name="objective", split="test", every=epoch),
@@ -136,6 +163,38 @@ def _scratch() -> ml_collections.ConfigDict:
   c = _classify()
   c.init_from = None
   c.model.start = "classifier"
+  return c
+
+
+def _scans() -> ml_collections.ConfigDict:
+  """300 epochs of 32 scans, which are neither moved nor scaled."""
+  c = _classify()
+  c.data.source = dict(
+    name="scanobjectnn", path="ScanObjectNN", variant="hardest"
+  )
+  c.data.unit_sphere = False
+  c.optim = dict(_optim(10 / 300), clip_norm=10.0)
+  c.stop = dict(epochs=300)
+  c.evals.heldout = dict(name="objective", split="test", every_epochs=1)
+  c.evals.votes = dict(name="voting", split="test", every_epochs=10)
+  c.every.checkpoint = 100
+  return c
+
+
+def _few_shot() -> ml_collections.ConfigDict:
+  """150 epochs of 50 clouds, of the authors' tasks."""
+  c = _classify()
+  c.data.source = dict(
+    name="modelnet40_few_shot",
+    path="ModelNetFewshot",
+    ways=5,
+    shots=10,
+    fold=0,
+  )
+  c.optim = dict(_optim(10 / 150), clip_norm=10.0)
+  c.stop = dict(epochs=150)
+  c.evals = dict(heldout=dict(name="objective", split="test"))
+  c.every.checkpoint = 100
   return c
 
 
@@ -157,7 +216,7 @@ def _segment() -> ml_collections.ConfigDict:
   c.objective.batch_norm_momentum = dict(
     start=0.1, factor=0.5, every=20 * epoch, floor=0.01
   )
-  c.optim = _optim(_PARTS, 16, warmup=10)
+  c.optim = _optim(10 * epoch)
   c.stop = dict(steps=300 * epoch)
   c.evals = dict(heldout=dict(name="part_iou", split="test", every=epoch))
   c.every = dict(log=100, checkpoint=epoch)

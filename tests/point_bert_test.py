@@ -44,7 +44,12 @@ class RunTest(parameterized.TestCase):
     )
     cache = {"BERTJAX_CACHE": str(cls.root / "cache")}
     cls.enterClassContext(mock.patch.dict(os.environ, cache))
-    cls.config = config(mesh=dict(data=2, fsdp=4))
+    # Clouds of another source, of which training knows nothing.
+    cls.torus = dict(name="procedural", classes=("torus",), sizes=dict(other=9))
+    other = dict(
+      name="reconstruction", split="other", data=dict(source=cls.torus)
+    )
+    cls.config = config(mesh=dict(data=2, fsdp=4), evals=dict(elsewhere=other))
     cls.workdir = cls.root / "run"
     cls.result = train.train(cls.config, cls.workdir)
     cls.model = load_model(cls.workdir)
@@ -77,11 +82,25 @@ class RunTest(parameterized.TestCase):
       )
 
   def test_evaluation_of_clouds_from_elsewhere(self):
-    source = dict(name="procedural", classes=("torus",), sizes=dict(other=9))
     values = evaluate(
-      self.workdir, split="other", source=source, evaluators=["reconstruction"]
+      self.workdir,
+      split="other",
+      source=merge(self.config["data"]["source"], self.torus),
+      evaluators=["reconstruction"],
     )
     self.assertEqual(values["cd_l2"], values["cd_l2/torus"])
+    for name, value in values.items():
+      np.testing.assert_allclose(
+        self.result.metrics[f"elsewhere/{name}"], value, rtol=1e-4
+      )
+
+  def test_options_of_other_data_are_checked(self):
+    other = dict(elsewhere=dict(data=dict(sauce=1)))
+    built = experiment.build(settings(merge(self.config, dict(evals=other))))
+    with self.assertRaisesRegex(
+      ValueError, "evals.elsewhere.data: data.sauce is not an option.*'source'"
+    ):
+      built.evaluators()
 
   def test_points_are_those_of_an_evaluation(self):
     """Of a cluster and a few points far away, farthest points keep the few."""

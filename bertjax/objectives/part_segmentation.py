@@ -38,6 +38,7 @@ class Segmenter(nn.Module):
     emb_dim: model width e.
     dropout_rate: before the last map.
     dtype: compute dtype.
+    skip_near_origin: see `points.farthest_point_sampling`.
   """
 
   num_parts: int
@@ -46,6 +47,7 @@ class Segmenter(nn.Module):
   emb_dim: int
   dropout_rate: float = 0.5
   dtype: Dtype = jnp.float32
+  skip_near_origin: bool = False
 
   @nn.compact
   def __call__(
@@ -97,7 +99,9 @@ class Segmenter(nn.Module):
   def _thinned(
     self, cloud: Float[Array, "b n 3"], count: int
   ) -> Float[Array, "b m 3"]:
-    index = points.farthest_point_sampling(cloud, count)
+    index = points.farthest_point_sampling(
+      cloud, count, skip_near_origin=self.skip_near_origin
+    )
     return points.gather(cloud, index)
 
 
@@ -135,6 +139,7 @@ class PartSegmentation(PointFineTuning):
       self.encoder.style.emb_dim,
       self.dropout_rate,
       self.encoder.style.dtype,
+      self.encoder.skip_near_origin,
     )
 
   @property

@@ -165,8 +165,9 @@ def pair(name):
 
 
 class HeadsTest(parameterized.TestCase):
-  def patches(self):
-    patches = points.group(clouds()["points"], G, M)
+  def patches(self, cloud=None, **options):
+    cloud = clouds()["points"] if cloud is None else cloud
+    patches = points.group(cloud, G, M, **options)
     return [torch.from_numpy(np.array(x)) for x in patches[:2]]
 
   def test_classes(self):
@@ -178,22 +179,34 @@ class HeadsTest(parameterized.TestCase):
       expected = module(*self.patches())
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
-  def test_parts(self):
+  @parameterized.parameters(False, True)
+  def test_parts(self, skip):
     objective, variables, module = pair("segmenter")
+    objective = objective.clone(
+      encoder=objective.encoder.clone(skip_near_origin=skip)
+    )
     batch = clouds()
+    # One of these is far from all others: the levels have it, or skip it.
+    near = (jnp.arange(N) % 9 == 4)[None, :, None]
+    cloud = batch["points"] * jnp.where(near, 0.001, 1) + 0.01 * near
+    cloud = batch["points"] = jnp.where(near, cloud, cloud + jnp.sign(cloud))
     found = jax.jit(functools.partial(objective.apply, method="logits"))(
       variables, batch
     )
-    cloud = batch["points"]
     levels = [
-      points.gather(cloud, points.farthest_point_sampling(cloud, count))
+      points.gather(
+        cloud,
+        points.farthest_point_sampling(cloud, count, skip_near_origin=skip),
+      )
       for count in LEVELS
     ]
+    inside = [bool(((x**2).sum(-1) <= 1e-3).any(1).all()) for x in levels]
+    self.assertEqual(inside, [not skip] * 2)
     with torch.no_grad():
       expected = module(
         torch.from_numpy(np.array(cloud)),
         torch.from_numpy(np.array(batch["category"])),
-        *self.patches(),
+        *self.patches(cloud, skip_near_origin=skip),
         *(torch.from_numpy(np.array(x)) for x in levels),
       )
     # Points of a cloud differ by some 1e-2, float32 sums by some 1e-7.
