@@ -11,6 +11,7 @@ def largest(x: jax.Array, axis: int) -> jax.Array:
   the maximum and once for that question, rounded differently as after a norm;
   then nothing is equal and the gradient is 0 / 0.
   """
+  x = jnp.asarray(x)  # NumPy's argmax is of 64 bits
   where = jnp.expand_dims(jax.lax.stop_gradient(x).argmax(axis), axis)
   places = jax.lax.broadcasted_iota(where.dtype, x.shape, axis % x.ndim)
   # A sum of one number; a gather's gradient would be a scatter, which is slow.

@@ -11,6 +11,7 @@ from bertjax.data.shapes.dataset import PointDataset, Reading
 from bertjax.data.shapes.files import Cloud, Clouds
 from bertjax.data.shapes.stored import Stored
 from bertjax.evals import linear_probe, part_iou, voting
+from bertjax.evals.linear_probe import FEATURES
 from bertjax.evals.part_iou import shape_ious
 from bertjax.parallel.mesh import make_mesh
 
@@ -143,6 +144,13 @@ class EvaluatorsTest(parameterized.TestCase):
         data=data, features=name, objective=Told(), mesh=make_mesh()
       )({}, jax.random.key(0))
       self.assertAlmostEqual(found["accuracy"], accuracy)
+    hidden = np.random.default_rng(0).normal(size=(2, 4, 3)).astype("f4")
+    hidden[:, 0] += 9  # larger than any patch
+    pooled = {name: f.pool(hidden) for name, f in FEATURES.items()}
+    np.testing.assert_array_equal(pooled["cls"], hidden[:, 0])
+    np.testing.assert_array_equal(
+      pooled["cls_max"], np.hstack([hidden[:, 0], hidden[:, 1:].max(1)])
+    )
     with self.assertRaisesRegex(ValueError, "'contrast' needs an objective th"):
       linear_probe(data=data, features="contrast", **self.shared)
 

@@ -158,6 +158,9 @@ class TrunkTest(parameterized.TestCase):
     for name, deviation in kernels.items():
       # 384 draws at the least: 5 standard errors
       self.assertAlmostEqual(deviation, 0.02, delta=0.02 * 0.2, msg=name)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+      if "bias" in (name := jax.tree_util.keystr(path)):
+        np.testing.assert_array_equal(leaf, 0, name)
 
   def test_masked_patches_are_read_from_their_position_alone(self):
     masked = np.zeros((B, G), bool)

@@ -134,6 +134,39 @@ class ObjectiveTest(parameterized.TestCase):
       self.assertAlmostEqual(total / count, sums[name] / B, places=5)
       self.assertBetween(count, 2 * B, 4 * B)
 
+  @parameterized.parameters(0.0, 0.4)
+  def test_codes_are_asked_of_hidden_and_exchanged_patches(self, rate):
+    made, v = objective(replace_rate=rate), self.variables
+    seen = []
+
+    def watch(call, arguments, options, context):
+      found = call(*arguments, **options)
+      if context.module.path == ("encoder",):
+        seen.append((*arguments, found))
+      return found
+
+    with nn.intercept_methods(watch):
+      _, metrics = made.apply(v, clouds(), train=False)
+    seen = [pair for pair in seen if hasattr(pair[-1], "hidden")]
+    head = v["params"]["token_head"]
+    for name, (batch, found) in zip(("tokens", "mixed_tokens"), seen, strict=1):
+      centres, asked = batch["patches"].centres, np.array(batch["masked"])
+      # Of mixtures, too: a code goes with its patch.
+      codes = np.concatenate([centres, -centres], -1).argmax(-1)
+      if rate:
+        own = np.arange(B * G).reshape(B, G)
+        moved = np.array(batch["sources"]) != own
+        self.assertBetween(moved.sum() / (~asked).sum(), rate - 0.2, rate + 0.2)
+        asked |= moved
+      logits = found.hidden[:, 1:] @ head["kernel"] + head["bias"][None, None]
+      log_probs = np.array(jax.nn.log_softmax(logits))[asked]
+      total, count = metrics[f"{name}_loss"]
+      self.assertEqual(count, asked.sum())
+      own = np.take_along_axis(log_probs, codes[asked][:, None], 1)
+      np.testing.assert_allclose(total, -own.sum(), rtol=1e-5)
+      hits, _ = metrics[f"{name}_accuracy"]
+      self.assertEqual(hits, (log_probs.argmax(1) == codes[asked]).sum())
+
   def test_the_most_frequent_code_is_what_a_bias_can_learn(self):
     best = 0.0
     for code in range(V):

@@ -14,7 +14,8 @@ from bertjax import points
 from bertjax.interop import point_bert as point_names
 from bertjax.models import MODELS
 from bertjax.objectives import OBJECTIVES
-from bertjax.objectives.point_classification import smoothed
+from bertjax.objectives.part_segmentation import Segmenter
+from bertjax.objectives.point_classification import CloudHead, smoothed
 from bertjax.objectives.step import clock
 from tests.models import torch_point_bert as theirs
 
@@ -211,6 +212,35 @@ class HeadsTest(parameterized.TestCase):
       )
     # Points of a cloud differ by some 1e-2, float32 sums by some 1e-7.
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+  @parameterized.parameters("classifier", "segmenter")
+  def test_heads_drop_half_before_their_last_map(self, name):
+    """Which is linear, so that what is left out is right on the average."""
+    batch, rng = clouds(), np.random.default_rng(0)
+    if name == "classifier":
+      head = CloudHead(6)
+      inputs = (rng.normal(size=(B, G + 1, E)).astype(np.float32),)
+    else:
+      head = Segmenter(5, 2, LEVELS, E)
+      centres, *states = rng.normal(size=(4, B, G, E)).astype(np.float32)
+      inputs = batch["points"], batch["category"], centres[..., :3], *states
+
+    @jax.jit
+    def views(keys):
+      variables = head.init(keys[0], *inputs, train=False)
+
+      def said(head, key):
+        options = dict(train=True, rngs={"dropout": key}, mutable="batch_stats")
+        return head.apply(variables, *inputs, **options)[0]
+
+      whole = said(head.clone(dropout_rate=0.0), keys[0])
+      return jax.vmap(functools.partial(said, head))(keys), whole
+
+    found, whole = views(jax.random.split(jax.random.key(1), 400))
+    deviation = found.std(0)
+    self.assertGreater(deviation.min(), 0)
+    gaps = np.abs(found.mean(0) - whole) / (deviation / 20)
+    self.assertLess(gaps.max(), 5)  # standard errors, of 600 numbers at most
 
   @parameterized.parameters("classifier", "segmenter")
   def test_released_tensors_are_made_again(self, name):
