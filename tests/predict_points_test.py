@@ -203,6 +203,16 @@ class PredictPointsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "There is no cloud"):
       classify_points(self.classes, [])
 
+  def test_clouds_of_less_than_their_patches_are_refused(self):
+    few = self.clouds[0][:6]
+    self.assertLen(classify_points(self.classes, [self.clouds[0][:7]]), 1)
+    with self.assertRaisesRegex(
+      ValueError, "Cloud 1 has 6 points, too few .*, which take 7"
+    ):
+      classify_points(self.classes, [self.clouds[0], few])
+    with self.assertRaisesRegex(ValueError, "Cloud 0 has 6 points"):
+      segment_points(self.parts, [few], "box")
+
   def test_meshes_are_sampled_as_densely_as_clouds_of_training(self):
     self.assertEqual(points_to_sample(self.classes), 90)
     published = mock.Mock(
@@ -300,6 +310,8 @@ class CloudFilesTest(parameterized.TestCase):
   @parameterized.parameters(
     ("a.txt", "x y z", "a.txt holds no points"),
     ("a.txt", "1 2", r"array of shape \(1, 2\)"),
+    ("a.txt", "1 2 3\n1 2 3 4\n", "a.txt holds no points"),
+    ("a.txt", "1 2 3\n1 2 3\n", "a.txt: its 2 points all lie in one place"),
     ("a.xyz", "1 2 nan", "a.xyz holds coordinates that are not finite"),
     ("a.npy", "", "a.npy holds no points"),
     ("a.gif", "1 2 3", "the ending must be one of .npy"),

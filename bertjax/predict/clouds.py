@@ -55,6 +55,8 @@ def read_cloud(path: str | pathlib.Path, num_points: int) -> np.ndarray:
     )
   if not np.isfinite(rows[:, :3]).all():
     raise ValueError(f"{path} holds coordinates that are not finite.")
+  if not np.ptp(rows[:, :3], axis=0).any():
+    raise ValueError(f"{path}: its {len(rows)} points all lie in one place.")
   return rows[:, :3]
 
 
@@ -179,7 +181,7 @@ def check_clouds(
   objective: str,
   task: str,
 ) -> None:
-  """Refuses another kind of model, and nothing to read.
+  """Refuses another kind of model, nothing to read, and clouds too small.
 
   Raises:
     ValueError: says which.
@@ -190,6 +192,13 @@ def check_clouds(
     )
   if not len(clouds):
     raise ValueError("There is no cloud; pass at least one (--input).")
+  least = model.objective.encoder.least_points
+  for number, cloud in enumerate(clouds):
+    if len(cloud) < least:
+      raise ValueError(
+        f"Cloud {number} has {len(cloud)} points, too few for the patches of"
+        f" {model.path}, which take {least}."
+      )
 
 
 def run(
