@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from bertjax import interop
-from bertjax.interop import model_spec, tensors
+from bertjax.interop import model_spec, tensors, torch_files
 from tests.interop import toy
 
 
@@ -288,6 +288,31 @@ class TorchFileTest(FolderTestCase):
     np.testing.assert_array_equal(tensors.read_torch_file(old)["w"], weight)
     with self.assertRaisesRegex(ValueError, "state dict of named tensors"):
       tensors.read_torch_file(self.save({"w": weight, "acc": accuracy}))
+
+  def test_torch_reads_what_is_written_without_it(self):
+    base = np.arange(24.0, dtype=np.float32).reshape(4, 6)
+    state = {
+      "matrix": base,
+      "transposed": base.T,  # in memory column by column
+      "view": base[1:3, ::2],
+      "wide name é": np.arange(3, dtype=np.int64),
+      "number": np.array(7, np.int64),
+      "empty": np.zeros((0, 5), np.float32),
+    }
+    path = self.root / "made.pth"
+    torch_files.write_torch_file(state, path, "base_model")
+    (key,), (found,) = zip(*torch.load(path, weights_only=True).items())
+    self.assertEqual(key, "base_model")
+    self.assertEqual(list(found), list(state))
+    ours = tensors.read_torch_file(path)
+    for name, x in state.items():
+      self.assertTrue(found[name].is_contiguous(), name)
+      for mine in (found[name].numpy(), ours[name]):
+        self.assertEqual(mine.dtype, x.dtype)
+        self.assertEqual(mine.shape, x.shape)
+        np.testing.assert_array_equal(mine, x)
+    with self.assertRaisesRegex(ValueError, "half is float16; float32, int64"):
+      torch_files.write_torch_file({"half": base.astype("f2")}, path, "model")
 
   def test_the_old_format_is_refused_with_advice(self):
     path = self.save(

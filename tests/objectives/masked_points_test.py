@@ -12,7 +12,11 @@ from bertjax import optim, train_state, train_step
 from bertjax.layers.batch_norm import batch_norm
 from bertjax.models import MODELS
 from bertjax.models.point_bert import PointTokenizer
-from bertjax.objectives.masked_points import MaskedPoints, Options
+from bertjax.objectives.masked_points import (
+  ContrastHead,
+  MaskedPoints,
+  Options,
+)
 from bertjax.parallel.mesh import make_mesh
 from bertjax.parallel.sharding import put_batch
 
@@ -60,6 +64,38 @@ def variables(**options):
   return nn.meta.unbox(
     jax.jit(lambda b: made.init(rngs, b, train=False))(clouds())
   )
+
+
+def watched(made, variables, batch, *, train, rngs=None):
+  """What an objective says, its new state, and what its encoders were asked.
+
+  The last are triples: the batch, whether in training mode, and final states.
+  """
+  modes = []
+
+  @jax.jit
+  def run(variables):
+    seen = []
+
+    def watch(call, arguments, options, context):
+      found = call(*arguments, **options)
+      if hasattr(found, "hidden"):
+        modes.append(options["train"])
+        seen.append((*arguments, found.hidden))
+      return found
+
+    with nn.intercept_methods(watch):
+      said, extra = made.apply(
+        variables,
+        batch,
+        train=train,
+        rngs=rngs,
+        mutable=list(state_only(variables)),
+      )
+    return said, extra, seen
+
+  said, extra, seen = run(variables)
+  return said, extra, [(x, mode, y) for (x, y), mode in zip(seen, modes)]
 
 
 def state_only(tree):
@@ -136,20 +172,14 @@ class ObjectiveTest(parameterized.TestCase):
 
   @parameterized.parameters(0.0, 0.4)
   def test_codes_are_asked_of_hidden_and_exchanged_patches(self, rate):
-    made, v = objective(replace_rate=rate), self.variables
-    seen = []
-
-    def watch(call, arguments, options, context):
-      found = call(*arguments, **options)
-      if context.module.path == ("encoder",):
-        seen.append((*arguments, found))
-      return found
-
-    with nn.intercept_methods(watch):
-      _, metrics = made.apply(v, clouds(), train=False)
-    seen = [pair for pair in seen if hasattr(pair[-1], "hidden")]
+    v = self.variables
+    (_, metrics), _, seen = watched(
+      objective(replace_rate=rate), v, clouds(), train=False
+    )
     head = v["params"]["token_head"]
-    for name, (batch, found) in zip(("tokens", "mixed_tokens"), seen, strict=1):
+    for name, (batch, _, hidden) in zip(
+      ("tokens", "mixed_tokens"), seen, strict=True
+    ):
       centres, asked = batch["patches"].centres, np.array(batch["masked"])
       # Of mixtures, too: a code goes with its patch.
       codes = np.concatenate([centres, -centres], -1).argmax(-1)
@@ -158,7 +188,7 @@ class ObjectiveTest(parameterized.TestCase):
         moved = np.array(batch["sources"]) != own
         self.assertBetween(moved.sum() / (~asked).sum(), rate - 0.2, rate + 0.2)
         asked |= moved
-      logits = found.hidden[:, 1:] @ head["kernel"] + head["bias"][None, None]
+      logits = hidden[:, 1:] @ head["kernel"] + head["bias"][None, None]
       log_probs = np.array(jax.nn.log_softmax(logits))[asked]
       total, count = metrics[f"{name}_loss"]
       self.assertEqual(count, asked.sum())
@@ -166,6 +196,38 @@ class ObjectiveTest(parameterized.TestCase):
       np.testing.assert_allclose(total, -own.sum(), rtol=1e-5)
       hits, _ = metrics[f"{name}_accuracy"]
       self.assertEqual(hits, (log_probs.argmax(1) == codes[asked]).sum())
+
+  def test_keys_are_of_the_slow_encoder_which_sees_masks_and_drops_rows(self):
+    slow = {
+      name: jax.tree.map(lambda x: 1.5 * x, self.variables["params"][name])
+      for name in ("encoder", "contrast_head")
+    }
+    slow = {"slow": {"params": slow, "updated": jnp.int32(0)}}
+    _, extra, seen = watched(
+      objective(momentum=0.5),
+      {**self.variables, "momentum": slow},
+      clouds(),
+      train=True,
+      rngs={"dropout": jax.random.key(0)},
+    )
+    (first, *_), _, (batch, trains, hidden) = seen
+    self.assertTrue(trains)
+    masked = np.array(batch["masked"])
+    self.assertBetween(masked.sum(1).min(), 2, 4)
+    self.assertGreater((masked != first["masked"]).mean(), 0.1)
+    moved = extra["momentum"]["slow"]["params"]
+    head, fast = moved["contrast_head"], self.variables["params"]
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, 1.25 * y, rtol=1e-6),
+      head,
+      fast["contrast_head"],
+    )
+    found = ContrastHead(_OPTIONS["contrast_dim"]).apply(
+      {"params": head}, hidden[:, 0]
+    )
+    np.testing.assert_allclose(
+      extra["queue"]["queue"]["keys"][:B], found, atol=1e-5
+    )
 
   def test_the_most_frequent_code_is_what_a_bias_can_learn(self):
     best = 0.0
