@@ -3,7 +3,8 @@
 # make typecheck    annotations against what the tests of parts call them with
 # make lint         ruff
 # make bench        speed against PyTorch, of reading, compiling, and on paper
-#                   of a TPU (16 min); a line in benchmarks/history.jsonl
+#                   of a TPU (19 min); runs/bench.json, and a line in
+#                   benchmarks/history.jsonl
 # make bench-kernels  kernels against the stock ones, compiled, not run (30 min)
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -46,7 +47,7 @@ lint: $(VENV)/test
 	$(RUN) -m ruff format --check .
 
 bench: $(VENV)/test
-	$(RUN) -m benchmarks
+	$(RUN) -m benchmarks --json=runs/bench.json
 
 bench-kernels: $(VENV)/test
 	$(RUN) -m kernels.bench

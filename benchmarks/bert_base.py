@@ -142,7 +142,7 @@ def alternate(
 def compare(
   tokens: int, mine: Call, other: Call, rounds: int
 ) -> dict[str, float]:
-  """Tokens per second of both, and the median of the rounds' own ratios.
+  """Tokens per second of both, and the rounds' own ratios: median and ends.
 
   Args:
     tokens: real ones of a call.
@@ -151,10 +151,14 @@ def compare(
     rounds: timed ones.
   """
   a, b = alternate(mine, other, rounds)
+  ratios = [y / x for x, y in zip(a, b)]
   return {
     "bertjax_tokens_per_s": tokens / statistics.median(a),
     "pytorch_tokens_per_s": tokens / statistics.median(b),
-    "ratio": statistics.median(y / x for x, y in zip(a, b)),
+    "ratio": statistics.median(ratios),
+    "ratio_least": min(ratios),
+    "ratio_most": max(ratios),
+    "rounds": rounds,
   }
 
 
@@ -164,4 +168,7 @@ def show(name: str, found: Mapping[str, float]) -> None:
     f"{name:14s} bertjax {found['bertjax_tokens_per_s']:8,.0f} tokens/s"
     f"  pytorch {found['pytorch_tokens_per_s']:8,.0f}"
     f"  ratio {found['ratio']:.2f}"
+    f" ({found['ratio_least']:.2f} to {found['ratio_most']:.2f} in"
+    f" {found['rounds']} rounds)",
+    flush=True,
   )

@@ -3,18 +3,38 @@
 import json
 import os
 import pathlib
+import platform
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 PATH = pathlib.Path(__file__).parent / "history.jsonl"
-# Of what a part measured, what is worth comparing between commits. Absolute
-# speeds are those of the machine of that line.
+# Of what a part measured, what is worth comparing between commits, and what it
+# is called. Absolute speeds are those of the machine of that line.
 HEADLINES = {
-  "reading": ("packed token/tokens_per_s",),
-  "step": ("train/ratio", "infer/ratio"),
-  "ragged": ("train/ratio", "infer/ratio", "infer sorted/ratio"),
-  "compiling": ("first_s", "second_s"),
-  "tpu": ("tokens_per_s_per_chip", "mfu"),
+  "reading": {"packed token/tokens_per_s": "tokens/s read"},
+  "step": {
+    "train/ratio": "training, of PyTorch",
+    "infer/ratio": "inference, of PyTorch",
+  },
+  "ragged": {
+    "train/ratio": "ragged training, of PyTorch",
+    "infer/ratio": "ragged inference, of PyTorch",
+    "train sorted/ratio": "ragged training, of PyTorch sorted",
+    "infer sorted/ratio": "ragged inference, of PyTorch sorted",
+  },
+  "compiling": {
+    "first_s": "BERT-large compiled, s",
+    "second_s": "from the cache, s",
+  },
+  "points": {
+    "group ratio": "grouping, of PyTorch",
+    "chamfer ratio": "Chamfer, of PyTorch",
+  },
+  "tpu": {
+    "tokens_per_s_per_chip": "v5e tokens/s, planned",
+    "mfu": "v5e MFU, planned",
+  },
+  "farthest_points": {"pre-training/kernel": "v5e farthest points, cycles"},
 }
 _FIELDS = ("commit", "date", "cores", "found")
 
@@ -44,9 +64,25 @@ def append(
     commit: that was measured.
     date: of the measurement.
   """
-  line = dict(commit=commit, date=date, cores=os.cpu_count(), found=found)
+  line = dict(
+    commit=commit,
+    date=date,
+    cores=os.cpu_count(),
+    processor=processor(),
+    found=found,
+  )
   with path.open("a", encoding="utf-8") as file:
     file.write(json.dumps(line) + "\n")
+
+
+def processor(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> str:
+  """What the CPU is called; its architecture, where nothing tells."""
+  if cpuinfo.exists():
+    for line in cpuinfo.read_text(errors="replace").splitlines():
+      field, _, value = line.partition(":")
+      if field.strip() == "model name":
+        return value.strip()
+  return platform.processor() or platform.machine()
 
 
 def read(path: pathlib.Path = PATH) -> list[dict[str, Any]]:
@@ -61,7 +97,8 @@ def read(path: pathlib.Path = PATH) -> list[dict[str, Any]]:
   for number, text in enumerate(path.read_text().splitlines(), 1):
     try:
       line = json.loads(text)
-      lines.append({name: line[name] for name in _FIELDS})
+      fields = {name: line[name] for name in _FIELDS}
+      lines.append(fields | {"processor": line.get("processor", "")})
     except (KeyError, TypeError, ValueError) as err:
       raise ValueError(
         f"{path}, line {number} is not what `make bench` writes ({err!r})."
@@ -70,13 +107,33 @@ def read(path: pathlib.Path = PATH) -> list[dict[str, Any]]:
 
 
 def table(lines: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-  """A row a run; a column a headline."""
-  return [
-    {"commit": line["commit"], "date": line["date"]}
-    | {
-      f"{part} {path}".replace("/", " "): f"{value:.4g}"
-      for part, found in line["found"].items()
-      for path, value in found.items()
-    }
+  """A row a run; a column a headline, in the order of `HEADLINES`."""
+  names = {
+    (part, path): label
+    for part, paths in HEADLINES.items()
+    for path, label in paths.items()
+  }
+  measured = {
+    (part, path)
     for line in lines
-  ]
+    for part, found in line["found"].items()
+    for path in found
+  }
+  order = [key for key in names if key in measured]
+  order += sorted(measured - set(order))  # of parts that are no more
+  rows = []
+  for line in lines:
+    cores = f"{line['cores']}"
+    if line.get("processor"):
+      cores += f" x {line['processor']}"
+    row = {"commit": line["commit"], "date": line["date"], "cores": cores}
+    for part, path in order:
+      value = line["found"].get(part, {}).get(path)
+      label = names.get((part, path), f"{part} {path}")
+      row[label] = "" if value is None else _number(value)
+    rows.append(row)
+  return rows
+
+
+def _number(value: float) -> str:
+  return f"{value:,.0f}" if abs(value) >= 1_000 else f"{value:.3g}"

@@ -8,12 +8,13 @@ order and sorted by length; ours packs them into rows of 512, each document
 attending to itself alone. Only real tokens count.
 """
 
+import argparse
 import itertools
 import json
+import pathlib
 from collections.abc import Sequence
 
 import numpy as np
-from absl import app, flags
 
 from benchmarks import bert_base
 from bertjax.data import sources, tokenizers
@@ -21,8 +22,6 @@ from bertjax.data import sources, tokenizers
 LENGTH, SHORTEST, ROWS = 512, 20, 8
 _SHARE = 0.15  # of tokens that are masked
 _DOCUMENTS = 24
-_ROUNDS = flags.DEFINE_integer("rounds", 3, "Timed rounds after one warm-up.")
-_JSON = flags.DEFINE_string("json", None, "File for all figures.")
 
 
 def documents(count: int) -> list[np.ndarray]:
@@ -125,13 +124,17 @@ def measure(rounds: int, threads: int = 2) -> dict[str, dict[str, float]]:
   return found
 
 
-def main(argv: list[str]) -> None:
-  del argv
-  found = measure(_ROUNDS.value)
-  if _JSON.value:
-    with open(_JSON.value, "w", encoding="utf-8") as file:
-      json.dump(found, file, indent=2)
+def main() -> None:
+  parser = argparse.ArgumentParser(prog="python -m benchmarks.ragged")
+  parser.add_argument(
+    "--rounds", type=int, default=3, help="timed, after one warm-up"
+  )
+  parser.add_argument("--json", help="file for all figures")
+  options = parser.parse_args()
+  found = measure(options.rounds)
+  if options.json:
+    pathlib.Path(options.json).write_text(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":
-  app.run(main)
+  main()

@@ -6,19 +6,15 @@ A training step (batch 8 x 128, 20 masked positions a row) and a forward pass in
 turn, so that both see the same machine; `benchmarks/bert_base.py` says of what.
 """
 
+import argparse
 import json
+import pathlib
 
 import numpy as np
-from absl import app, flags
 
 from benchmarks import bert_base
 
 _ROWS, _LENGTH, _MASKED = 8, 128, 20
-_ROUNDS = flags.DEFINE_integer("rounds", 8, "Timed rounds after one warm-up.")
-_THREADS = flags.DEFINE_integer("threads", 2, "PyTorch's; XLA takes all cores.")
-_SCAN = flags.DEFINE_bool("scan", False, "Scanned stack.")
-_PRNG = flags.DEFINE_string("prng", "threefry2x32", "Generator of dropout.")
-_JSON = flags.DEFINE_string("json", None, "File for all figures.")
 
 
 def measure(
@@ -59,16 +55,22 @@ def _padded() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   return tokens, np.ones_like(tokens), labels
 
 
-def main(argv: list[str]) -> None:
-  del argv
+def main() -> None:
+  parser = argparse.ArgumentParser(prog="python -m benchmarks.step")
+  add = parser.add_argument
+  add("--rounds", type=int, default=8, help="timed, after one warm-up")
+  add("--threads", type=int, default=2, help="PyTorch's; XLA takes all cores")
+  add("--scan", action="store_true", help="scanned stack")
+  add("--prng", default="threefry2x32", help="generator of dropout")
+  add("--json", help="file for all figures")
+  options = parser.parse_args()
   print(f"BERT-base, {_ROWS} x {_LENGTH} tokens, against PyTorch:")
   found = measure(
-    _ROUNDS.value, _THREADS.value, scan=_SCAN.value, prng=_PRNG.value
+    options.rounds, options.threads, scan=options.scan, prng=options.prng
   )
-  if _JSON.value:
-    with open(_JSON.value, "w", encoding="utf-8") as file:
-      json.dump(found, file, indent=2)
+  if options.json:
+    pathlib.Path(options.json).write_text(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":
-  app.run(main)
+  main()

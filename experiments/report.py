@@ -66,7 +66,12 @@ def report(folder: pathlib.Path) -> str:
 def speed() -> str:
   """The benchmarks' table by commit; "" before the first `make bench`."""
   lines = history.table(history.read())
-  return f"Speed by commit:\n\n{tables.markdown(lines)}" if lines else ""
+  if not lines:
+    return ""
+  told = (
+    "Speed by commit (of PyTorch: how many times its speed in the same run)"
+  )
+  return f"{told}:\n\n{tables.markdown(lines)}"
 
 
 def main(arguments: Sequence[str]) -> None:

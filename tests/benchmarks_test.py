@@ -1,13 +1,21 @@
 """What the benchmarks feed to both sides holds the same tokens."""
 
+import contextlib
+import importlib.util
+import io
 import json
+import os
 import pathlib
+import subprocess
+import sys
+import time
+from unittest import mock
 
 import numpy as np
 from absl.testing import absltest
 
 from benchmarks import __main__ as command
-from benchmarks import history, ragged
+from benchmarks import bert_base, history, ragged, step
 
 
 class RaggedTest(absltest.TestCase):
@@ -53,6 +61,51 @@ class RaggedTest(absltest.TestCase):
     self.assertEqual(real, sum(map(len, self.texts)))
 
 
+class StepTest(absltest.TestCase):
+  def test_both_sides_get_as_many_tokens_and_labels(self):
+    mine, (tokens, mask, labels) = step._batch(), step._padded()
+    self.assertEqual(mine["tokens"].shape, (8, 128))
+    self.assertEqual(tokens.shape, (8, 128))
+    self.assertTrue((mine["segment_ids"] == 1).all() and (mask == 1).all())
+    self.assertEqual(mine["labels"].size, 8 * 20)
+    self.assertEqual((labels != -100).sum(), 8 * 20)
+
+
+class CompareTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.now = 0.0
+    clock = mock.patch.object(time, "perf_counter", lambda: self.now)
+    self.enterContext(clock)
+
+  def taking(self, *seconds):
+    left = list(seconds)
+
+    def call():
+      self.now += left.pop(0)
+
+    return call
+
+  def test_medians_and_ends_of_the_rounds_after_the_first(self):
+    found = bert_base.compare(
+      12, self.taking(99, 2, 4, 3), self.taking(99, 8, 4, 3), rounds=3
+    )
+    self.assertEqual(found["bertjax_tokens_per_s"], 4)
+    self.assertEqual(found["pytorch_tokens_per_s"], 3)
+    # 8 / 2, 4 / 4 and 3 / 3: rounds are compared with themselves.
+    self.assertEqual(found["ratio"], 1)
+    self.assertEqual((found["ratio_least"], found["ratio_most"]), (1, 4))
+
+  def test_the_spread_is_printed(self):
+    found = bert_base.compare(
+      12, self.taking(1, 1, 1), self.taking(1, 1, 2), rounds=2
+    )
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+      bert_base.show("train", found)
+    self.assertIn("ratio 1.50 (1.00 to 2.00 in 2 rounds)", out.getvalue())
+
+
 class HistoryTest(absltest.TestCase):
   def test_runs_are_appended_and_shown_by_commit(self):
     path = pathlib.Path(self.create_tempdir()) / "history.jsonl"
@@ -68,10 +121,23 @@ class HistoryTest(absltest.TestCase):
     table = history.table(history.read(path))
     self.assertEqual([row["commit"] for row in table], ["a1b2", "c3d4"])
     self.assertEqual(
-      [row["step train ratio"] for row in table], ["1.25", "1.5"]
+      [row["training, of PyTorch"] for row in table], ["1.25", "1.5"]
     )
-    self.assertEqual(table[0].get("compiling first_s", ""), "")
-    self.assertEqual(table[1]["compiling first_s"], "20")
+    compiled = [row["BERT-large compiled, s"] for row in table]
+    self.assertEqual(compiled, ["", "20"])
+    cores = f"{os.cpu_count()} x {history.processor()}"
+    self.assertEqual(table[0]["cores"], cores)
+
+  def test_what_is_measured_no_more_stays_visible(self):
+    line = dict(commit="x", date="y", cores=3, found={"gone": {"a/b": 6.5e6}})
+    (row,) = history.table([line])
+    self.assertEqual(row["gone a/b"], "6,500,000")
+    self.assertEqual(row["cores"], "3")
+
+  def test_the_processor_is_named(self):
+    path = pathlib.Path(self.create_tempdir()) / "cpuinfo"
+    path.write_text("processor\t: 0\nmodel name\t: Abacus 12\n")
+    self.assertEqual(history.processor(path), "Abacus 12")
 
   def test_a_line_that_no_run_wrote_is_named(self):
     path = pathlib.Path(self.create_tempdir()) / "history.jsonl"
@@ -81,9 +147,69 @@ class HistoryTest(absltest.TestCase):
 
 
 class CommandTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.root = pathlib.Path(self.create_tempdir())
+    self.enterContext(
+      mock.patch.object(history, "PATH", self.root / "history.jsonl")
+    )
+    self.enterContext(contextlib.redirect_stdout(io.StringIO()))
+
+  def run_parts(self, *arguments, fails=()):
+    """The command with parts that measure at once, or fail."""
+
+    def part(arguments, *, check):
+      del check
+      name = arguments[2].removeprefix("benchmarks.")
+      if name in fails:
+        raise subprocess.CalledProcessError(1, arguments)
+      paths = history.HEADLINES[name]
+      found: dict = {}
+      for number, path in enumerate(paths, 1):
+        node, *last = path.split("/")
+        value = {last[0]: number} if last else number
+        found[node] = value
+      output = arguments[3].removeprefix("--json=")
+      pathlib.Path(output).write_text(json.dumps(found))
+
+    argv = ["benchmarks", *arguments]
+    with (
+      mock.patch.object(sys, "argv", argv),
+      mock.patch.object(command, "_commit", lambda: "c0ffee"),
+      mock.patch.object(subprocess, "run", part),
+    ):
+      command.main()
+
+  def test_every_part_has_a_budget_headlines_and_a_module(self):
+    self.assertEqual({*command.SECONDS}, {*history.HEADLINES})
+    for part in command.SECONDS:
+      self.assertIsNotNone(importlib.util.find_spec(f"benchmarks.{part}"))
+
+  def test_the_budget_is_that_of_the_readme(self):
+    minutes = round(sum(command.SECONDS.values()) / 60)
+    for name in ("README.md", "Makefile"):
+      text = (pathlib.Path(__file__).parents[1] / name).read_text()
+      self.assertTrue(f"({minutes} min" in text, f"{name}: {minutes} min")
+
+  def test_all_that_was_measured_is_written(self):
+    path = self.root / "runs" / "bench.json"
+    self.run_parts("tpu", "step", f"--json={path}")
+    self.assertEqual([*json.loads(path.read_text())], ["tpu", "step"])
+    (line,) = history.read(history.PATH)
+    self.assertEqual([*line["found"]], ["tpu", "step"])
+
+  def test_a_part_that_fails_takes_nothing_along(self):
+    path = self.root / "bench.json"
+    with self.assertRaises(subprocess.CalledProcessError):
+      self.run_parts("tpu", "step", f"--json={path}", fails=("step",))
+    self.assertEqual([*json.loads(path.read_text())], ["tpu"])
+    (line,) = history.read(history.PATH)
+    self.assertEqual([*line["found"]], ["tpu"])
+
   def test_an_unknown_part_is_refused_before_anything_runs(self):
     with self.assertRaisesRegex(ValueError, "part='stepp' is unknown.*'step'"):
-      command.measured(["reading", "stepp"])
+      self.run_parts("reading", "stepp")
+    self.assertFalse(history.PATH.exists())
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
 from absl.testing import absltest
 
+from benchmarks import history
 from experiments import outcome, report
 from tests.experiments import outcome_test
 
@@ -64,6 +66,12 @@ class ReportTest(absltest.TestCase):
       check=True,
     )
     self.assertRegex(done.stdout, r"\| bert \| .*1810\.04805")
+    # The benchmarks' history, a row a commit.
+    _, _, speed = done.stdout.partition("Speed by commit")
+    lines = history.read()
+    rows = re.findall(r"(?m)^\| (\w+\+?) \| \d{4}-\d\d-\d\d \| \d", speed)
+    self.assertEqual(rows, [line["commit"] for line in lines])
+    self.assertIn("training, of PyTorch", speed)
 
 
 if __name__ == "__main__":
