@@ -5,11 +5,11 @@ import json
 import pathlib
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-from absl import flags, logging
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from bertjax.checkpoint import CheckpointError
@@ -58,6 +58,27 @@ def define_config() -> flags.FlagHolder:
     lock_config=False,
     accept_new_attributes=True,
   )
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+  """For `app.run`: an override inside of what is not there ends in one line.
+
+  `--config.modle=x` is refused by the config's own check, but of
+  `--config.modle.size=x` the parser of flags wants to know what `modle` is.
+  """
+  try:
+    return app.parse_flags_with_usage(list(argv))
+  except KeyError as err:
+    missing, _, hint = str(err.args[0]).partition("\n")
+    name = missing.strip("'")
+    given = [x for x in argv if name in x.partition("=")[0].split(".")]
+    hint = hint.partition(" instead of ")[0].replace('"', "'")
+    print(
+      f"Error: {' '.join(given) or 'flags'}: the config has no group {name!r}."
+      + (f" {hint}?" if hint else ""),
+      file=sys.stderr,
+    )
+    sys.exit(1)
 
 
 def define_hosts() -> None:

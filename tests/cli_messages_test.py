@@ -1,11 +1,15 @@
 """What the commands say to the mistakes that their users make."""
 
+import contextlib
+import io
 import json
 import pathlib
+import sys
 import tempfile
 import types
+from unittest import mock
 
-from absl import flags
+from absl import app, flags
 from absl.testing import absltest, parameterized
 from ml_collections import config_flags
 
@@ -34,6 +38,35 @@ class MessagesTest(parameterized.TestCase):
       self.config(path)
     path.write_text("def get_config():\n  return {'seed': 3}\n")
     self.assertEqual(self.config(path)["seed"], 3)
+
+  @parameterized.parameters(
+    (
+      "--config.modle.size=base",
+      "no group 'modle'. Did you mean 'model'\\?",
+    ),
+    ("--config.model.sizes.of=3", "no group 'sizes'"),
+  )
+  def test_an_override_inside_of_nothing_is_one_line(self, argument, message):
+    path = self.root / "config.py"
+    path.write_text(
+      "import ml_collections\n"
+      "def get_config():\n"
+      "  return ml_collections.ConfigDict(dict(model=dict(size='tiny')))\n"
+    )
+    given = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=given)
+    argv = ["train", f"--config={path}", argument]
+    told = io.StringIO()
+    with (
+      mock.patch.object(sys, "argv", argv),
+      mock.patch.object(app, "parse_flags_with_usage", given),
+      contextlib.redirect_stderr(told),
+      self.assertRaisesRegex(SystemExit, "1"),
+    ):
+      cli.parse_flags(argv)
+    self.assertRegex(
+      told.getvalue(), rf"\AError: {argument}: .*{message}[^\n]*\n\Z"
+    )
 
   @parameterized.parameters(
     ("{name: x}", "--source={name: x} is no JSON: Expecting property name"),

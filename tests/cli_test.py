@@ -1,10 +1,12 @@
 """The commands as a user types them."""
 
+import os
 import pathlib
 import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 from absl.testing import absltest
 
@@ -40,6 +42,8 @@ class CommandsTest(absltest.TestCase):
     cls.root = pathlib.Path(
       cls.enterClassContext(tempfile.TemporaryDirectory())
     )
+    cache = {"BERTJAX_CACHE": str(cls.root / "cache")}
+    cls.enterClassContext(mock.patch.dict(os.environ, cache))
     tiny.write_corpus(cls.root)
     cls.config = cls.root / "config.py"
     cls.config.write_text(_CONFIG.format(str(cls.root)))
@@ -55,13 +59,16 @@ class CommandsTest(absltest.TestCase):
     self.assertIn("Stopped at step 6: 6 steps are done.", self.trained.stderr)
     self.assertNotIn("orbax", self.trained.stderr)
 
+  def test_train_keeps_what_it_compiled(self):
+    kept = (self.root / "cache" / "compiled").rglob("*")
+    self.assertNotEmpty([path for path in kept if path.is_file()])
+
   def test_evaluate_and_predict_use_the_workdir(self):
     done = _run(
       "bertjax.evaluate",
       f"--model={self.workdir}",
       "--split=validation",
       "--num_rows=2",
-      BERTJAX_CACHE=str(self.root / "cache"),
     )
     self.assertEqual(done.returncode, 0, done.stderr)
     for name in ("unigram_accuracy", "mlm_accuracy", "pseudo_perplexity"):
@@ -84,6 +91,17 @@ class CommandsTest(absltest.TestCase):
     )
     self.assertEqual(done.returncode, 1)
     self.assertRegex(done.stderr, "Error: sede is not .* Did you mean 'seed'")
+
+  def test_an_override_inside_of_nothing_is_one_line(self):
+    done = _run(
+      "bertjax.train",
+      f"--config={self.config}",
+      "--config.modle.size=base",
+      "--dry_run",
+    )
+    self.assertEqual(done.returncode, 1)
+    self.assertNotIn("Traceback", done.stderr)
+    self.assertIn("no group 'modle'. Did you mean 'model'?", done.stderr)
 
   def test_a_flag_sets_what_the_config_leaves_at_its_default(self):
     done = _run(

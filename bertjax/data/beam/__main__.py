@@ -180,4 +180,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
   _define_flags()
-  sys.exit(app.run(main))
+  sys.exit(app.run(main, flags_parser=cli.parse_flags))
