@@ -12,16 +12,16 @@ Compiles the config's own training step with the accelerator's compiler, which
 needs no accelerator: minutes for a large model, nothing is downloaded or read.
 Times are estimates from the compiled program; `bertjax.hardware` says how, and
 what they leave out. A config with stages gets a page for each, or a table with
-`--sweep`. How many steps `stop.epochs` are only the data know, or
-`--rows_per_epoch`.
+`--sweep`, whose values count for that stage, whatever it says itself. How many
+steps `stop.epochs` are only the data know, or `--rows_per_epoch`.
 """
 
 import dataclasses
-import functools
 import json
+import math
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from absl import app, flags
@@ -29,7 +29,7 @@ from absl import app, flags
 from bertjax import cli, hardware
 from bertjax.config import Settings, plain, settings, stage_configs
 from bertjax.data.abstract import steps_of
-from bertjax.planning import advice, page, sweep
+from bertjax.planning import activations, advice, page, sweep
 from bertjax.planning.outcome import Plan
 from bertjax.planning.step import lower_step
 from bertjax.registry import lookup
@@ -69,15 +69,18 @@ def plan(
       return found
     suggestion = advice.suggest(stage, topology, err, vocab_size)
     return dataclasses.replace(found, suggestion=suggestion)
-  on_tpu = topology.chip.platform == "tpu"
+  module, on_tpu = program.module, topology.chip.platform == "tpu"
+  cost = hardware.price_module(module, program.schedules, topology.chip)
   return Plan(
     topology=topology,
     facts=program.info,
     steps=steps,
     needed_bytes=program.memory.total,
     memory=program.memory,
-    collectives=tuple(hardware.read_collectives(program.module)),
-    cost=hardware.price(program) if on_tpu else None,
+    activation_bytes=activations.kept_bytes(module),
+    collectives=tuple(hardware.read_collectives(module)),
+    cost=cost if on_tpu else None,
+    traffic=None if on_tpu else cost,
     kernels=tuple(program.kernels),
   )
 
@@ -99,8 +102,8 @@ def stages(
       size = stage.data.get("batch_size", 1)
       taken = steps_of(epochs, rows_per_epoch, size)
       steps = min(steps or taken, taken)
-    # A stage that continues the optimizer continues to count, too.
-    continues = (stage.init_from or {}).get("carry") == "optimizer"
+    # A stage that continues the schedule continues to count, too.
+    continues = not (stage.init_from or {}).get("reset_schedule", True)
     yield name, stage, steps - done if continues else steps
     done = steps
 
@@ -113,14 +116,29 @@ def main(argv: list[str]) -> None:
     raise app.UsageError("--config and --topology are required.")
   cli.quiet()
   with cli.clear_errors():
+    answer(plain(cli.config()), given)
+
+
+def answer(config: Mapping[str, Any], given: Any) -> None:
+  """Prints the pages or tables of a config's stages, and writes their figures.
+
+  Args:
+    config: plain values.
+    given: the flags of this command, as attributes.
+
+  Raises:
+    ValueError: unknown topology or stage, or a config that does not fit it.
+    CompilerMissing: the compiler is not installed.
+  """
+  if given.json != "-":
+    cli.check_output("json", given.json)
+  hardware.parse(given.topology)  # a typo is told before anything compiles
+  make = _pages if given.sweep is None else _tables
+  figures = {}
+  for name, page_text, found in make(config, given):
+    figures[name or "plan"] = found
     if given.json != "-":
-      cli.check_output("json", given.json)
-    make = _pages if given.sweep is None else _tables
-    figures = {}
-    for name, page_text, found in make(plain(cli.config()), given):
-      figures[name] = found
-      if given.json != "-":
-        print(page_text)
+      print(page_text)
   text = json.dumps(figures, indent=2)
   if given.json == "-":
     print(text)
@@ -132,31 +150,39 @@ def main(argv: list[str]) -> None:
 _Answer = tuple[str, str, Any]
 
 
-def _pages(config: Any, given: flags.FlagValues) -> Iterator[_Answer]:
+def _pages(config: Any, given: Any) -> Iterator[_Answer]:
   for name in _chosen(config, given):
     made = _planned(config, name, given)
     yield name, page.render(made, name), page.figures(made)
 
 
-def _tables(config: Any, given: flags.FlagValues) -> Iterator[_Answer]:
+def _tables(config: Any, given: Any) -> Iterator[_Answer]:
   tried = sweep.axes(given.sweep)
+  count = math.prod(map(len, tried.values()))
   for name in _chosen(config, given):
-    make = functools.partial(_planned, name=name, given=given, suggest=False)
-    trials = list(sweep.trials(config, tried, make))
+
+    def made(stage, name=name):
+      changed = stage
+      if name:
+        changed = {**config, "stages": {**config["stages"], name: stage}}
+      return _planned(changed, name, given, suggest=False)
+
+    trials = []
+    for trial in sweep.trials(stage_configs(config)[name], tried, made):
+      trials.append(trial)
+      print(f"{len(trials)} of {count}: {trial}", file=sys.stderr)
     figures = sweep.figures(trials, page.figures)
     yield name, sweep.render(trials, name), figures
 
 
-def _chosen(config: Any, given: flags.FlagValues) -> list[str]:
+def _chosen(config: Any, given: Any) -> list[str]:
   names = {name: name for name in stage_configs(config)}
   if given.stage is None:
     return list(names)
   return [lookup(names, given.stage, "stage")]
 
 
-def _planned(
-  config: Any, name: str, given: flags.FlagValues, **options: Any
-) -> Plan:
+def _planned(config: Any, name: str, given: Any, **options: Any) -> Plan:
   found = {key: rest for key, *rest in stages(config, given.rows_per_epoch)}
   stage, steps = found[name]
   what = name or "the training step"
@@ -187,4 +213,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
   _define_flags()
-  app.run(main)
+  app.run(main, flags_parser=cli.parse_flags)

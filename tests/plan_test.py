@@ -161,10 +161,16 @@ class ConfigsTest(parameterized.TestCase):
       named = dataclasses.replace(stage, model=dict(name="bert", size="tiny"))
       lower_step(jax.devices(), settings=named)
 
-  def test_stages_count_their_own_steps(self):
-    path = next(p for p in _CONFIGS if p.stem == "bert")
+  @parameterized.parameters(
+    # Phase 2 goes on counting; of the other two it begins again at 0.
+    ("bert", 900_000, 100_000),
+    ("lamb", 7_038, 1_563),
+    ("onebit_adam", 152_000, 10_000),
+  )
+  def test_stages_count_their_own_steps(self, name, first, second):
+    path = next(p for p in _CONFIGS if p.stem == name)
     steps = {name: count for name, _, count in stages(_load(path, ""))}
-    self.assertEqual(steps, dict(phase1=900_000, phase2=100_000))
+    self.assertEqual(steps, dict(phase1=first, phase2=second))
 
 
 @unittest.skipUnless(
@@ -229,15 +235,22 @@ class CompiledPlanTest(absltest.TestCase):
     text = page.render(self.plan, "phase1")
     for part in (
       "phase1 on v5e:2x2: 4 chips, mesh data 2 x fsdp 2",
+      "batch 8 x 32 tokens, ",
       "FITS",
       "all-reduce",
       "tokens/s per chip",
-      "3,600 steps",
+      "whole run    3,600 steps in ",
+      "chip-hours",
       "bertjax/layers/",
+      "latency of transfers",
+      "predicated regions as taken",
     ):
       self.assertIn(part, text)
     figures = json.loads(json.dumps(page.figures(self.plan)))
     self.assertLen(figures["top"], 10)
+    # What the matrix units do is the model's arithmetic, and padding.
+    flops = 4 * figures["mxu_flops"]
+    self.assertGreater(flops, figures["step"]["model_flops"])
     self.assertEqual(figures["step_s"], self.plan.step_s)
     self.assertEmpty(figures["missing"])
 
@@ -401,7 +414,7 @@ class AdviceTest(absltest.TestCase):
     )
     text = page.render(made)
     self.assertIn("DOES NOT FIT: 15.83 GiB of 16.00 GiB", text)
-    self.assertIn("would fit with microbatches=2 (8.38 GiB)", text)
+    self.assertIn("would fit with --config.microbatches=2 (8.38 GiB)", text)
     self.assertFalse(page.figures(made)["fits"])
 
 

@@ -19,8 +19,11 @@ class Plan:
     steps: that the stage takes; 0 if only the data know.
     needed_bytes: per device; None if the compiler does not say.
     memory: per device, when it fits.
+    activation_bytes: per device, of what the forward pass keeps for the
+      backward pass; part of the memory's temporaries.
     collectives: exchanges of a step, when it fits.
     cost: of a step on a TPU, when it fits.
+    traffic: of a step on a GPU, when it fits: bytes, and no cycles.
     kernels: of a GPU program, when it fits.
     suggestion: change of the config that would make it fit, if one was found.
   """
@@ -30,8 +33,10 @@ class Plan:
   steps: int
   needed_bytes: float | None
   memory: hardware.Memory | None = None
+  activation_bytes: int = 0
   collectives: tuple[hardware.Collective, ...] = ()
   cost: hardware.Cost | None = None
+  traffic: hardware.Cost | None = None
   kernels: tuple[Any, ...] = ()
   suggestion: Suggestion | None = None
 
@@ -69,6 +74,22 @@ class Plan:
     return max(self.compute_s, self.exchange_s)
 
   @property
+  def arithmetic_s(self) -> float | None:
+    """Seconds of the model's own FLOPs at the peak, if they are known."""
+    if self.facts.model_flops is None:
+      return None
+    chips = self.topology.num_devices
+    return self.facts.model_flops / chips / self.topology.chip.peak_flops
+
+  @property
+  def traffic_s(self) -> float | None:
+    """Seconds of a step's HBM bytes at the full bandwidth."""
+    found = self.cost or self.traffic
+    if found is None:
+      return None
+    return found.hbm_bytes / self.topology.chip.hbm_bandwidth
+
+  @property
   def tokens_per_s_per_chip(self) -> float | None:
     """Slots of a batch per second of a step and chip."""
     if self.step_s is None:
@@ -78,11 +99,9 @@ class Plan:
   @property
   def mfu(self) -> float | None:
     """Share of the peak that the model's own FLOPs are, if they are known."""
-    if self.step_s is None or self.facts.model_flops is None:
+    if self.step_s is None or self.arithmetic_s is None:
       return None
-    chips = self.topology.num_devices
-    peak = self.step_s * chips * self.topology.chip.peak_flops
-    return self.facts.model_flops / peak
+    return self.arithmetic_s / self.step_s
 
   @property
   def hours(self) -> float | None:

@@ -11,10 +11,13 @@ from bertjax.planning.outcome import Plan
 
 _TOP = 10
 _SCOPES_LEFT_OUT = ("while", "body", "closed_call", "checkpoint")
-_LIMITS = (
-  "Estimates: data sheet clocks and bandwidths; no latency of transfers, no"
-  " stalls,\npredicated regions always taken. See bertjax.hardware."
-)
+_LIMITS = """\
+Estimated from the compiled program with the clocks and bandwidths of the data
+sheet. Not in it: latency of transfers (DMA), stalls. Copies in the background
+count as hidden, predicated regions as taken. See bertjax.hardware."""
+_NO_MODEL = """\
+There is no model of a GPU's time. A step takes at least as long as the longest
+of these, if no HBM byte is spared by the L2 cache:"""
 
 
 def figures(plan: Plan) -> dict[str, Any]:
@@ -32,6 +35,9 @@ def figures(plan: Plan) -> dict[str, Any]:
     found["suggestion"] = dataclasses.asdict(plan.suggestion)
   if plan.memory is not None:
     found["memory"] = dataclasses.asdict(plan.memory)
+    found["activation_bytes"] = plan.activation_bytes
+    found["arithmetic_s"] = plan.arithmetic_s
+    found["traffic_s"] = plan.traffic_s
     found["collectives"] = _collectives(plan)
     found["exchange_s"] = plan.exchange_s
     found["exchanges_s"] = plan.exchanges_s
@@ -46,10 +52,12 @@ def figures(plan: Plan) -> dict[str, Any]:
       "cycles": plan.cost.cycles,
       "compute_cycles": plan.cost.compute_cycles,
       "mxu_cycles": plan.cost.mxu_cycles,
-      "hbm_bytes": plan.cost.hbm_bytes,
+      "mxu_flops": plan.cost.mxu_cycles * plan.topology.chip.flops_per_cycle,
       "missing": plan.cost.missing,
-      "top": [dataclasses.asdict(row) for row in plan.cost.top(_TOP)],
     }
+  if known := plan.cost or plan.traffic:
+    found["hbm_bytes"] = known.hbm_bytes
+    found["top"] = [dataclasses.asdict(row) for row in known.top(_TOP)]
   if plan.kernels:
     found["kernels"] = [dataclasses.asdict(k) for k in plan.kernels]
   return found
@@ -81,23 +89,32 @@ def render(plan: Plan, name: str = "") -> str:
     plan: what to show.
     name: of the stage; "" for a config without stages.
   """
-  facts = plan.facts
-  mesh = " x ".join(f"{k} {v}" for k, v in facts.mesh.items() if v > 1)
-  lines = [
-    f"{name or 'plan'} on {plan.topology.name}:"
-    f" {plan.topology.num_devices} chips, mesh {mesh or 'of one chip'}",
-    f"batch {facts.batch_size:,} x {facts.seq_len} {facts.unit},"
-    f" {facts.parameters:,} parameters",
-    "",
-    *_memory_lines(plan),
-  ]
+  lines = [*_head_lines(plan, name), "", *_memory_lines(plan)]
   if plan.fits:
     lines += ["", *_collective_lines(plan)]
   if plan.cost is not None:
     lines += ["", *_time_lines(plan), "", *_top_lines(plan.cost), "", _LIMITS]
+  if plan.traffic is not None:
+    lines += ["", *_bound_lines(plan), "", *_traffic_lines(plan.traffic)]
   if plan.kernels:
     lines += ["", *_kernel_lines(plan)]
   return "\n".join(lines) + "\n"
+
+
+def _head_lines(plan: Plan, name: str) -> list[str]:
+  facts, topology = plan.facts, plan.topology
+  mesh = " x ".join(f"{k} {v}" for k, v in facts.mesh.items() if v > 1)
+  noun = "chip" if topology.chip.platform == "tpu" else "GPU"
+  parts = ""
+  if facts.microbatches > 1:
+    parts = f" in {facts.microbatches:,} microbatches"
+  return [
+    f"{name or 'plan'} on {topology.name}:"
+    f" {units.plural(topology.num_devices, noun)}"
+    + (f", mesh {mesh}" if mesh else ""),
+    f"batch {facts.batch_size:,} x {facts.seq_len:,} {facts.unit}{parts},"
+    f" {facts.parameters:,} parameters, {facts.dtype}",
+  ]
 
 
 def _memory_lines(plan: Plan) -> list[str]:
@@ -113,22 +130,32 @@ def _memory_lines(plan: Plan) -> list[str]:
     f"  batch        {units.size(facts.batch_bytes)}",
   ]
   if memory is not None:
-    lines += [
-      f"  temporaries  {units.size(memory.temporaries)}"
-      "  (activations, gradients)",
+    # What is counted and what the compiler found differ by padding.
+    rest = max(0, memory.temporaries - plan.activation_bytes)
+    return [
+      *lines,
+      f"  activations  {units.size(plan.activation_bytes)}"
+      "  (kept for the backward pass)",
+      f"  temporaries  {units.size(rest)}  (gradients and all else)",
       f"  program      {units.size(memory.code)}",
     ]
-  elif plan.suggestion is not None:
+  held = facts.parameter_bytes + facts.optimizer_bytes + facts.batch_bytes
+  if needed is not None and needed > held:
     lines.append(
-      f"would fit with {plan.suggestion.fields}"
-      f" ({units.size(plan.suggestion.needed_bytes)})"
+      f"  temporaries  {units.size(needed - held)}"
+      "  (activations, gradients, program)"
     )
-  else:
-    lines.append(
+  return [*lines, _advice(plan)]
+
+
+def _advice(plan: Plan) -> str:
+  if plan.suggestion is None:
+    return (
       "try a smaller data.batch_size, more chips with mesh.fsdp or mesh.model,"
       " or model.remat"
     )
-  return lines
+  flags = " ".join(f"--config.{x}" for x in plan.suggestion.fields.split(", "))
+  return f"would fit with {flags} ({units.size(plan.suggestion.needed_bytes)})"
 
 
 def _collective_lines(plan: Plan) -> list[str]:
@@ -150,15 +177,17 @@ def _collective_lines(plan: Plan) -> list[str]:
 def _time_lines(plan: Plan) -> list[str]:
   cost, chip = plan.cost, plan.topology.chip
   busy = cost.mxu_cycles / cost.cycles
-  memory_s = cost.hbm_bytes / chip.hbm_bandwidth
+  done = cost.mxu_cycles * chip.flops_per_cycle
   lines = [
-    f"compute      {units.duration(plan.compute_s)}, matrix units busy"
-    f" {busy:.0%}; HBM {units.size(cost.hbm_bytes)} ="
-    f" {units.duration(memory_s)}",
+    f"compute      {units.duration(plan.compute_s)} a chip",
+    f"  arithmetic {done:.3g} FLOP, matrix units busy {busy:.0%}",
+    f"  HBM        {units.size(cost.hbm_bytes)}, at full bandwidth"
+    f" {units.duration(plan.traffic_s)}",
     *_speed_lines(plan),
   ]
   if cost.missing:
-    lines.append(f"cycles of {len(cost.missing)} small operations are unknown")
+    unknown = units.plural(len(cost.missing), "operation")
+    lines.append(f"no schedule of {unknown}: only the bytes count")
   return lines
 
 
@@ -177,27 +206,66 @@ def _speed_lines(plan: Plan) -> list[str]:
       f"step         {units.duration(plan.step_s)} if the shorter of the two"
       f" hides; {together} if it does not",
     ]
-  speed = f"{plan.tokens_per_s_per_chip:,.0f} {plan.facts.unit}/s per chip"
-  if plan.mfu is not None:
-    flops = f"{plan.facts.model_flops:.3g} model FLOP per step"
-    speed += f", MFU {plan.mfu:.1%} ({flops})"
+  rate, unit = plan.tokens_per_s_per_chip, plan.facts.unit
+  speed = f"{rate:,.0f} {unit}/s per chip"
+  if plan.topology.num_devices > 1:
+    speed += f", {rate * plan.topology.num_devices:,.0f} in all"
   lines.append(f"speed        {speed}")
+  if plan.mfu is None:
+    lines.append("MFU          unknown: nobody has counted this model's FLOP")
+  else:
+    lines.append(
+      f"MFU          {plan.mfu:.1%} ({plan.facts.model_flops:.3g} model FLOP a"
+      " step, all chips)"
+    )
   if plan.steps:
     lines.append(
-      f"{plan.steps:,} steps  {plan.hours:,.1f} hours,"
-      f" {plan.chip_hours:,.0f} chip-hours"
+      f"whole run    {units.plural(plan.steps, 'step')} in"
+      f" {units.span(plan.hours * 3600)}, {units.digits(plan.chip_hours)}"
+      " chip-hours"
     )
   else:
-    lines.append("epochs of unknown length (--rows_per_epoch)")
+    lines.append("whole run    of unknown length: give --rows_per_epoch")
+  return lines
+
+
+def _bound_lines(plan: Plan) -> list[str]:
+  """What a step of a GPU takes at least."""
+  facts = plan.facts
+  lines = [
+    _NO_MODEL,
+    f"  HBM        {units.duration(plan.traffic_s)}"
+    f" ({units.size(plan.traffic.hbm_bytes)})",
+  ]
+  if plan.arithmetic_s is not None:
+    lines.append(
+      f"  arithmetic {units.duration(plan.arithmetic_s)}"
+      f" ({facts.model_flops:.3g} model FLOP a step, all GPUs)"
+    )
+  if plan.collectives:
+    lines.append(f"  exchange   {units.duration(plan.exchange_s)} on NVLink")
+  return lines
+
+
+def _traffic_lines(cost: hardware.Cost) -> list[str]:
+  """The operations that move the most bytes."""
+  lines = [f"{'HBM share':>9s}{'times':>6s}{'HBM each':>11s}  operation"]
+  for row in cost.top(_TOP):
+    share = row.times * row.hbm_bytes / cost.hbm_bytes
+    lines.append(
+      f"{share:9.1%}{row.times:6,}{units.size(row.hbm_bytes):>11s}"
+      f"  {_operation(row)}"
+    )
   return lines
 
 
 def _top_lines(cost: hardware.Cost) -> list[str]:
-  lines = [f"{'share':>6s}{'times':>6s}{'cycles':>10s}{'HBM':>11s}  operation"]
+  head = f"{'share':>6s}{'times':>6s}{'cycles each':>12s}{'HBM each':>11s}"
+  lines = [f"{head}  operation"]
   for row in cost.top(_TOP):
     share = row.estimate / cost.cycles
     lines.append(
-      f"{share:6.1%}{row.times:6,}{max(row.cycles or 0, row.mxu_cycles):10,.0f}"
+      f"{share:6.1%}{row.times:6,}{max(row.cycles or 0, row.mxu_cycles):12,.0f}"
       f"{units.size(row.hbm_bytes):>11s}  {_operation(row)}"
     )
   return lines
@@ -224,5 +292,4 @@ def _kernel_lines(plan: Plan) -> list[str]:
       f"{kernel.registers:9,}{kernel.spill_stores:8,}B"
       f"{kernel.shared_memory:8,}B  {kernel.name}"
     )
-  lines.append("There is no model of a GPU's time.")
   return lines

@@ -27,6 +27,8 @@ class StepFacts:
     batch_size: rows of the global batch.
     seq_len: slots of a row.
     unit: what stands in a slot.
+    dtype: that the model computes in.
+    microbatches: parts of the batch.
     vocab_size: rows of the token embedding, or codes; None without any.
     parameters: number of them, over all devices.
     parameter_bytes: on one device.
@@ -46,6 +48,8 @@ class StepFacts:
   batch_bytes: int
   model_flops: float | None
   unit: str = "tokens"
+  dtype: str = "float32"
+  microbatches: int = 1
 
   @property
   def tokens(self) -> int:
@@ -81,7 +85,12 @@ def lower_step(
   }
   with jax.set_mesh(experiment.mesh):
     lowered = experiment.step.jitted.lower(experiment.abstract_state, batch)
-  return lowered, _facts(experiment, batch)
+  facts = dataclasses.replace(
+    _facts(experiment, batch),
+    dtype=settings.dtype,
+    microbatches=settings.microbatches,
+  )
+  return lowered, facts
 
 
 # By name of the data; what is not here has to be read.

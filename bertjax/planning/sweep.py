@@ -45,6 +45,10 @@ class Trial:
       return self.refusal
     return "fits" if self.plan.fits else "does not fit"
 
+  def __str__(self) -> str:
+    values = " ".join(f"{path}={value}" for path, value in self.values.items())
+    return f"{values}: {self.verdict}"
+
 
 def axes(text: str) -> dict[str, list[Any]]:
   """What `--sweep` says: by the path of a field, the values to try.

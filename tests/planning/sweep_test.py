@@ -73,7 +73,7 @@ class SweepTest(parameterized.TestCase):
     self.assertLen(lines, 2 + 6)
     self.assertIn("microbatches", lines[1])
     # 8 x 16 tokens on 4 chips in 2 ms.
-    self.assertRegex(lines[2], r"1 +2 +8\.38 GiB +2 ms .* 16,000 .* fits$")
+    self.assertRegex(lines[2], r"1 +2 +8\.38 GiB +2\.00 ms .* 16,000 .* fits$")
     self.assertRegex(lines[4], r"1 +1 +18\.63 GiB +does not fit$")
     self.assertEndsWith(lines[5], "mesh: fsdp=3 does not divide 4 devices.")
 

@@ -1,0 +1,72 @@
+"""What a plan suggests is the first change that the compiler found room for."""
+
+import pathlib
+from unittest import mock
+
+from absl.testing import absltest
+
+from bertjax import hardware
+from bertjax import plan as plan_lib
+from bertjax.config import settings
+from bertjax.planning.step import StepFacts
+from tests import tiny
+
+_GIB = 2**30
+_FACTS = StepFacts(
+  mesh=dict(data=4, fsdp=1, model=1, seq=1),
+  batch_size=64,
+  seq_len=10,
+  vocab_size=50,
+  parameters=1000,
+  parameter_bytes=4_000,
+  optimizer_bytes=8_000,
+  batch_bytes=640,
+  model_flops=4e9,
+)
+
+
+class SuggestTest(absltest.TestCase):
+  def suggested(self, needs, **changes):
+    """The suggestion, and (microbatches, remat) of what was compiled."""
+    tried = []
+
+    def compiled(topology, target, *, settings, vocab_size):
+      del target, vocab_size
+      remat = settings.model.get("remat")
+      tried.append((settings.microbatches, remat))
+      needed = needs(settings.microbatches, remat)
+      if needed > 16 * _GIB:
+        raise hardware.OutOfMemory("full", needed, 16 * _GIB, _FACTS)
+      memory = hardware.Memory(0, 0, 0, needed, 0)
+      return hardware.Program(topology, "HloModule m", memory, _FACTS)
+
+    stage = settings(tiny.config(pathlib.Path("nowhere"), **changes))
+    with mock.patch.object(hardware, "compile_for", compiled):
+      return plan_lib.plan(stage, "v5e:2x2").suggestion, tried
+
+  def test_microbatches_come_first(self):
+    found, tried = self.suggested(lambda parts, _: 60 * _GIB // parts)
+    self.assertEqual(found.fields, "microbatches=4")
+    self.assertEqual(found.needed_bytes, 15 * _GIB)
+    self.assertEqual(tried, [(1, None), (4, None)])
+
+  def test_what_turns_out_too_large_is_not_suggested(self):
+    # Less is won than a plain division promises.
+    found, tried = self.suggested(lambda parts, _: (10 + 50 // parts) * _GIB)
+    self.assertEqual(found.fields, "microbatches=8")
+    self.assertEqual([parts for parts, _ in tried], [1, 4, 8])
+
+  def test_remat_comes_after_microbatches(self):
+    found, _ = self.suggested(lambda _, remat: (3 if remat else 17) * _GIB)
+    self.assertEqual(found.fields, "model.remat=full")
+
+  def test_a_config_that_names_its_remat_keeps_it(self):
+    found, tried = self.suggested(
+      lambda *_: 17 * _GIB, model=dict(remat="products")
+    )
+    self.assertIsNone(found)
+    self.assertEqual({remat for _, remat in tried}, {"products"})
+
+
+if __name__ == "__main__":
+  absltest.main()
