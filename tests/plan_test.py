@@ -48,6 +48,22 @@ def _sum(function, layers):
 _FACTOR_BYTES = 2 * _sum(lambda d: d * d, _STACKED + _HEADS)
 
 
+# Beside the default one and the tiny one; of variants that differ in numbers
+# alone, one. Fine-tuning has a test of its own.
+_VARIANTS = {
+  "bert": ("large",),
+  "fine_tune": (),
+  "grammar": (),
+  "lamb": ("batch_512", "mlperf_448"),
+  "mkor": ("mkor_h", "kaisa", "eva", "lamb"),
+  "onebit_adam": ("base", "lamb", "zero_one"),
+  "point_bert": ("small",),
+  "point_bert_transformer": ("classify", "scratch", "segment", "small"),
+  "quickstart": (),
+  "roberta": ("large",),
+}
+
+
 def _devices():
   """TPUs, whose kernels are more particular, if their compiler is here."""
   if importlib.util.find_spec("libtpu") is None:
@@ -81,6 +97,25 @@ class ConfigsTest(parameterized.TestCase):
       if "precondition" in stage.optim:
         kept -= _FACTOR_BYTES / facts.parameter_bytes
       self.assertBetween(kept, 2, 2.01)
+
+  def test_every_config_has_its_variants_listed(self):
+    self.assertEqual({path.stem for path in _CONFIGS}, {*_VARIANTS})
+
+  @parameterized.parameters(
+    (name, variant) for name, all_ in _VARIANTS.items() for variant in all_
+  )
+  def test_variants_lower_without_data(self, name, variant):
+    """With the smallest encoder of text; the rest is the variant's own."""
+    path = next(p for p in _CONFIGS if p.stem == name)
+    for _, stage, steps in stages(_load(path, variant)):
+      size = _vocabulary(stage)
+      if size is not None:
+        model = dict(stage.model) | {"size": "tiny"}
+        stage = dataclasses.replace(stage, model=model)
+      _, facts = lower_step(_devices(), settings=stage, vocab_size=size)
+      self.assertEqual(facts.batch_size, stage.data["batch_size"])
+      self.assertEqual(facts.microbatches, stage.microbatches)
+      self.assertGreater(steps, 0)
 
   @parameterized.parameters(
     ("mkor", _FACTOR_BYTES),
