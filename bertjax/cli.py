@@ -61,24 +61,27 @@ def define_config() -> flags.FlagHolder:
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-  """For `app.run`: an override inside of what is not there ends in one line.
+  """For `app.run`: mistakes in a config or an override end in one line.
 
   `--config.modle=x` is refused by the config's own check, but of
   `--config.modle.size=x` the parser of flags wants to know what `modle` is.
   """
   try:
-    return app.parse_flags_with_usage(list(argv))
+    return flags.FLAGS(list(argv))
   except KeyError as err:
     missing, _, hint = str(err.args[0]).partition("\n")
     name = missing.strip("'")
     given = [x for x in argv if name in x.partition("=")[0].split(".")]
     hint = hint.partition(" instead of ")[0].replace('"', "'")
-    print(
-      f"Error: {' '.join(given) or 'flags'}: the config has no group {name!r}."
-      + (f" {hint}?" if hint else ""),
-      file=sys.stderr,
-    )
-    sys.exit(1)
+    message = f"{' '.join(given) or 'flags'}: the config has no group {name!r}."
+    message += f" {hint}?" if hint else ""
+  except flags.Error as err:
+    *_, last = str(err).strip().splitlines()
+    kind, _, message = last.strip().partition(": ")
+    if kind != "ValueError":  # no refusal of get_config's
+      return app.parse_flags_with_usage(list(argv))
+  print(f"Error: {message}", file=sys.stderr)
+  sys.exit(1)
 
 
 def define_hosts() -> None:

@@ -14,9 +14,12 @@ then 100k at 512 that go on with optimizer and schedule.
 import ml_collections
 
 from bertjax.config import new_config
+from bertjax.models.bert import SIZES
+from bertjax.registry import lookup
 
 
 def get_config(variant: str = "base") -> ml_collections.ConfigDict:
+  lookup(SIZES, variant, "configs/bert.py")
   tiny = variant == "tiny"
   c = new_config()
   c.seed = 0

@@ -14,6 +14,10 @@ from bertjax.config import new_config
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
+  if variant not in ("", "tiny"):
+    raise ValueError(
+      f"configs/grammar.py:{variant} is unknown; there is :tiny."
+    )
   tiny = variant == "tiny"
   c = new_config()
   c.seed = 0

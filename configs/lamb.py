@@ -26,6 +26,7 @@ power 1. Its ratio of warm-up is taken of the steps of each phase.
 import ml_collections
 
 from bertjax.config import new_config
+from bertjax.models.bert import SIZES
 from bertjax.optim import square_root_scaling
 from bertjax.registry import lookup
 
@@ -60,6 +61,8 @@ def get_config(variant: str = "large") -> ml_collections.ConfigDict:
   c.dtype = "bfloat16"
   kind, _, which = variant.partition("_")
   build = {"batch": _batch, "mlperf": _mlperf}.get(kind) if which else None
+  if build is None:
+    lookup(SIZES, variant, "configs/lamb.py")
   c.model = dict(name="bert", size="large" if build else variant)
   c.objective = dict(name="masked_lm", pair_task="nsp")
   c.data = dict(

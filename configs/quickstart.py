@@ -20,6 +20,10 @@ _REFERENCE = pathlib.Path(__file__).with_name("quickstart_reference.csv")
 
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
+  if variant not in ("", "tiny"):
+    raise ValueError(
+      f"configs/quickstart.py:{variant} is unknown; there is :tiny."
+    )
   tiny = variant == "tiny"
   c = new_config()
   c.seed = 0

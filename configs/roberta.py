@@ -13,9 +13,12 @@ drawn afresh in every epoch, batches of 8k sequences.
 import ml_collections
 
 from bertjax.config import new_config
+from bertjax.models.bert import SIZES
+from bertjax.registry import lookup
 
 
 def get_config(variant: str = "base") -> ml_collections.ConfigDict:
+  lookup(SIZES, variant, "configs/roberta.py")
   tiny = variant == "tiny"
   large = variant == "large"
   c = new_config()

@@ -157,6 +157,16 @@ class ConfigsTest(parameterized.TestCase):
     found["heldout/mlm_accuracy"] = 0.72
     self.assertIn("reached the target", stop(steps, 0, 0, found))
 
+  @parameterized.parameters(
+    p.stem
+    for p in _CONFIGS
+    if p.stem != "fine_tune"  # any row of TASKS
+  )
+  def test_a_variant_that_is_not_there_is_refused(self, name):
+    path = next(p for p in _CONFIGS if p.stem == name)
+    with self.assertRaisesRegex(ValueError, f"configs/{name}.py.*tny.*tiny"):
+      _load(path, "tny")
+
   def test_a_typo_is_refused_with_a_suggestion(self):
     with self.assertRaisesRegex(ValueError, "modle .*Did you mean 'model'"):
       settings(dict(modle={}))
