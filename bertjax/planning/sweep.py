@@ -123,13 +123,16 @@ def best_first(found: Sequence[Trial]) -> list[Trial]:
 
 
 def render(found: Sequence[Trial], name: str = "") -> str:
-  """A table, the fastest first.
+  """A table, the fastest first; where nothing tells the speed, the smallest.
 
   Args:
     found: the trials of one stage.
     name: of the stage; "" for a config without stages.
   """
-  rows = [[*found[0].values, *_COLUMNS, ""]]
+  planned = [trial.plan for trial in found if trial.plan is not None]
+  unit = planned[0].facts.unit if planned else "tokens"
+  columns = [column.format(unit=unit) for column in _COLUMNS]
+  rows = [[*found[0].values, *columns, ""]]
   for trial in best_first(found):
     values = [str(value) for value in trial.values.values()]
     rows.append([*values, *_cells(trial), trial.verdict])
@@ -139,10 +142,15 @@ def render(found: Sequence[Trial], name: str = "") -> str:
     + f"  {row[-1]}"
     for row in rows
   ]
-  return "\n".join([f"{name or 'sweep'}, the fastest first", *lines, ""])
+  head = name or "sweep"
+  if planned:
+    head += f" on {planned[0].topology.name}"
+  timed = any(trial.speed for trial in found)
+  order = "the fastest first" if timed else "the smallest first"
+  return "\n".join([f"{head}, {order}", *lines, ""])
 
 
-_COLUMNS = ("needs", "compute", "exchange", "tokens/s/chip", "MFU")
+_COLUMNS = ("needs", "compute", "exchange", "{unit}/s/chip", "MFU")
 
 
 def _cells(trial: Trial) -> list[str]:

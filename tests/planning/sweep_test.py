@@ -1,5 +1,6 @@
 """A sweep plans every combination and puts the fastest first."""
 
+import dataclasses
 import json
 
 from absl.testing import absltest, parameterized
@@ -71,11 +72,27 @@ class SweepTest(parameterized.TestCase):
   def test_table(self):
     lines = sweep.render(self.trials, "phase1").splitlines()
     self.assertLen(lines, 2 + 6)
+    self.assertEqual(lines[0], "phase1 on v5e:2x2, the fastest first")
     self.assertIn("microbatches", lines[1])
     # 8 x 16 tokens on 4 chips in 2 ms.
     self.assertRegex(lines[2], r"1 +2 +8\.38 GiB +2\.00 ms .* 16,000 .* fits$")
     self.assertRegex(lines[4], r"1 +1 +18\.63 GiB +does not fit$")
     self.assertEndsWith(lines[5], "mesh: fsdp=3 does not divide 4 devices.")
+
+  def test_a_table_without_times_begins_with_the_smallest(self):
+    facts = dataclasses.replace(_FACTS, unit="points")
+
+    def plan(config):
+      needed = config["microbatches"] * 1e9
+      topology = hardware.parse("h100:4")
+      return Plan(topology, facts, 10, needed, memory=_MEMORY)
+
+    tried = sweep.axes("microbatches=3,1,2")
+    trials = list(sweep.trials(dict(seed=0), tried, plan))
+    head, columns, *rows = sweep.render(trials).splitlines()
+    self.assertEqual(head, "sweep on h100:4, the smallest first")
+    self.assertIn(" points/s/chip ", columns)
+    self.assertEqual([row.split()[0] for row in rows], ["1", "2", "3"])
 
   def test_figures_are_json(self):
     found = sweep.figures(self.trials, lambda plan: plan.step_s)
