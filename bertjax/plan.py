@@ -179,6 +179,8 @@ def _chosen(config: Any, given: Any) -> list[str]:
   names = {name: name for name in stage_configs(config)}
   if given.stage is None:
     return list(names)
+  if "" in names:
+    raise ValueError(f"stage={given.stage!r}: the config has no stages.")
   return [lookup(names, given.stage, "stage")]
 
 

@@ -114,6 +114,8 @@ class AnswerTest(parameterized.TestCase):
     text, _ = self.answer(json="-")
     self.assertEqual([*json.loads(text)], ["plan"])
     self.assertStartsWith(self.answer()[0], "plan on v5e:2x2: 4 chips")
+    with self.assertRaisesRegex(ValueError, "stage='long'.*has no stages"):
+      self.answer(stage="long")
 
   def test_a_sweep_changes_what_a_stage_says_itself(self):
     text, progress = self.answer(
