@@ -29,7 +29,7 @@ from absl import app, flags
 from bertjax import cli, hardware
 from bertjax.config import Settings, plain, settings, stage_configs
 from bertjax.data.abstract import steps_of
-from bertjax.planning import activations, advice, page, sweep
+from bertjax.planning import activations, advice, page, pods, sweep
 from bertjax.planning.outcome import Plan
 from bertjax.planning.step import lower_step
 from bertjax.registry import lookup
@@ -132,7 +132,7 @@ def answer(config: Mapping[str, Any], given: Any) -> None:
   """
   if given.json != "-":
     cli.check_output("json", given.json)
-  hardware.parse(given.topology)  # a typo is told before anything compiles
+  pods.check(hardware.parse(given.topology))  # before anything compiles
   make = _pages if given.sweep is None else _tables
   figures = {}
   for name, page_text, found in make(config, given):

@@ -45,6 +45,8 @@ def kept_bytes(module: Module) -> int:
 
 def _is_forward(instruction: Instruction) -> bool:
   name = instruction.op_name
+  if instruction.opcode == "constant":
+    return False
   return _FORWARD in name and _BACKWARD not in name
 
 

@@ -10,6 +10,7 @@ from bertjax.planning import links, units
 from bertjax.planning.outcome import Plan
 
 _TOP = 10
+_GPUS_OF_A_HOST = 8
 _SCOPES_LEFT_OUT = ("while", "body", "closed_call", "checkpoint")
 _LIMITS = """\
 Estimated from the compiled program with the clocks and bandwidths of the data
@@ -132,13 +133,15 @@ def _memory_lines(plan: Plan) -> list[str]:
   if memory is not None:
     # What is counted and what the compiler found differ by padding.
     rest = max(0, memory.temporaries - plan.activation_bytes)
-    return [
-      *lines,
-      f"  activations  {units.size(plan.activation_bytes)}"
+    lines += [
+      f"  activations  {units.size(memory.temporaries - rest)}"
       "  (kept for the backward pass)",
       f"  temporaries  {units.size(rest)}  (gradients and all else)",
-      f"  program      {units.size(memory.code)}",
     ]
+    # Compilers of GPUs do not say how large it is.
+    return lines + [f"  program      {units.size(memory.code)}"] * bool(
+      memory.code
+    )
   held = facts.parameter_bytes + facts.optimizer_bytes + facts.batch_bytes
   if needed is not None and needed > held:
     lines.append(
@@ -201,7 +204,7 @@ def _speed_lines(plan: Plan) -> list[str]:
     others = [s for s in plan.exchanges_s if s < plan.exchange_s]
     shorter = [f"; in other steps {units.duration(s)}" for s in others]
     lines += [
-      f"exchange     {units.duration(plan.exchange_s)} on rings"
+      f"exchange     {units.duration(plan.exchange_s)} {_links(plan)}"
       + "".join(shorter),
       f"step         {units.duration(plan.step_s)} if the shorter of the two"
       f" hides; {together} if it does not",
@@ -215,8 +218,8 @@ def _speed_lines(plan: Plan) -> list[str]:
     lines.append("MFU          unknown: nobody has counted this model's FLOP")
   else:
     lines.append(
-      f"MFU          {plan.mfu:.1%} ({plan.facts.model_flops:.3g} model FLOP a"
-      " step, all chips)"
+      f"MFU          {plan.mfu:.1%} of the bfloat16 peak"
+      f" ({plan.facts.model_flops:.3g} model FLOP a step, all chips)"
     )
   if plan.steps:
     lines.append(
@@ -227,6 +230,12 @@ def _speed_lines(plan: Plan) -> list[str]:
   else:
     lines.append("whole run    of unknown length: give --rows_per_epoch")
   return lines
+
+
+def _links(plan: Plan) -> str:
+  if any(collective.slices > 1 for collective in plan.collectives):
+    return "on rings inside slices and the network between them"
+  return "on rings"
 
 
 def _bound_lines(plan: Plan) -> list[str]:
@@ -243,7 +252,11 @@ def _bound_lines(plan: Plan) -> list[str]:
       f" ({facts.model_flops:.3g} model FLOP a step, all GPUs)"
     )
   if plan.collectives:
-    lines.append(f"  exchange   {units.duration(plan.exchange_s)} on NVLink")
+    one_host = plan.topology.num_devices <= _GPUS_OF_A_HOST
+    far = "" if one_host else ", if it joins all hosts"
+    lines.append(
+      f"  exchange   {units.duration(plan.exchange_s)} on NVLink{far}"
+    )
   return lines
 
 

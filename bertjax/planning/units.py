@@ -32,6 +32,8 @@ def duration(seconds: float) -> str:
 
 def span(seconds: float) -> str:
   """Seconds of a run, as "2.70 hours"."""
+  if seconds < 1:
+    return duration(seconds)
   for unit, name in ((86_400, "days"), (3_600, "hours"), (60, "minutes")):
     if seconds >= 2 * unit:
       return f"{digits(seconds / unit)} {name}"

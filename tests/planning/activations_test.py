@@ -45,6 +45,8 @@ ENTRY %main (a: f32[3,8], w: f32[3,5]) -> f32[2] {
   %chip = f32[3,7]{1,0:S(1)} get-tuple-element(%while.1), index=2
   %head = f32[2]{0} reduce(%stack), metadata={op_name="jit(step)/jvp(M)/sum"}
   %lone = f32[11]{0} reduce(%stack), metadata={op_name="jit(step)/jvp(M)/max"}
+  %half = f32[17]{0} constant({...}), metadata={op_name="jit(step)/jvp(M)/mul"}
+  %less.1 = f32[17]{0} negate(%half), metadata={op_name="jit(step)/transpose(jvp(M))/mul"}
   %far = f32[13]{0} reduce(%stack), metadata={op_name="jit(step)/jvp(M)/min"}
   %there = f32[13]{0:S(1)} copy(%far)
   %moved = f32[3,8]{1,0:S(1)} copy(%stack)

@@ -99,6 +99,12 @@ class AnswerTest(parameterized.TestCase):
     text, _ = self.answer(stage="short")
     self.assertNotIn("long on", text)
 
+  @parameterized.parameters("v5p:16x20x28", "v6e:16x16", "8xv5e:16x16")
+  def test_whole_pods_are_planned(self, topology):
+    self.config["data"]["batch_size"] = 8
+    text, _ = self.answer(topology=topology)
+    self.assertIn(f"long on {topology}: ", text)
+
   def test_figures_go_to_a_file_or_alone_to_the_output(self):
     path = self.root / "plan.json"
     text, _ = self.answer(json=str(path))
@@ -144,6 +150,8 @@ class AnswerTest(parameterized.TestCase):
   def test_mistakes_are_told_before_anything_compiles(self):
     for message, given in (
       ("topology='v5x:2x2' is unknown", dict(topology="v5x:2x2")),
+      ("v5e:32x32': a pod of v5e has 16x16 ", dict(topology="v5e:32x32")),
+      ("a pod of v4 has 16x16x16", dict(topology="2xv4:16x16x18")),
       ("stage='shrt' is unknown.*Did you mean 'short'", dict(stage="shrt")),
       ("sweep: 'microbatches' names no field", dict(sweep="microbatches")),
       ("there is no folder", dict(json=f"{self.root}/no/plan.json")),

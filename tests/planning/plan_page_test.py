@@ -81,7 +81,7 @@ class PageTest(absltest.TestCase):
     self.assertIn("  HBM        3.00 MiB, at full bandwidth 3.84 us", lines)
     self.assertIn("speed        32,768,000 tokens/s per chip", lines)
     self.assertIn(
-      "whole run    100 steps in 0.200 seconds, 0.0000556 chip-hours", lines
+      "whole run    100 steps in 200 ms, 0.0000556 chip-hours", lines
     )
     (row,) = (line for line in lines if "dot_general" in line)
     self.assertRegex(

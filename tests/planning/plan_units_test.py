@@ -28,6 +28,7 @@ class UnitsTest(parameterized.TestCase):
 
   @parameterized.parameters(
     (3, "3.00 seconds"),
+    (0.2, "200 ms"),
     (119, "119 seconds"),
     (3_600, "60.0 minutes"),
     (9_000, "2.50 hours"),
