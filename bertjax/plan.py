@@ -29,7 +29,14 @@ from absl import app, flags
 from bertjax import cli, hardware
 from bertjax.config import Settings, plain, settings, stage_configs
 from bertjax.data.abstract import steps_of
-from bertjax.planning import activations, advice, page, pods, sweep
+from bertjax.planning import (
+  activations,
+  advice,
+  handed_down,
+  page,
+  pods,
+  sweep,
+)
 from bertjax.planning.outcome import Plan
 from bertjax.planning.step import lower_step
 from bertjax.registry import lookup
@@ -90,13 +97,15 @@ def stages(
 ) -> Iterator[tuple[str, Settings, int]]:
   """Name, settings and number of own steps of each stage of a config.
 
+  What a stage would find in the workdir of the one before is filled in.
+
   Args:
     config: a ConfigDict or mapping.
     rows_per_epoch: of the training split, for stages that count epochs.
   """
-  done = 0
+  done, stage = 0, None
   for name, fields in stage_configs(config).items():
-    stage = settings(fields)
+    stage = handed_down.continued(settings(fields), stage)
     steps = stage.stop.get("steps") or 0
     if (epochs := stage.stop.get("epochs")) and rows_per_epoch:
       size = stage.data.get("batch_size", 1)

@@ -149,9 +149,6 @@ class ConfigsTest(parameterized.TestCase):
   @pytest.mark.slow  # what lowers compiles, as far as we know
   def test_every_tiny_config_has_a_page(self, path):
     for name, stage, _ in stages(_load(path, "tiny")):
-      # Fine-tuning starts from a folder that is not here.
-      model = {"name": "bert", "size": "tiny"} | dict(stage.model)
-      stage = dataclasses.replace(stage, model=model)
       size = _vocabulary(stage, 2048)
       made = plan(stage, "v5e:2x2", vocab_size=size)
       self.assertTrue(made.fits)
