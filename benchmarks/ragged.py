@@ -118,7 +118,7 @@ def measure(rounds: int, threads: int = 2) -> dict[str, dict[str, float]]:
   for order, arranged in (("", texts), (" sorted", sorted(texts, key=len))):
     batches = padded(arranged, ROWS)
     other = bert_base.theirs(batches, threads)
-    for name, a, b in zip(("train", "infer"), mine, other):
+    for name, a, b in zip(bert_base.PASSES, mine, other):
       found[name + order] = bert_base.compare(real, a, b, rounds)
       bert_base.show(name + order, found[name + order])
   return found

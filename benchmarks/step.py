@@ -24,7 +24,7 @@ def measure(
   mine = bert_base.ours([_batch()], **options)
   other = bert_base.theirs([_padded()], threads)
   found = {}
-  for name, a, b in zip(("train", "infer"), mine, other):
+  for name, a, b in zip(bert_base.PASSES, mine, other):
     times = rounds * (1 if name == "train" else 4)
     found[name] = bert_base.compare(_ROWS * _LENGTH, a, b, times)
     bert_base.show(name, found[name])
