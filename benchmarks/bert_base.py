@@ -1,10 +1,10 @@
 """BERT-base training steps and forward passes, ours and PyTorch's.
 
 PyTorch runs as its users run it: `transformers`, SDPA attention, the faster of
-its AdamW implementations, logits of all positions. Ours has logits of the masked
-positions. Both: dropout 0.1 and AdamW. Training has weights in float32 and
-products in bfloat16 (PyTorch: autocast). Inference has weights in bfloat16 on
-both sides; PyTorch's autocast, which casts them in every call, is slower.
+its AdamW implementations, logits of all positions. Ours has logits of the
+masked positions. Both: dropout 0.1 and AdamW. Training has weights in float32
+and products in bfloat16 (PyTorch: autocast). Inference has weights in bfloat16
+on both sides; PyTorch's autocast, which casts them in every call, is slower.
 """
 
 import copy
