@@ -3,7 +3,7 @@
 # make typecheck    annotations against what the tests of parts call them with
 # make lint         ruff
 # make bench        speed against PyTorch, of reading, compiling, and on paper
-#                   of a TPU (19 min); runs/bench.json, and a line in
+#                   of a TPU (18 min); runs/bench.json, and a line in
 #                   benchmarks/history.jsonl
 # make bench-kernels  kernels against the stock ones, compiled, not run (30 min)
 PYTHON ?= python3.11

@@ -26,9 +26,9 @@ SECONDS = {
   "step": 180,
   "ragged": 600,
   "compiling": 60,
-  "points": 60,
+  "points": 40,
   "tpu": 60,
-  "farthest_points": 60,
+  "farthest_points": 20,
 }
 
 

@@ -64,7 +64,7 @@ def _theirs(cloud: np.ndarray, other: np.ndarray) -> tuple[Call, Call]:
 
 
 def measure(rounds: int = 10) -> dict[str, float]:
-  """Median over the rounds of PyTorch's time over ours."""
+  """Of the rounds' ratios of PyTorch's time to ours: median and ends."""
   rng = np.random.default_rng(0)
   cloud = rng.normal(size=(_CLOUDS, _POINTS, 3)).astype(np.float32)
   other = rng.normal(size=(4, _CHAMFER, 3)).astype(np.float32)
@@ -73,11 +73,14 @@ def measure(rounds: int = 10) -> dict[str, float]:
     ("group", "chamfer"), _ours(cloud, other), _theirs(cloud, other)
   ):
     a, b = alternate(mine, theirs, rounds)
-    found[f"{name} ratio"] = statistics.median(y / x for x, y in zip(a, b))
+    ratios = [y / x for x, y in zip(a, b)]
+    found[f"{name} ratio"] = statistics.median(ratios)
+    found[f"{name} least"], found[f"{name} most"] = min(ratios), max(ratios)
     print(
       f"{name:8s} bertjax {statistics.median(a) * 1e3:7.1f} ms  pytorch"
       f" {statistics.median(b) * 1e3:7.1f} ms"
       f"  ratio {found[f'{name} ratio']:.2f}"
+      f" ({min(ratios):.2f} to {max(ratios):.2f} in {rounds} rounds)"
     )
   return found
 
