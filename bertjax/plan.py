@@ -1,6 +1,7 @@
 r"""Plans a run on hardware that nobody here has: does it fit, how fast is it.
 
-  python -m bertjax.plan --config=configs/bert.py:base --topology=v5e:4x4
+  python -m bertjax.plan --config=configs/bert.py:base --topology=v5e:4x4 \
+      --vocab_size=30522
   python -m bertjax.plan --config=... --topology=2xv5e:16x16 --json=plan.json
   python -m bertjax.plan --config=configs/fine_tune.py:mnli --topology=v5e:2x2 \
       --config.model.name=bert --config.model.size=base --vocab_size=30522 \
