@@ -17,6 +17,7 @@ from bertjax.data.abstract import abstract_text
 from bertjax.parallel import wire
 from bertjax.plan import Plan, plan, stages
 from bertjax.planning import advice, links, page
+from bertjax.planning.kinds import kinds
 from bertjax.planning.step import StepFacts, device_bytes, lower_step
 from tests import tiny
 from tests.configs_test import _CONFIGS, _load
@@ -340,17 +341,27 @@ class CompressedTest(absltest.TestCase):
       optim=dict(name="onebit_adam", learning_rate=1e-3, freeze_step=2),
     )
     made = plan(settings(fields), "v5e:2x2")
-    full, compressed = links.ways(made.collectives)
+
+    def sends(kind):
+      return sum(c.sent_bytes for c in kind.collectives)
+
+    compressed, full = sorted(made.kinds, key=sends)
     gradients = made.facts.parameters * 4
-    sent = [sum(c.sent_bytes for c in way) for way in (full, compressed)]
+    sent = [sends(full), sends(compressed)]
     self.assertGreaterEqual(sent[0], 1.5 * gradients)
     # Whole lines of bits, of which these few parameters fill a part.
     shapes = [(made.facts.parameters,)]
     self.assertAlmostEqual(
       sent[1], wire.compressed_bytes(shapes, 4), delta=0.2 * sent[1]
     )
-    self.assertEqual(made.exchange_s, max(made.exchanges_s))
-    self.assertIn("in other steps", page.render(made))
+    self.assertEqual(made.exchange_s, made.kinds[0].exchange_s)
+    # Both take gradients; neither does what only the other does.
+    both = full.compute_s + compressed.compute_s
+    self.assertGreater(both, made.cost.seconds)
+    self.assertLess(
+      max(full.compute_s, compressed.compute_s), made.cost.seconds
+    )
+    self.assertIn("other steps  compute", page.render(made))
 
 
 class LinksTest(parameterized.TestCase):
@@ -359,12 +370,18 @@ class LinksTest(parameterized.TestCase):
       hardware.Collective("all-reduce", 1, (), 1, "", "", branch=branch)
       for branch in ((), (1,), (1, 0), (1, 1), (0, 0, 2))
     )
-    self.assertEqual(
-      links.ways([always, skip, full, compressed, rest]),
+    topology = hardware.parse("v5e:2x2")
+
+    def own(*collectives):
+      found = kinds(topology, collectives, None)
+      return [list(kind.collectives) for kind in found]
+
+    self.assertCountEqual(
+      own(always, skip, full, compressed, rest),
       [[always, rest], [always, skip, full], [always, skip, compressed]],
     )
-    self.assertEqual(links.ways([always]), [[always]])
-    self.assertEqual(links.ways([]), [[]])
+    self.assertEqual(own(always), [[always]])
+    self.assertEqual(own(), [[]])
 
   def _all_reduce(self, *groups, slices=1):
     return hardware.Collective(

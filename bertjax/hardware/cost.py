@@ -30,6 +30,8 @@ class Row:
     estimate: cycles of all runs.
     op_name: the JAX operation behind it, with its scopes.
     source: `file:line` behind it.
+    branch: of the conditionals around it, outermost first, which branch it
+      stands in; () if it runs in any case.
   """
 
   name: str
@@ -42,6 +44,7 @@ class Row:
   estimate: float
   op_name: str
   source: str
+  branch: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +94,21 @@ class Cost:
     """Operations whose cycles are unknown; only their bytes count."""
     return [row.name for row in self.rows if row.cycles is None]
 
+  def taking(self, branch: tuple[int, ...]) -> "Cost":
+    """Of a run that takes this branch of its conditionals.
+
+    Conditionals are told apart by their nesting only; of those further inside
+    all branches stay.
+    """
+    return Cost(
+      self.chip,
+      [
+        row
+        for row in self.rows
+        if all(a == b for a, b in zip(row.branch, branch))
+      ],
+    )
+
   def top(self, count: int) -> list[Row]:
     """The costliest operations, the first one leading."""
     return sorted(self.rows, key=lambda row: -row.estimate)[:count]
@@ -129,6 +147,7 @@ def price_module(
         estimate=executed.times * max(busy, moved / chip.hbm_bytes_per_cycle),
         op_name=instruction.op_name,
         source=module.source(instruction),
+        branch=executed.branch,
       )
     )
   return Cost(chip, rows)

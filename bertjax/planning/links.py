@@ -1,6 +1,6 @@
 """Over which links the collectives of a plan run, and how long they take."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 from bertjax.hardware import Collective, Topology
 from bertjax.parallel.mesh import sliced_axis
@@ -52,27 +52,3 @@ def seconds(
     return None
   between = across / chip.network_bandwidth if across else 0
   return inside / chip.ring_bandwidth + between
-
-
-def ways(collectives: Sequence[Collective]) -> list[list[Collective]]:
-  """What different steps exchange, if a conditional decides what they do.
-
-  An optimizer that sends full gradients first and compressed ones later has
-  both in one program. Conditionals are told apart by their nesting only.
-
-  Args:
-    collectives: of the program.
-
-  Returns:
-    At least one list; what stands outside of conditionals is in each.
-  """
-  branches = {collective.branch for collective in collectives}
-  last = [
-    branch
-    for branch in sorted(branches)
-    if not any(other[: len(branch)] == branch != other for other in branches)
-  ]
-  return [
-    [c for c in collectives if branch[: len(c.branch)] == c.branch]
-    for branch in last or [()]
-  ]

@@ -4,8 +4,8 @@ import dataclasses
 from typing import Any
 
 from bertjax import hardware
-from bertjax.planning import links
 from bertjax.planning.advice import Suggestion
+from bertjax.planning.kinds import Kind, kinds
 from bertjax.planning.step import StepFacts
 
 
@@ -22,8 +22,8 @@ class Plan:
     activation_bytes: per device, of what the forward pass keeps for the
       backward pass; part of the memory's temporaries.
     collectives: exchanges of a step, when it fits.
-    cost: of a step on a TPU, when it fits.
-    traffic: of a step on a GPU, when it fits: bytes, and no cycles.
+    cost: of the program on a TPU, when it fits, all branches included.
+    traffic: of it on a GPU, when it fits: bytes, and no cycles.
     kernels: of a GPU program, when it fits.
     suggestion: change of the config that would make it fit, if one was found.
   """
@@ -46,32 +46,30 @@ class Plan:
     return self.memory is not None
 
   @property
+  def kinds(self) -> list[Kind]:
+    """Of steps, the longest first; all that follows is of that one."""
+    work = self.cost or self.traffic
+    return kinds(self.topology, self.collectives, work)
+
+  @property
+  def longest(self) -> Kind:
+    """The first of `kinds`."""
+    return self.kinds[0]
+
+  @property
   def compute_s(self) -> float | None:
     """Seconds of a step's computation."""
-    return self.cost.seconds if self.cost else None
-
-  @property
-  def ways(self) -> list[list[hardware.Collective]]:
-    """What different kinds of steps exchange; see `links.ways`."""
-    return links.ways(self.collectives)
-
-  @property
-  def exchanges_s(self) -> list[float | None]:
-    """Seconds of the collectives of each of `ways`."""
-    return [links.seconds(self.topology, way) for way in self.ways]
+    return self.longest.compute_s if self.cost else None
 
   @property
   def exchange_s(self) -> float | None:
-    """Those of the longest; None if a bandwidth is unknown."""
-    found = [seconds for seconds in self.exchanges_s if seconds is not None]
-    return max(found) if len(found) == len(self.exchanges_s) else None
+    """Seconds of its collectives; None if a bandwidth is unknown."""
+    return self.longest.exchange_s
 
   @property
   def step_s(self) -> float | None:
     """Seconds of a step in which the shorter of the two hides."""
-    if self.compute_s is None or self.exchange_s is None:
-      return None
-    return max(self.compute_s, self.exchange_s)
+    return self.longest.step_s if self.cost else None
 
   @property
   def arithmetic_s(self) -> float | None:
@@ -84,10 +82,10 @@ class Plan:
   @property
   def traffic_s(self) -> float | None:
     """Seconds of a step's HBM bytes at the full bandwidth."""
-    found = self.cost or self.traffic
-    if found is None:
+    work = self.longest.work
+    if work is None:
       return None
-    return found.hbm_bytes / self.topology.chip.hbm_bandwidth
+    return work.hbm_bytes / self.topology.chip.hbm_bandwidth
 
   @property
   def tokens_per_s_per_chip(self) -> float | None:

@@ -41,24 +41,28 @@ def figures(plan: Plan) -> dict[str, Any]:
     found["traffic_s"] = plan.traffic_s
     found["collectives"] = _collectives(plan)
     found["exchange_s"] = plan.exchange_s
-    found["exchanges_s"] = plan.exchanges_s
   if plan.cost is not None:
+    work = plan.longest.work
     found |= {
       "compute_s": plan.compute_s,
       "step_s": plan.step_s,
+      "kinds": [
+        {"compute_s": kind.compute_s, "exchange_s": kind.exchange_s}
+        for kind in plan.kinds
+      ],
       "tokens_per_s_per_chip": plan.tokens_per_s_per_chip,
       "mfu": plan.mfu,
       "hours": plan.hours,
       "chip_hours": plan.chip_hours,
-      "cycles": plan.cost.cycles,
-      "compute_cycles": plan.cost.compute_cycles,
-      "mxu_cycles": plan.cost.mxu_cycles,
-      "mxu_flops": plan.cost.mxu_cycles * plan.topology.chip.flops_per_cycle,
-      "missing": plan.cost.missing,
+      "cycles": work.cycles,
+      "compute_cycles": work.compute_cycles,
+      "mxu_cycles": work.mxu_cycles,
+      "mxu_flops": work.mxu_cycles * plan.topology.chip.flops_per_cycle,
+      "missing": work.missing,
     }
-  if known := plan.cost or plan.traffic:
-    found["hbm_bytes"] = known.hbm_bytes
-    found["top"] = [dataclasses.asdict(row) for row in known.top(_TOP)]
+  if plan.fits and (work := plan.longest.work):
+    found["hbm_bytes"] = work.hbm_bytes
+    found["top"] = [dataclasses.asdict(row) for row in work.top(_TOP)]
   if plan.kernels:
     found["kernels"] = [dataclasses.asdict(k) for k in plan.kernels]
   return found
@@ -94,9 +98,11 @@ def render(plan: Plan, name: str = "") -> str:
   if plan.fits:
     lines += ["", *_collective_lines(plan)]
   if plan.cost is not None:
-    lines += ["", *_time_lines(plan), "", *_top_lines(plan.cost), "", _LIMITS]
+    top = _top_lines(plan.longest.work)
+    lines += ["", *_time_lines(plan), "", *top, "", _LIMITS]
   if plan.traffic is not None:
-    lines += ["", *_bound_lines(plan), "", *_traffic_lines(plan.traffic)]
+    traffic = _traffic_lines(plan.longest.work)
+    lines += ["", *_bound_lines(plan), "", *traffic]
   if plan.kernels:
     lines += ["", *_kernel_lines(plan)]
   return "\n".join(lines) + "\n"
@@ -178,7 +184,7 @@ def _collective_lines(plan: Plan) -> list[str]:
 
 
 def _time_lines(plan: Plan) -> list[str]:
-  cost, chip = plan.cost, plan.topology.chip
+  cost, chip = plan.longest.work, plan.topology.chip
   busy = cost.mxu_cycles / cost.cycles
   done = cost.mxu_cycles * chip.flops_per_cycle
   lines = [
@@ -201,13 +207,15 @@ def _speed_lines(plan: Plan) -> list[str]:
   lines = []
   if plan.collectives:
     together = units.duration(plan.compute_s + plan.exchange_s)
-    others = [s for s in plan.exchanges_s if s < plan.exchange_s]
-    shorter = [f"; in other steps {units.duration(s)}" for s in others]
     lines += [
-      f"exchange     {units.duration(plan.exchange_s)} {_links(plan)}"
-      + "".join(shorter),
+      f"exchange     {units.duration(plan.exchange_s)} {_links(plan)}",
       f"step         {units.duration(plan.step_s)} if the shorter of the two"
       f" hides; {together} if it does not",
+      *(
+        f"other steps  compute {units.duration(kind.compute_s)}, exchange"
+        f" {units.duration(kind.exchange_s)}"
+        for kind in plan.kinds[1:]
+      ),
     ]
   rate, unit = plan.tokens_per_s_per_chip, plan.facts.unit
   speed = f"{rate:,.0f} {unit}/s per chip"
@@ -244,7 +252,7 @@ def _bound_lines(plan: Plan) -> list[str]:
   lines = [
     _NO_MODEL,
     f"  HBM        {units.duration(plan.traffic_s)}"
-    f" ({units.size(plan.traffic.hbm_bytes)})",
+    f" ({units.size(plan.longest.work.hbm_bytes)})",
   ]
   if plan.arithmetic_s is not None:
     lines.append(
