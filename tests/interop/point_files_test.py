@@ -101,7 +101,8 @@ class FilesTest(parameterized.TestCase):
       "pretrained": {f"module.{k}": v for k, v in state.items()},
     }
     for name, tensors in cls.files.items():
-      saved = {"base_model": tensors, "epoch": 3, "metrics": {"acc": 0.5}}
+      metrics = {"acc": np.float64(0.5)}  # as of their linear SVM
+      saved = {"base_model": tensors, "epoch": 3, "metrics": metrics}
       torch.save(saved, f"{folder}/{name}.pth")
     rng = np.random.default_rng(0)
     cls.cloud = rng.normal(size=(2, 90, 3)).astype(np.float32)
