@@ -20,6 +20,7 @@ Row = Mapping[str, Any]
 
 _CHIP = CHIPS["v5e"]
 _GIB = 2**30
+_GOAL_MFU = 0.66
 
 
 def outcome(rows: Sequence[Row]) -> Outcome:
@@ -29,7 +30,7 @@ def outcome(rows: Sequence[Row]) -> Outcome:
     claims=[
       *([_faster(rows)] if len(_fitting(rows, WATERFALL)) > 1 else []),
       *([_goal(rows)] if _select(rows, LOOPS) else []),
-      *([_shapes(rows)] if _select(rows, SHAPES) else []),
+      *([_larger(rows), _others(rows)] if _select(rows, SHAPES) else []),
       _agreement(rows),
       *([_packing(rows)] if _select(rows, FILL) else []),
     ],
@@ -90,18 +91,44 @@ def _goal(rows: Sequence[Row]) -> Claim:
   )
 
 
-def _shapes(rows: Sequence[Row]) -> Claim:
-  found = _fitting(rows, SHAPES)
-  shown = [
-    f"{row['step']}: {row['tokens_per_s']:,.0f} ({mfu(row, rows):.0%} MFU)"
-    for row in found
-  ]
+def _shown(rows: Sequence[Row], every: Sequence[Row]) -> str:
+  return "; ".join(
+    f"{row['step']}: {row['tokens_per_s']:,.0f} ({mfu(row, every):.0%} MFU)"
+    for row in rows
+  )
+
+
+def _larger(rows: Sequence[Row]) -> Claim:
+  found, _ = _shapes(rows)
   return Claim(
     "BERT-large in a larger batch: tokens/s on a v5e",
-    "goal: 66,000",
-    "; ".join(shown),
-    [row["tokens_per_s"] >= 66_000 for row in found],
+    f"goal: 66,000, {_GOAL_MFU:.0%} MFU",
+    _shown(found, rows),
+    [
+      row["tokens_per_s"] >= 66_000 and mfu(row, rows) >= _GOAL_MFU
+      for row in found
+    ],
   )
+
+
+def _others(rows: Sequence[Row]) -> Claim:
+  _, found = _shapes(rows)
+  return Claim(
+    "Rows of 128 tokens and BERT-base: tokens/s on a v5e",
+    f"goal: {_GOAL_MFU:.0%} MFU",
+    _shown(found, rows),
+    [mfu(row, rows) >= _GOAL_MFU for row in found],
+  )
+
+
+def _shapes(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+  """(those of the waterfall's model and length, others)."""
+  base = _select(rows, WATERFALL)[-1]
+  found: tuple[list[Row], list[Row]] = ([], [])
+  for row in _fitting(rows, SHAPES):
+    other = any(row[name] != base[name] for name in ("variant", "seq_len"))
+    found[other].append(row)
+  return found
 
 
 def _agreement(rows: Sequence[Row]) -> Claim:

@@ -14,6 +14,8 @@ def row(part, label, cycles, **fields):
   return {
     "part": part,
     "step": label,
+    "variant": "large",
+    "seq_len": 512,
     "fits": True,
     "tokens": 4096,
     "cycles": cycles,
@@ -82,16 +84,21 @@ class FindingsTest(absltest.TestCase):
       row(findings.WATERFALL, "two", 1.5e8),
       row(findings.WATERFALL, "three", 1e8),
       row(findings.LOOPS, "scan", 1.2e8),
-      row(findings.SHAPES, "large", 1e8),  # 61,440 tokens/s
+      row(findings.SHAPES, "large", 1e8),  # 61,440 tokens/s, 46 % of the peak
+      row(findings.SHAPES, "base", 1e8, variant="base", model_flops=9e12),
+      row(findings.SHAPES, "short", 1e8, seq_len=128),
       dict(part=findings.FILL, step="packed", filled=0.99, seconds=1.0),
     ]
     found = findings.outcome(rows)
-    faster, goal, shapes, agreement, packing = found.claims
+    faster, goal, larger, others, agreement, packing = found.claims
     self.assertEqual(faster.verdict, "reproduced")
     self.assertEqual(faster.measured, "two 2.00x, three 1.50x; together 3.00x")
     self.assertEqual(goal.verdict, "reproduced")
     self.assertEqual(goal.measured, "two: 40,960; scan: 51,200; three: 61,440")
-    self.assertEqual(shapes.verdict, "not")
+    self.assertEqual(larger.verdict, "not")
+    self.assertEqual(larger.measured, "large: 61,440 (46% MFU)")
+    self.assertEqual(others.verdict, "partly")
+    self.assertStartsWith(others.measured, "base: 61,440 (69% MFU); short:")
     self.assertEqual(agreement.verdict, "reproduced")
     self.assertIn("60,826 tokens/s", packing.measured)
     self.assertEqual(found.summary[0]["GiB"], "20.00 (does not fit)")
