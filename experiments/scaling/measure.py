@@ -79,9 +79,11 @@ def _told(made: Plan) -> dict[str, Any]:
   if not made.fits:
     return found
   return found | {
-    "compute s": made.compute_s,
-    "exchange s": made.exchanges_s,
-    "sent bytes": [sum(c.sent_bytes for c in way) for way in made.ways],
+    "compute s": [kind.compute_s for kind in made.kinds],
+    "exchange s": [kind.exchange_s for kind in made.kinds],
+    "sent bytes": [
+      sum(c.sent_bytes for c in kind.collectives) for kind in made.kinds
+    ],
     "tokens": made.facts.tokens,
     "model flops": made.facts.model_flops,
     "peak flops": made.topology.chip.peak_flops,
