@@ -224,6 +224,7 @@ class HeadsTest(parameterized.TestCase):
       head = Segmenter(5, 2, LEVELS, E)
       centres, *states = rng.normal(size=(4, B, G, E)).astype(np.float32)
       inputs = batch["points"], batch["category"], centres[..., :3], *states
+    inputs = tuple(map(jnp.asarray, inputs))
 
     @jax.jit
     def views(keys):
