@@ -383,6 +383,25 @@ class LinksTest(parameterized.TestCase):
     self.assertEqual(own(always), [[always]])
     self.assertEqual(own(), [[]])
 
+  def test_a_kind_of_step_computes_in_its_own_branch(self):
+    topology = hardware.parse("v5e:2x2")
+    rows = [
+      hardware.Row("", "", 1, 1, 0, 0, 0, estimate, "", "", branch)
+      for branch, estimate in (
+        ((), 1e3), ((1, 0), 1e4), ((1, 1), 1e5), ((1, 1, 0), 1e6), ((0,), 1e7),
+      )
+    ]  # fmt: skip
+    full, compressed = (
+      hardware.Collective("all-reduce", n, ((0, 1),), 1, "", "", branch=branch)
+      for n, branch in ((4_000, (1, 0)), (10, (1, 1)))
+    )
+    cost = hardware.Cost(topology.chip, rows)
+    found = kinds(topology, [full, compressed], cost)
+    self.assertEqual(
+      [(k.work.cycles, list(k.collectives)) for k in found],
+      [(1_101_000, [compressed]), (11_000, [full])],  # the longest first
+    )
+
   def _all_reduce(self, *groups, slices=1):
     return hardware.Collective(
       "all-reduce", 4_000, groups, 3, "", "", slices=slices
