@@ -2,12 +2,12 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from bertjax.accumulation import Batch, accumulate, summed_once
 from bertjax.layers import statistics
 from bertjax.objectives.base import Metrics, Objective, total_loss
 from bertjax.objectives.frozen import FROZEN
@@ -29,7 +29,6 @@ COMPILER_OPTIONS: dict[str, dict[str, str | bool]] = {
   "tpu": {"xla_tpu_enable_advanced_while_initializer_removal": True},
 }
 
-Batch = Mapping[str, jax.Array]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
@@ -78,80 +77,38 @@ def check_collections(optimizer: Optimizer, collections: Iterable[str]) -> None:
     )
 
 
-def split_batch(batch: Batch, microbatches: int) -> Batch:
-  """[b, ...] -> [microbatches, b / microbatches, ...], strided.
+def sums_once(
+  objective: Objective, optimizer: Optimizer, microbatches: int, mesh: Mesh
+) -> bool:
+  """Whether gradients are summed over "data" after the last microbatch.
 
-  Microbatch i holds rows i, i + n, i + 2n...: every device keeps the rows that
-  it has, so that splitting a sharded batch moves nothing.
+  Of a single one they are summed layer by layer, while others are computed;
+  and rows that see each other need what others bring in every microbatch.
   """
-
-  def split(x):
-    x = x.reshape(-1, microbatches, *x.shape[1:])
-    return jnp.swapaxes(x, 0, 1)
-
-  return jax.tree.map(split, dict(batch))
-
-
-def accumulate(
-  loss_fn: Callable[..., tuple[jax.Array, tuple[Metrics, Any]]],
-  params: Any,
-  extra: Any,
-  batch: Batch,
-  key: jax.Array,
-  microbatches: int,
-  scale: jax.Array | None = None,
-) -> tuple[jax.Array, Any, Metrics, Any]:
-  """Loss, gradient (float32) and metrics of a batch, summed over microbatches.
-
-  Args:
-    loss_fn: `(params, extra, batch, key) -> loss, (metrics, extra)`, where the
-      losses of the microbatches add up to that of the batch.
-    params: collections of variables to differentiate by; gradients by row
-      probes (`layers.statistics`) are stacked instead of summed.
-    extra: other collections, handed from one microbatch to the next.
-    batch: arrays with a leading batch axis.
-    key: PRNG key.
-    microbatches: number of parts.
-    scale: see `optim.loss_scale`.
-  """
-  grad_fn = loss_scale.value_and_grad(loss_fn, scale)
-  if microbatches == 1:
-    (loss, (metrics, extra)), grads = grad_fn(params, extra, batch, key)
-    return loss, grads, metrics, extra
-
-  parts = split_batch(batch, microbatches)
-
-  def one(carry, part):
-    extra, sums = carry
-    index, part = part
-    (loss, (metrics, extra)), grads = grad_fn(
-      params, extra, part, jax.random.fold_in(key, index)
-    )
-    rows = grads.pop(statistics.ROWS, {})
-    sums = jax.tree.map(jnp.add, sums, (loss, grads, metrics))
-    return (extra, sums), rows
-
-  first = jax.tree.map(lambda x: x[0], parts)
-  (loss, (metrics, _)), grads = jax.eval_shape(
-    grad_fn, params, extra, first, key
+  return (
+    microbatches > 1
+    and mesh.shape["data"] > 1
+    and objective.independent_rows
+    and not optimizer.local_gradients
   )
-  grads.pop(statistics.ROWS, None)
-  zeros = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype), (loss, grads, metrics)
-  )
-  (extra, (loss, grads, metrics)), rows = jax.lax.scan(
-    one, (extra, zeros), (jnp.arange(microbatches), parts)
-  )
-  return loss, grads | {statistics.ROWS: rows}, metrics, extra
 
 
 def train_step(
-  objective: Objective, optimizer: Optimizer, microbatches: int = 1
+  objective: Objective,
+  optimizer: Optimizer,
+  microbatches: int = 1,
+  sum_once: bool = False,
 ) -> Step:
   """The pure step function `(state, batch) -> (state, metrics)`.
 
   Metrics are (sum, weight) pairs. With an optimizer that wants local gradients
   it must run inside `shard_map` over "data"; `compile_step` does that.
+
+  Args:
+    objective: what is minimised.
+    optimizer: how.
+    microbatches: parts that the batch is split into.
+    sum_once: see `sums_once` and `accumulation.summed_once`.
   """
   local, wanted = optimizer.local_gradients, optimizer.statistics
 
@@ -164,7 +121,8 @@ def train_step(
     weights = objective.weights(batch)
     if local:
       weights = over_shards(weights)
-      key = jax.random.fold_in(key, jax.lax.axis_index("data"))
+      if not objective.independent_rows:
+        key = jax.random.fold_in(key, jax.lax.axis_index("data"))
 
     def loss_fn(variables, extra, batch, key):
       with statistics.capture(wanted, batch):
@@ -181,21 +139,23 @@ def train_step(
     params = state.params
     if local:
       params = local_params(params, state.opt_state)
-    variables, found = {"params": params}, {}
-    if wanted is not None:
-      rows = next(iter(batch.values())).shape[0] // microbatches
-      variables |= wanted.probes(rows)
-    loss, grads, metrics, extra = accumulate(
-      loss_fn,
-      variables,
-      state.extra,
-      batch,
-      key,
-      microbatches,
-      loss_scale.scale_of(state.opt_state),
-    )
+    scale = loss_scale.scale_of(state.opt_state)
+
+    def gradients(params, extra, batch, key):
+      variables = {"params": params}
+      if wanted is not None:
+        rows = next(iter(batch.values())).shape[0] // microbatches
+        variables |= wanted.probes(rows)
+      return accumulate(
+        loss_fn, variables, extra, batch, key, microbatches, scale
+      )
+
+    if sum_once:
+      gradients = summed_once(gradients, wanted)
+    loss, grads, metrics, extra = gradients(params, state.extra, batch, key)
     if local:
       loss, metrics = over_shards((loss, metrics))
+    found = {}
     if wanted is not None:
       found = {"statistics": wanted.collect(grads)}
     params, opt_state = optimizer.apply(
@@ -267,7 +227,8 @@ def compile_step(
   batch_size = next(iter(batch_spec.values())).shape[0]
   check_batch(batch_size, microbatches, mesh)
   check_collections(optimizer, shardings.extra)
-  step = train_step(objective, optimizer, microbatches)
+  once = sums_once(objective, optimizer, microbatches, mesh)
+  step = train_step(objective, optimizer, microbatches, once)
   if optimizer.local_gradients:
     # Of each worker's own; the axes within a worker stay automatic.
     specs = jax.tree.map(_over_data, shardings)

@@ -25,6 +25,7 @@ class Normed(nn.Module):
 
   queue: bool = False
   coefficients = {"squared": 1.0}
+  independent_rows = False
 
   def weights(self, batch):
     return {"squared": jnp.float32(batch["x"].shape[0])}

@@ -132,6 +132,20 @@ class TrainStepTest(parameterized.TestCase):
   def test_accumulation_equals_the_big_batch(self, layout):
     self._assert_same(_run(), _run(**layout))
 
+  @parameterized.named_parameters(
+    ("mixed", dict(num_devices=8, data=2, fsdp=2, model=2)),
+    ("sequence", dict(num_devices=4, data=2, seq=2)),
+  )
+  def test_a_mesh_changes_no_microbatch_dropout_included(self, layout):
+    options = dict(dropout_rate=0.1, microbatches=2)
+    self._assert_same(_run(**options), _run(**options, **layout))
+
+  def test_workers_drop_what_one_device_would(self):
+    options = dict(dropout_rate=0.1)
+    self._assert_same(
+      _run(**options), _run(**options, local=True, num_devices=4)
+    )
+
   def test_a_mean_of_means_would_differ(self):
     """The batch is such that the two tests above could fail."""
     weight = (_batch()["labels"] >= 0).reshape(-1, 4, _MASKED).sum((0, 2))

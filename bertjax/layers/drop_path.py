@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bertjax.parallel import sharding
+
 
 def linear_rates(num_layers: int, last: float) -> Float[Array, " l"] | None:
   """Rates of the layers, from 0 in the first to `last`; None if all are 0."""
@@ -27,9 +29,10 @@ def drop_path(
     key: PRNG key.
     rate: in [0, 1), the same for all rows.
   """
-  kept = jax.random.bernoulli(
-    key, 1.0 - rate, (x.shape[0],) + (1,) * (x.ndim - 1)
-  )
+  rows = x.shape[0]
+  shape = (sharding.global_rows(rows),) + (1,) * (x.ndim - 1)
+  kept = jax.random.bernoulli(key, 1.0 - rate, shape)
+  kept = jax.lax.dynamic_slice_in_dim(kept, sharding.first_row(rows), rows)
   scaled = (x.astype(jnp.float32) / (1.0 - rate)).astype(x.dtype)
   return jnp.where(kept, scaled, jnp.zeros_like(x))
 

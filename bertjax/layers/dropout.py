@@ -33,13 +33,18 @@ def hashed_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   Two words drawn from `key` enter three rounds of multiply and xor-shift (the
   finalizer "triple32" of Wellons' hash prospector). Threefry for every element
   costs about six times as much on a CPU. Like it, this gives the same words on
-  any mesh; unlike it, it is meant for dropout only.
+  any mesh, also inside `shard_map` over "data" if the first axis is the batch;
+  unlike it, it is meant for dropout only.
   """
   first, second = jax.random.bits(key, (2,), jnp.uint32)
-  x = _element_index(shape) + first
-  if math.prod(shape) > 2**32:
+  row, size = jnp.uint32(0), math.prod(shape[1:])
+  if shape:
+    row += jnp.uint32(sharding.first_row(shape[0]))
+  x = _element_index(shape) + (first + row * np.uint32(size % 2**32))
+  if shape and sharding.global_rows(shape[0]) * size > 2**32:
     # The index wraps: rows of the first axis get words of their own.
-    x ^= _mix(jax.lax.broadcasted_iota(jnp.uint32, shape, 0), 0x9E3779B1, 15)
+    rows = jax.lax.broadcasted_iota(jnp.uint32, shape, 0) + row
+    x ^= _mix(rows, 0x9E3779B1, 15)
   x = _mix(x ^ (x >> np.uint32(17)), 0xED5AD4BB, 11)
   x = _mix(x + second, 0xAC4C1B51, 15)
   return _mix(x, 0x31848BAB, 14)
@@ -69,6 +74,8 @@ def _platform_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """
   names = ("batch", "length") if len(shape) == 3 else ("batch",)
   parts = sharding.parts(shape, names[: len(shape)])
+  if sharding.split_by_hand("data"):
+    key = jax.random.fold_in(key, jax.lax.axis_index("data"))
   if not any(parts):
     return jax.random.bits(key, shape, jnp.uint16)
   mesh = jax.sharding.get_abstract_mesh()

@@ -6,8 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bertjax.parallel.sharding import RULES, platform
-from kernels.flash_attention import Sharding, flash_attention
+from bertjax.parallel.sharding import (
+  RULES,
+  first_row,
+  platform,
+  split_by_hand,
+)
+from kernels.flash_attention import Sharding, flash_attention, make_seed
 
 
 def mesh_sharding() -> Sharding | None:
@@ -77,6 +82,10 @@ class FlashAttend:
     self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any
   ) -> jax.Array:
     """Attention of arrays laid out as `layout` says; options as `Attend`."""
+    seed = options.get("dropout_seed")
+    if seed is not None and split_by_hand("data"):
+      rows = q.shape[self.layout.index("b")]
+      options["dropout_seed"] = make_seed(seed, batch=first_row(rows))
     return flash_attention(
       q,
       k,

@@ -35,6 +35,7 @@ import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from bertjax.layers.linear import Linear
@@ -186,6 +187,29 @@ class Wanted:
     return {
       collection: flax.traverse_util.unflatten_dict(tree)
       for collection, tree in found.items()
+    }
+
+  def specs(self, axis: str) -> dict[str, Any]:
+    """By collection, how gradients of several microbatches lie over a mesh.
+
+    Where every shard of a mesh axis has differentiated by probes of its own:
+    shards side by side in sums, rows in each microbatch.
+
+    Args:
+      axis: of the mesh.
+    """
+    found: dict[str, dict] = {SUMS: {}, ROWS: {}}
+    for path, names in self.names.items():
+      depth = len(self.layers[path].stack)
+      for name in names:
+        collection = _STATISTICS[name].collection
+        before = depth + (collection == ROWS)
+        spec = PartitionSpec(*(None,) * before, axis)
+        found[collection][*path.split("/"), name] = spec
+    return {
+      collection: flax.traverse_util.unflatten_dict(tree)
+      for collection, tree in found.items()
+      if tree
     }
 
   def collect(self, gradients: Mapping[str, Any]) -> Found:

@@ -25,11 +25,15 @@ class Objective(Protocol):
     fresh: parts of the parameter tree that may begin untrained when a run takes
       its weights from elsewhere; () if all must be there.
     reads: arrays of a batch without which it cannot train.
+    independent_rows: whether a row brings the same to sums, metrics and
+      gradients whatever other rows are in its batch, and draws by its index in
+      the global batch (`parallel.sharding.first_row`).
   """
 
   coefficients: Mapping[str, float]
   fresh: tuple[str, ...]
   reads: tuple[str, ...]
+  independent_rows: bool
 
   def weights(self, batch: Mapping[str, ArrayLike]) -> Terms:
     """Total weight of every term in the batch; scalars."""

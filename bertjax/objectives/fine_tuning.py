@@ -39,11 +39,13 @@ class FineTuning(nn.Module):
     fresh: parts that may begin untrained when the encoder's weights come from
       elsewhere.
     reads: see `Objective`.
+    independent_rows: see `Objective`.
   """
 
   encoder: Encoder
   fresh: ClassVar[tuple[str, ...]] = ("pooler", "classifier")
   reads: ClassVar[tuple[str, ...]] = ("tokens", "segment_ids", "labels")
+  independent_rows: ClassVar[bool] = True
 
   def encode(self, batch: Batch) -> Float[Array, "b t e"]:
     """Final hidden states, without dropout."""

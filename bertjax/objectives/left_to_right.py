@@ -50,11 +50,13 @@ class LeftToRightLM(nn.Module):
       with any other it would see what it has to predict.
     fresh: see `Objective`.
     reads: see `Objective`.
+    independent_rows: see `Objective`.
   """
 
   encoder: Encoder
   fresh: ClassVar[tuple[str, ...]] = ()
   reads: ClassVar[tuple[str, ...]] = MaskedLM.reads
+  independent_rows: ClassVar[bool] = True
 
   @property
   def coefficients(self) -> dict[str, float]:

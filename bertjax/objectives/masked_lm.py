@@ -20,6 +20,7 @@ from bertjax.layers.linear import Linear
 from bertjax.layers.norm import LayerNorm
 from bertjax.models.encoder import Encoder, HeadStyle
 from bertjax.objectives.base import BatchSpec, Metrics, Terms
+from bertjax.parallel.sharding import avoid_gathers
 from bertjax.registry import lookup
 
 
@@ -32,9 +33,12 @@ def cross_entropy(
     Cross-entropy in nats, number of correct guesses, number of positions.
   """
   valid = labels >= 0
-  losses = optax.softmax_cross_entropy_with_integer_labels(
-    logits.astype(jnp.float32), jnp.maximum(labels, 0)
-  )
+  scores, targets = logits.astype(jnp.float32), jnp.maximum(labels, 0)
+  if avoid_gathers():
+    targets = jax.nn.one_hot(targets, logits.shape[-1])
+    losses = optax.softmax_cross_entropy(scores, targets)
+  else:
+    losses = optax.softmax_cross_entropy_with_integer_labels(scores, targets)
   correct = (logits.argmax(-1) == labels) & valid
   return (
     jnp.where(valid, losses, 0.0).sum(),
@@ -47,6 +51,9 @@ def gather_positions(
   hidden: Float[Array, "b t e"], positions: Int[Array, "b m"]
 ) -> Float[Array, "b m e"]:
   """Rows of `hidden` at `positions`."""
+  if avoid_gathers():
+    chosen = jax.nn.one_hot(positions, hidden.shape[1], dtype=hidden.dtype)
+    return jnp.einsum("bmt,bte->bme", chosen, hidden, precision="highest")
   return jnp.take_along_axis(hidden, positions[..., None], axis=1)
 
 
@@ -104,12 +111,14 @@ class MaskedLM(nn.Module):
     pair_task: "nsp" or "sop" to learn `pair_labels`, None to leave it out.
     fresh: see `Objective`.
     reads: see `Objective`.
+    independent_rows: see `Objective`.
   """
 
   encoder: Encoder
   pair_task: str | None = None
   fresh: ClassVar[tuple[str, ...]] = ()
   reads: ClassVar[tuple[str, ...]] = ("tokens", "masked_positions", "labels")
+  independent_rows: ClassVar[bool] = True
 
   @property
   def coefficients(self) -> dict[str, float]:

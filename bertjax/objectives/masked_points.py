@@ -166,6 +166,7 @@ class MaskedPoints(nn.Module):
     options: see there.
     fresh: see `Objective`.
     reads: see `Objective`.
+    independent_rows: see `Objective`.
   """
 
   encoder: PointEncoder
@@ -174,6 +175,7 @@ class MaskedPoints(nn.Module):
   options: Options = Options()
   fresh: ClassVar[tuple[str, ...]] = ()
   reads: ClassVar[tuple[str, ...]] = ("points",)
+  independent_rows: ClassVar[bool] = False
 
   def setup(self):
     dtype = self.encoder.style.dtype

@@ -25,11 +25,13 @@ class PointFineTuning(nn.Module):
     fresh: parts that may begin untrained when the encoder's weights come from
       elsewhere.
     reads: see `Objective`.
+    independent_rows: see `Objective`.
   """
 
   encoder: PointEncoder
   fresh: ClassVar[tuple[str, ...]] = ("classifier",)
   reads: ClassVar[tuple[str, ...]] = ("points", "labels")
+  independent_rows: ClassVar[bool] = False
 
   def encode(self, batch: Batch) -> Float[Array, "b t e"]:
     """Final states of [CLS] and of patches."""

@@ -43,6 +43,7 @@ class PointReconstruction(nn.Module):
     threshold: distance below which a point counts as hit in the F-score.
     fresh: see `Objective`.
     reads: see `Objective`.
+    independent_rows: see `Objective`.
   """
 
   encoder: PointTokenizer
@@ -51,6 +52,7 @@ class PointReconstruction(nn.Module):
   threshold: float = 0.01
   fresh: ClassVar[tuple[str, ...]] = ()
   reads: ClassVar[tuple[str, ...]] = ("points",)
+  independent_rows: ClassVar[bool] = False
 
   @property
   def coefficients(self) -> dict[str, float]:

@@ -87,6 +87,43 @@ def split_by_hand(axis: str) -> bool:
   return not mesh.empty and axis in mesh.manual_axes
 
 
+def first_row(rows: int) -> jax.Array | int:
+  """Where in the global batch the rows begin that are traced.
+
+  0, but inside `shard_map` over "data", where every shard has rows of its own.
+
+  Args:
+    rows: that are traced.
+  """
+  if not split_by_hand("data"):
+    return 0
+  return jax.lax.axis_index("data") * rows
+
+
+def global_rows(rows: int) -> int:
+  """How many rows the batch has of which so many are traced; see `first_row`.
+
+  Args:
+    rows: that are traced.
+  """
+  if not split_by_hand("data"):
+    return rows
+  return rows * jax.sharding.get_abstract_mesh().shape["data"]
+
+
+def avoid_gathers() -> bool:
+  """Whether XLA might fail to partition a gather from a split axis.
+
+  Where a `shard_map` over "data" leaves it an operand that is split over two
+  more axes of the mesh, it ends the process.
+  """
+  if not split_by_hand("data"):
+    return False
+  mesh = jax.sharding.get_abstract_mesh()
+  free = set(mesh.axis_names) - set(mesh.manual_axes)
+  return sum(mesh.shape[axis] > 1 for axis in free) > 1
+
+
 def current_batch_shards() -> int:
   """`batch_shards` of the mesh that is set while tracing; 1 without one.
 

@@ -137,8 +137,8 @@ def flash_attention(
       lengths evenly.
     dropout_rate: probability of dropping an attention weight; the others are
       scaled up.
-    dropout_seed: PRNG key, uint32 [2] or integer; needed if the rate is
-      positive.
+    dropout_seed: PRNG key, uint32 [2] or integer, or where in a larger array
+      this is, of `make_seed`; needed if the rate is positive.
     dropout_generator: "counter", a function of seed, batch, head, row and
       column alone; "hardware", the TPU's own; "auto", the platform's fastest.
     sm_scale: factor of the products, 1 / sqrt(d) by default.

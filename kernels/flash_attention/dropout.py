@@ -47,7 +47,8 @@ def make_seed(
   """The uint32 [6] that every function here calls `seed`.
 
   Args:
-    seed: a PRNG key, two uint32 words, or an integer.
+    seed: a PRNG key, two uint32 words, an integer, or what this returned, which
+      is moved on.
     batch: index that the first example has in the unsharded array.
     head: likewise of the first head.
     row: likewise of the first query.
@@ -56,6 +57,7 @@ def make_seed(
   Raises:
     ValueError: `seed` is something else.
   """
+  first = jnp.zeros(4, jnp.uint32)
   if isinstance(seed, int):
     words = jnp.array([seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF], "uint32")
   elif jnp.issubdtype(seed.dtype, jax.dtypes.prng_key) and seed.ndim == 0:
@@ -65,15 +67,17 @@ def make_seed(
     words = seed
   elif jnp.issubdtype(seed.dtype, jnp.integer) and seed.ndim == 0:
     words = jnp.stack([seed.astype(jnp.uint32), jnp.uint32(0)])
+  elif seed.dtype == jnp.uint32 and seed.shape == (6,):
+    words, first = seed[:2], seed[2:]
   else:
     raise ValueError(
       f"dropout_seed is {seed.dtype}{list(seed.shape)}; it must be one PRNG"
-      " key, an integer, or uint32[2]."
+      " key, an integer, uint32[2], or of make_seed."
     )
   offsets = [
     jnp.asarray(x).astype(jnp.uint32) for x in (batch, head, row, column)
   ]
-  return jnp.concatenate([words, jnp.stack(offsets)])
+  return jnp.concatenate([words, first + jnp.stack(offsets)])
 
 
 def _mix(x: jax.Array) -> jax.Array:

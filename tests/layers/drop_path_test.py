@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from bertjax.layers.drop_path import DropPath, drop_path, linear_rates
 from bertjax.models import bert
+from bertjax.parallel.mesh import make_mesh
 
 V, E, T, L = 11, 8, 5, 4
 
@@ -29,6 +31,20 @@ class DropPathTest(parameterized.TestCase):
     self.assertAlmostEqual((rows[:, 0] == 0).mean(), rate, delta=2 / 63)
     kept = float(jnp.asarray(1 / (1 - rate), dtype))
     np.testing.assert_allclose(rows[rows > 0], kept, rtol=1e-6)
+
+  def test_workers_leave_out_the_rows_that_one_would(self):
+    x, key = jnp.ones((32, 3)), jax.random.key(1)
+    mesh = make_mesh(data=4, fsdp=2, devices=jax.devices())
+    split = jax.shard_map(
+      lambda x, key: drop_path(x, key, 0.4),
+      in_specs=(PartitionSpec("data"), PartitionSpec()),
+      out_specs=PartitionSpec("data"),
+      axis_names={"data"},
+      check_vma=False,
+    )
+    with jax.set_mesh(mesh):
+      found = jax.jit(split)(x, key)
+    np.testing.assert_array_equal(found, drop_path(x, key, 0.4))
 
   def test_evaluation_is_the_identity_and_needs_no_key(self):
     x = jnp.arange(6.0).reshape(2, 3)

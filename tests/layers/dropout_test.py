@@ -61,6 +61,25 @@ class DropoutTest(parameterized.TestCase):
     np.testing.assert_array_equal(pull(jnp.ones_like(x))[0], value)
 
 
+class RowsOfWorkersTest(parameterized.TestCase):
+  """Inside `shard_map` rows draw what they draw in the whole batch."""
+
+  @parameterized.parameters(((8, 3, 5),), ((16, 7),), ((4,),))
+  def test_words_are_those_of_the_whole(self, shape):
+    mesh = make_mesh(data=4, fsdp=2, devices=jax.devices())
+    key = jax.random.key(5)
+    draw = jax.shard_map(
+      lambda key: hashed_bits(key, (shape[0] // 4, *shape[1:])),
+      in_specs=PartitionSpec(),
+      out_specs=PartitionSpec("data"),
+      axis_names={"data"},
+      check_vma=False,
+    )
+    with jax.set_mesh(mesh):
+      found = jax.jit(draw)(key)
+    np.testing.assert_array_equal(found, hashed_bits(key, shape))
+
+
 class PlatformWordsTest(parameterized.TestCase):
   """On a mesh each device draws its own part of the words, and no more."""
 
@@ -109,6 +128,10 @@ class PlatformWordsTest(parameterized.TestCase):
     self.assertEqual(draws, ["2x6x64"])
     half = words[:8].reshape(8 * 6, 64)
     self.assertLen(np.unique(half, axis=0), 8 * 6)
+
+  def test_workers_draw_different_words(self):
+    words, _ = self.drawn(data=2, fsdp=4, workers=True)
+    self.assertLen(np.unique(words.reshape(16 * 6, 64), axis=0), 16 * 6)
 
   def test_rows_that_do_not_divide_are_drawn_whole(self):
     mesh = make_mesh(devices=jax.devices())

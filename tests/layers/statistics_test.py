@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from bertjax import train_state, train_step
+from bertjax import accumulation, train_state
 from bertjax.layers import statistics
 from bertjax.layers.linear import Linear
 from bertjax.models import bert
@@ -108,7 +108,7 @@ def _found(
   @jax.jit
   def run(params, batch):
     variables = {"params": params} | wanted.probes(_ROWS // microbatches)
-    _, grads, _, _ = train_step.accumulate(
+    _, grads, _, _ = accumulation.accumulate(
       loss_fn, variables, {}, batch, jax.random.key(0), microbatches
     )
     return wanted.collect(grads)

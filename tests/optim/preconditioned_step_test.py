@@ -24,6 +24,7 @@ class _Scores(nn.Module):
   """A linear layer, and one that scores a vocabulary."""
 
   coefficients = {"squares": 1.0}
+  independent_rows = True
   fresh = ()
 
   def weights(self, batch):

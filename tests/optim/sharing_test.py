@@ -34,6 +34,7 @@ class _Stack(nn.Module):
   """A scanned stack of square layers."""
 
   coefficients = {"squares": 1.0}
+  independent_rows = True
   fresh = ()
 
   def weights(self, batch):
@@ -58,6 +59,7 @@ class _Plain(nn.Module):
   """Layers that are no stack: a narrow one, and two alike with a bias."""
 
   coefficients = {"squares": 1.0}
+  independent_rows = True
   fresh = ()
 
   def weights(self, batch):

@@ -25,6 +25,7 @@ class Regression(nn.Module):
   """Two layers; `dead` gets no gradient."""
 
   coefficients = {"squares": 1.0}
+  independent_rows = True
   fresh = ()
 
   def weights(self, batch):
@@ -53,6 +54,7 @@ class Dense(nn.Module):
   dtype: Dtype = jnp.float32
 
   coefficients = {"squares": 1.0}
+  independent_rows = True
   fresh = ()
 
   def weights(self, batch):

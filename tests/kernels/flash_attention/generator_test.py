@@ -147,6 +147,13 @@ class SeedTest(absltest.TestCase):
       dropout.make_seed(jnp.array([3, 5], jnp.uint32)),
     )
 
+  def test_a_part_of_a_part_is_where_both_say(self):
+    part = dropout.make_seed(4, batch=1, head=2)
+    np.testing.assert_array_equal(
+      dropout.make_seed(part, batch=3, row=5),
+      dropout.make_seed(4, batch=4, head=2, row=5),
+    )
+
   def test_anything_else_is_refused(self):
     with self.assertRaisesRegex(ValueError, r"float32\[3\].*PRNG key"):
       dropout.make_seed(jnp.ones(3))
