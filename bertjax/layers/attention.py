@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from bertjax.layers.dropout import dropout
 from bertjax.layers.flash import FlashAttend
 from bertjax.layers.linear import Linear, bert_init
-from bertjax.layers.matmul import einsum
+from bertjax.layers.matmul import einsum, shared
 
 # What remat policies call queries, keys and values.
 PROJECTIONS = "attention_projections"
@@ -219,6 +219,7 @@ class SelfAttention(nn.Module):
     """Mixes positions; `terms` are arguments of `attend`."""
     # The projections write what the kernel reads: nothing is transposed.
     layout = layout_of(self.attend)
+    x = shared(x)
 
     def project(name):
       projected = Linear(

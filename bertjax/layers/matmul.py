@@ -120,6 +120,24 @@ held.defvjp(
 )
 
 
+@jax.custom_vjp
+def _own_sum(x: jax.Array) -> jax.Array:
+  return x
+
+
+_own_sum.defvjp(lambda x: (x, None), lambda _, g: (g,))
+
+
+def shared(x: jax.Array) -> jax.Array:
+  """x, as the input of several products whose outputs a mesh axis splits.
+
+  Devices of "model" hold parts of the gradient of each of them. Added up before
+  anything else joins, such as a residual's gradient, they are sent as one.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return _own_sum(x) if mesh.shape.get("model", 1) > 1 else x
+
+
 def _forward(spec, a, b, dtype, exchanged):
   return einsum(spec, a, b, dtype, exchanged), (a, b)
 

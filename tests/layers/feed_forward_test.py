@@ -1,16 +1,11 @@
 """Activations and their written-out gradients."""
 
-import importlib.util
-import unittest
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from bertjax import hardware
 from bertjax.layers.feed_forward import gelu_tanh
-from tests.layers import feed_forward_programs
 
 
 class GeluTanhTest(parameterized.TestCase):
@@ -36,29 +31,6 @@ class GeluTanhTest(parameterized.TestCase):
     x = jnp.ones((3, 5))
     _, pull = jax.vjp(gelu_tanh, x)
     self.assertEqual(sum(a.nbytes for a in jax.tree.leaves(pull)), x.nbytes)
-
-
-@unittest.skipUnless(
-  importlib.util.find_spec("libtpu"),
-  "libtpu is not installed: pip install 'bertjax[test]'",
-)
-class TensorParallelTest(absltest.TestCase):
-  def test_devices_send_activations_in_the_compute_dtype(self):
-    shape, mlp_dim = (4, 128, 256), 512
-    program = hardware.compile_for(
-      "v5e:2x2", feed_forward_programs.gradients, shape=shape, mlp_dim=mlp_dim
-    )
-    mesh = {"data": 2, "fsdp": 1, "model": 2, "seq": 1}
-    sent = {}
-    for found in hardware.read_collectives(program.module):
-      axes = found.axes(mesh)
-      sent[axes] = sent.get(axes, 0) + found.operand_bytes
-    rows = np.prod(shape) // mesh["data"]
-    # The result, and the gradient of the input: two bytes a number.
-    self.assertEqual(sent.pop(("model",)), 2 * rows * 2)
-    # Gradients of the parameters: four, and half of each kernel a device.
-    e, f = shape[-1], mlp_dim
-    self.assertEqual(sent, {("data",): 4 * (2 * e * f // 2 + f // 2 + e)})
 
 
 if __name__ == "__main__":
