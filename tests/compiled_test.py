@@ -1,7 +1,9 @@
-"""Commands keep compiled programs for the next time."""
+"""Compiling takes seconds, and commands keep programs for the next time."""
 
 import os
 import pathlib
+import subprocess
+import sys
 from unittest import mock
 
 import jax
@@ -10,6 +12,7 @@ from absl.testing import absltest
 from jax.experimental.compilation_cache import compilation_cache
 
 from bertjax import cli
+from tests import optimized
 
 
 class KeepCompiledTest(absltest.TestCase):
@@ -36,6 +39,20 @@ class KeepCompiledTest(absltest.TestCase):
     jax.config.update("jax_compilation_cache_dir", chosen)
     cli.keep_compiled()
     self.assertEqual(jax.config.jax_compilation_cache_dir, chosen)
+
+
+class BertLargeTest(absltest.TestCase):
+  def test_a_step_for_the_cpu_is_compiled_within_a_minute(self):
+    done = subprocess.run(
+      [sys.executable, "-m", "benchmarks.compiling", "--once"],
+      env={**optimized.environment(), "JAX_PLATFORMS": "cpu"},
+      cwd=pathlib.Path(__file__).parents[1],
+      capture_output=True,
+      text=True,
+      check=True,
+    )
+    seconds = float(done.stdout.split()[-1])
+    self.assertBetween(seconds, 1, 60)
 
 
 if __name__ == "__main__":

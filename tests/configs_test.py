@@ -32,8 +32,12 @@ def _optimizer(config):
   )
 
 
+# `teachers_test.py` trains all of its stages.
+_TRAINED = tuple(p for p in _CONFIGS if p.stem != "point_bert_transformer")
+
+
 class ConfigsTest(parameterized.TestCase):
-  @parameterized.named_parameters((p.stem, p) for p in _CONFIGS)
+  @parameterized.named_parameters((p.stem, p) for p in _TRAINED)
   def test_tiny_variant_trains_two_steps(self, path):
     config = plain(_load(path, "tiny"))
     folder = pathlib.Path(self.create_tempdir())

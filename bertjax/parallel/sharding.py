@@ -196,15 +196,17 @@ def parameter_shardings(
   def one(path, leaf, names):
     partition = spec(names, rules)
     for size, name, axis in zip(leaf.shape, names, partition):
-      if size % _axis_size(mesh, axis):
+      count = _axis_size(mesh, axis)
+      if size % count:
         hint = (
-          "; pad the vocabulary with data.tokenizer.pad_to_multiple"
+          "pad the vocabulary with data.tokenizer.pad_to_multiple"
           if name == "vocab"
-          else ""
+          else f"use a divisor of {size} that divides the devices, such as"
+          f" {math.gcd(size, count)}"
         )
         raise ValueError(
-          f"mesh.{axis}={_axis_size(mesh, axis)} does not divide axis"
-          f" {name!r} of size {size} of parameter {path_name(path)!r}{hint}."
+          f"mesh.{axis}={count} does not divide axis {name!r} of size {size} of"
+          f" parameter {path_name(path)!r}; {hint}."
         )
     return NamedSharding(mesh, partition)
 

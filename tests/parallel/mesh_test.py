@@ -71,6 +71,17 @@ class MeshTest(parameterized.TestCase):
     ):
       sharding.parameter_shardings(params, {"table": ("vocab", "embed")}, mesh)
 
+  def test_heads_that_do_not_divide_say_what_would(self):
+    mesh = mesh_lib.make_mesh(data=2, model=4)
+    params = {"query": jax.ShapeDtypeStruct((16, 6, 3), "float32")}
+    with self.assertRaisesRegex(
+      ValueError,
+      "mesh.model=4 does not divide axis 'heads' of size 6 of parameter"
+      " 'query'; use a divisor of 6 .* such as 2",
+    ):
+      axes = {"query": ("embed", "heads", "head_dim")}
+      sharding.parameter_shardings(params, axes, mesh)
+
   def test_an_unknown_logical_name_is_refused(self):
     with self.assertRaisesRegex(ValueError, "'vocabulary' is in no sharding"):
       sharding.spec(("vocabulary",))
