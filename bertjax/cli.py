@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from bertjax.checkpoint import CheckpointError
 from bertjax.config import cache_path
-from bertjax.hardware import CompilerMissing
+from bertjax.hardware import CompilerEnded, CompilerMissing
 from bertjax.metrics.accumulator import NonFiniteError
 from bertjax.parallel import hosts
 
@@ -26,6 +26,7 @@ EXPECTED = (
   NotADirectoryError,
   PermissionError,
   CheckpointError,
+  CompilerEnded,
   CompilerMissing,
   NonFiniteError,
 )

@@ -31,6 +31,7 @@ the assembler reports per kernel is in `Program.kernels`.
 from bertjax.hardware.chips import CHIPS, Chip
 from bertjax.hardware.collectives import Collective, read_collectives
 from bertjax.hardware.compiling import (
+  CompilerEnded,
   Memory,
   OutOfMemory,
   Program,
@@ -43,6 +44,7 @@ __all__ = [
   "CHIPS",
   "Chip",
   "Collective",
+  "CompilerEnded",
   "CompilerMissing",
   "Cost",
   "Memory",

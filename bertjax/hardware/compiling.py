@@ -12,6 +12,7 @@ import pathlib
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from absl import logging
 
 from bertjax.hardware import bundles, gpu, hlo, topologies
 from bertjax.hardware.bundles import Schedule
@@ -47,6 +49,10 @@ class OutOfMemory(ValueError):
   ):
     super().__init__(message)
     self.needed, self.available, self.info = needed, available, info
+
+
+class CompilerEnded(RuntimeError):
+  """The compiling process came to no result; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +134,7 @@ def compile_for(
   Raises:
     CompilerMissing: the compiler for this chip is not installed.
     OutOfMemory: the program needs more memory than a chip has.
-    RuntimeError: the compiler died or took too long.
+    CompilerEnded: the compiler died or took too long.
     Exception: whatever the target or the compiler raised.
   """
   if isinstance(topology, str):
@@ -215,14 +221,35 @@ def _run_worker(
       check=False,
     )
   except subprocess.TimeoutExpired as err:
-    raise RuntimeError(
+    raise CompilerEnded(
       f"The compiler took longer than timeout_s={timeout_s:g}; raise it, or"
       " compile a smaller program."
     ) from err
   if not (folder / RESULT).exists():
-    raise RuntimeError(
-      f"The compiler ended with code {done.returncode}:\n{done.stderr[-3000:]}"
+    logging.debug("The compiler wrote:\n%s", done.stderr)
+    raise CompilerEnded(_how_it_ended(done.returncode, done.stderr))
+
+
+def _how_it_ended(code: int, errors: str) -> str:
+  """One line on a process that left no result.
+
+  Args:
+    code: that it returned; negative: a signal.
+    errors: what it wrote.
+  """
+  said = [line.strip() for line in errors.splitlines() if line.strip()]
+  # Of glog's lines those that begin with F are why it ended; Python's last is.
+  fatal = [line for line in said if re.match(r"F\d{4} ", line)] or said[-1:]
+  why = f": {fatal[0]}" if fatal else ""
+  if code == -signal.SIGKILL:
+    return (
+      "The compiler was killed, probably because this machine has too little"
+      f" memory; compile with nothing beside it, or fewer layers{why}"
     )
+  name = f"signal {signal.Signals(-code).name}" if code < 0 else f"code {code}"
+  return (
+    f"The compiler ended with {name}{why} (all that it wrote: --verbosity=1)"
+  )
 
 
 def _load(path: pathlib.Path) -> tuple[str, dict[str, int], Any]:

@@ -1,14 +1,19 @@
 """Programs of known cost, compiled for TPUs, cost what they should."""
 
+import contextlib
 import importlib.util
+import io
 import os
+import signal
 import unittest
 from unittest import mock
 
 import pytest
 from absl.testing import absltest, parameterized
 
+from bertjax import cli
 from bertjax.hardware import (
+  CompilerEnded,
   OutOfMemory,
   compile_for,
   parse,
@@ -111,7 +116,7 @@ class OptimizationTest(absltest.TestCase):
 
 
 @_needs_libtpu
-class ErrorsTest(absltest.TestCase):
+class ErrorsTest(parameterized.TestCase):
   def test_out_of_memory_says_how_much(self):
     with self.assertRaisesRegex(
       OutOfMemory, "needs 64.00 GiB of HBM"
@@ -125,11 +130,26 @@ class ErrorsTest(absltest.TestCase):
       compile_for("v5e:2x2", programs.fail)
     self.assertIn("programs.py", raised.exception.__notes__[0])
 
-  def test_a_dead_compiler_is_reported(self):
-    with self.assertRaisesRegex(
-      RuntimeError, "ended with code 3.*\n.*last words"
+  @parameterized.parameters(
+    ("some\nlast words", None, "ended with code 3: last words"),
+    (
+      "F1128 17:59:27.4 1 util.cc:497] Check failed: x == y\n  @ main()",
+      signal.SIGABRT,
+      "ended with signal SIGABRT: F1128 .*Check failed: x == y",
+    ),
+    ("", signal.SIGKILL, "was killed.*too little memory"),
+  )
+  def test_a_dead_compiler_says_why_in_one_line(self, words, number, message):
+    with self.assertRaisesRegex(CompilerEnded, message) as raised:
+      compile_for("v5e:2x2", programs.die, words=words, signal=number)
+    self.assertNotIn("\n", str(raised.exception))
+    with (
+      self.assertRaises(SystemExit),
+      contextlib.redirect_stderr(io.StringIO()) as said,
+      cli.clear_errors(),
     ):
-      compile_for("v5e:2x2", programs.die)
+      raise raised.exception
+    self.assertStartsWith(said.getvalue(), "Error: The compiler")
 
 
 if __name__ == "__main__":
