@@ -43,6 +43,8 @@ STEP_ELEMENTS = 2**20
 UNLOOPED_ELEMENTS = 2**22
 UNLOOPED_SHORT_ELEMENTS = 2**25
 
+# Where a maximum begins: exp(-inf - _LOWEST) = 0, exp(-inf + inf) is NaN.
+_LOWEST = np.finfo(np.float32).min
 
 CAPABILITIES = Capabilities("blockwise")
 
@@ -57,6 +59,12 @@ class _Plan(NamedTuple):
   heads: int  # of a step: all or one
   padded_t: int
   padded_s: int
+
+  @property
+  def at_once(self) -> bool:
+    """Whether one step holds everything, and no head is shared."""
+    n, step = self.n, (self.examples, self.heads, self.rows, self.columns)
+    return step == (n.b, n.h, n.t, n.s) and n.kv_heads == n.h
 
   @property
   def diagonals(self) -> tuple:
@@ -216,6 +224,9 @@ class _Step(NamedTuple):
     return jax.lax.dynamic_update_slice(x, y, self.window(x, plan, tiles)[0])
 
 
+_FIRST = _Step(*np.zeros(4, np.int32))
+
+
 class _Tile(NamedTuple):
   """What both passes compute of a step.
 
@@ -237,12 +248,30 @@ class _Tile(NamedTuple):
 
 
 def _tile(x: _Operands, step: _Step, options: Options, plan: _Plan) -> _Tile:
-  n, extras = plan.n, x.extras
   q = step.read(x.q, plan, "i-")
   k, v = (step.read(y, plan, "j-") for y in (x.k, x.v))
-  scores = (
-    join(product("bkrtd,bksd->bkrts", split(q, k.shape[1]), k)) * options.scale
-  )
+  products = join(product("bkrtd,bksd->bkrts", split(q, k.shape[1]), k))
+  return _scored(products, _Operands(q, k, v, x.extras), step, options, plan)
+
+
+def _scored(
+  products: jax.Array,
+  x: _Operands,
+  step: _Step,
+  options: Options,
+  plan: _Plan,
+) -> _Tile:
+  """The tile of a step from its products of queries with keys.
+
+  Args:
+    products: [examples, heads, rows, columns].
+    x: the step's own q, k, v, and the extras of all.
+    step: which.
+    options: static choices.
+    plan: how the pairs are cut.
+  """
+  n, extras = plan.n, x.extras
+  scores = products * options.scale
   row = (step.i * plan.rows + jnp.arange(plan.rows))[:, None]
   column = (step.j * plan.columns + jnp.arange(plan.columns))[None]
   offset = n.s - n.t if extras.offset is None else extras.offset
@@ -256,11 +285,12 @@ def _tile(x: _Operands, step: _Step, options: Options, plan: _Plan) -> _Tile:
   entries = None
   if extras.relative is not None:
     entries = step.read_entries(extras.relative, plan)
-    scores += blockwise_relative.scores(q, k, entries, options.scale)
+    scores += blockwise_relative.scores(x.q, x.k, entries, options.scale)
   scores = cap(scores, options.softcap)
   hidden = _hidden(x, step, options, plan, row, column, offset)
   if hidden is not None:
-    scores = jnp.where(hidden, -jnp.inf, scores)
+    # A sum, and made once: a choice is worked out again for every head.
+    scores += jax.lax.optimization_barrier(jnp.where(hidden, -jnp.inf, 0.0))
   keep = None
   if options.dropout_rate:
     words = dropout.row_words(
@@ -271,7 +301,7 @@ def _tile(x: _Operands, step: _Step, options: Options, plan: _Plan) -> _Tile:
     )
     columns = dropout.column_word(extras.seed, column[None, None])
     keep = dropout.keep(words, columns, options.dropout_rate)
-  return _Tile(q, k, v, scores, entries, distance, keep)
+  return _Tile(x.q, x.k, x.v, scores, entries, distance, keep)
 
 
 def _hidden(x, step, options, plan, row, column, offset):
@@ -317,6 +347,8 @@ def forward(
   """Output and lse, by running maxima and sums per row."""
   plan = _plan(q, k, v, extras, options)
   n = plan.n
+  if plan.at_once:
+    return _forward_at_once(q, k, v, extras, options, plan)
   x = _operands(q, k, v, extras, options, plan)
 
   def body(step, carry):
@@ -325,10 +357,8 @@ def forward(
     old_out = step.read(out, plan, "i-")
     old_top, old_total = (step.read(y, plan, "i") for y in (top, total))
     new_top = jnp.maximum(old_top, tile.scores.max(-1))
-    # exp(-inf - 0) = 0 where exp(-inf + inf) would be NaN.
-    base = jnp.where(new_top == -jnp.inf, 0.0, new_top)
-    weights = jnp.exp(tile.scores - base[..., None])
-    shrink = jnp.exp(old_top - base)
+    weights = jnp.exp(tile.scores - new_top[..., None])
+    shrink = jnp.exp(old_top - new_top)
     new_total = old_total * shrink + weights.sum(-1)
     if tile.keep is not None:
       weights = jnp.where(tile.keep, weights, 0.0)
@@ -343,17 +373,59 @@ def forward(
   shape = (n.b, n.h, plan.padded_t)
   init = (
     jnp.zeros((*shape, n.dv), jnp.float32),
-    jnp.full(shape, -jnp.inf),
+    jnp.full(shape, _LOWEST),
     jnp.zeros(shape),
   )
   out, top, total = (
     y[:, :, : n.t] for y in _loop(body, init, extras, options, plan)
   )
-  seen = total > 0
-  total = jnp.where(seen, total, 1.0)
-  lse = jnp.where(seen, top + jnp.log(total), -jnp.inf)
-  out = out / (total * (1.0 - options.dropout_rate))[..., None]
-  return relayout(out.astype(v.dtype), "bhtd", options.layout), lse
+  return _normalized(out, top, total, v.dtype, options)
+
+
+def _normalized(
+  out: jax.Array, top: jax.Array, total: jax.Array, dtype, options: Options
+) -> tuple[jax.Array, jax.Array]:
+  """Output, in the layout of the options, and lse.
+
+  Args:
+    out: sums of weighted values [b, h, t, dv], float32.
+    top: largest score of each row [b, h, t].
+    total: sum of the row's weights, those that dropout took included: at least
+      1, or 0 where nothing is seen.
+    dtype: of the output.
+    options: static choices.
+  """
+  lse = jnp.where(total > 0, top + jnp.log(total), -jnp.inf)
+  out /= (jnp.maximum(total, 1.0) * (1.0 - options.dropout_rate))[..., None]
+  return relayout(out.astype(dtype), "bhtd", options.layout), lse
+
+
+def _forward_at_once(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  extras: Extras,
+  options: Options,
+  plan: _Plan,
+) -> tuple[jax.Array, jax.Array]:
+  """`forward` of a plan of one step, whose operands stay where they are.
+
+  Laid out anew before the products they take XLA's CPU backend up to twice as
+  long altogether.
+  """
+  x = _operands(q, k, v, extras, options, plan)
+  queries = options.layout
+  keys = queries.replace("t", "s")
+  tile = _scored(
+    product(f"{queries},{keys}->bhts", q, k), x, _FIRST, options, plan
+  )
+  top = tile.scores.max(-1, initial=_LOWEST)
+  weights = jnp.exp(tile.scores - top[..., None])
+  total = weights.sum(-1)
+  if tile.keep is not None:
+    weights = jnp.where(tile.keep, weights, 0.0)
+  out = product(f"bhts,{keys}->bhtd", weights.astype(v.dtype), v)
+  return _normalized(out, top, total, v.dtype, options)
 
 
 def backward(
