@@ -12,6 +12,8 @@ _NAMES = frozenset(
   """parameter constant tuple get-tuple-element bitcast after-all partition-id
   replica-id iota opt-barrier""".split()
 )
+# They read as much of their first operand as they give.
+_SLICES = ("dynamic-slice", "gather")
 # Transfers beside the computation; collectives are reported by themselves.
 _TRANSFERS = frozenset(
   """copy-start copy-done slice-start slice-done async-start async-update
@@ -73,8 +75,9 @@ def hbm_bytes(
 ) -> int:
   """Bytes read from and written to HBM by one run of the instruction.
 
-  Of an operand that is only sliced, the slices count; of a result that updates
-  an operand in place, the update. Scratch memories of the chip are free.
+  Of an operand that is only sliced or gathered from, the slices count; of a
+  result that updates an operand in place, the update. Scratch memories of the
+  chip are free.
   """
   callee = module.callee(instruction)
   if instruction.opcode == "dynamic-update-slice":
@@ -109,8 +112,10 @@ def _read(
       pass  # handed on in place
     elif user.opcode == "dynamic-update-slice" and position == 0:
       pass  # written in place
-    elif user.opcode == "dynamic-slice" and position == 0:
+    elif user.opcode in _SLICES and position == 0:
       total += user.bytes
+    elif user.opcode == "scatter" and len(user.operands) == 3 and not position:
+      total += computation.by_name[user.operands[2]].bytes
     elif user.opcode in _THROUGH:
       total += _read(computation, user, full, module)
     elif callee is not None and (inner := callee.parameter(position)):
@@ -140,6 +145,8 @@ def _written(
     return min(value.hbm_bytes, _written(computation, inner, module))
   if value.opcode == "dynamic-update-slice":
     return operands[1].bytes
+  if value.opcode == "scatter" and len(operands) == 3:
+    return min(value.hbm_bytes, operands[2].bytes)
   callee = module.callee(value)
   if callee is not None and callee.root is not None:
     return min(value.hbm_bytes, _written(callee, callee.root, module))

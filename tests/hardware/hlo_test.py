@@ -214,6 +214,47 @@ ENTRY"""
     self.assertEqual(cost.hbm_bytes, 64)
 
 
+_ROWS = """\
+HloModule rows, is_scheduled=true
+
+%take (p.0: f32[90,128], p.1: s32[4]) -> f32[4,128] {
+  %p.0 = f32[90,128]{1,0} parameter(0)
+  %p.1 = s32[4]{0} parameter(1)
+  %taken = f32[4,128]{1,0} gather(%p.0, %p.1), offset_dims={1}
+  ROOT %same = f32[4,128]{1,0} reshape(%taken)
+}
+
+%add (q.0: f32[90,128], q.1: s32[4], q.2: f32[4,128]) -> f32[90,128] {
+  %q.0 = f32[90,128]{1,0} parameter(0)
+  %q.1 = s32[4]{0} parameter(1)
+  %q.2 = f32[4,128]{1,0} parameter(2)
+  ROOT %sum = f32[90,128]{1,0} scatter(%q.0, %q.1, %q.2), to_apply=%plus
+}
+
+ENTRY %main (table: f32[90,128], ids: s32[4]) -> f32[90,128] {
+  %table = f32[90,128]{1,0} parameter(0)
+  %ids = s32[4]{0} parameter(1)
+  %found = f32[4,128]{1,0} fusion(%table, %ids), kind=kCustom, calls=%take
+  ROOT %new = f32[90,128]{1,0} fusion(%table, %ids, %found), kind=kCustom, calls=%add
+}
+"""  # noqa: E501
+
+
+class RowsTest(absltest.TestCase):
+  """A table of which only some rows are read or added to."""
+
+  def test_only_those_rows_move(self):
+    module = Module(_ROWS)
+    moved = {
+      e.instruction.name: hbm_bytes(e.instruction, e.computation, module)
+      for e in module.executed()
+    }
+    rows, ids = 4 * 128 * 4, 4 * 4
+    self.assertEqual(moved["found"], 2 * rows + ids)
+    # Old rows, what is added, and the sums in their place.
+    self.assertEqual(moved["new"], 3 * rows + ids)
+
+
 class TwinTest(absltest.TestCase):
   def test_equal_operations_share_a_schedule(self):
     text = textwrap.dedent("""\
