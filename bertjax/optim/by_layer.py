@@ -32,6 +32,9 @@ _LEAST_BYTES = 2**20
 class StagedTransformation(optax.GradientTransformationExtraArgs):
   """A chain of two stages, the second of which takes norms of the first's.
 
+  The second takes them of the pair (updates, parameters) that it is given as
+  `measured`, if it is.
+
   Attributes:
     stages: stacked axes -> the transformations of each stage.
   """
@@ -145,12 +148,16 @@ def _step(transform, stacked, on_chip, grads, state, params):
     start=jnp.zeros((), jnp.float32),
   )
   updates, begun = optax.chain(*first).update(grads, state[:split], params)
+  measured = updates, params
   if on_chip:
-    # What the norms are taken of stays there: nothing is read again.
+    # What the norms are taken of stays there: nothing is read again. They are
+    # taken while it is computed, which waits for memory.
     updates, begun, params = jax.lax.optimization_barrier(
       (updates, begun, params)
     )
-  updates, ended = optax.chain(*second).update(updates, state[split:], params)
+  updates, ended = optax.chain(*second).update(
+    updates, state[split:], params, measured=measured
+  )
   return optax.apply_updates(params, updates), (*begun, *ended), square
 
 

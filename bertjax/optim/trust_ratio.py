@@ -216,6 +216,9 @@ def scale_by_trust_ratio(
       for the identity of its published code.
     trust_clip: (lowest, highest) ratio; an upper bound of 1 is LAMBC.
 
+  Its `update` takes the norms of `measured`, a pair equal to (updates,
+  params), if it is given: see `by_layer`.
+
   Raises:
     ValueError: empty clip interval, no `params` at update, or a regular
       expression that matches nothing.
@@ -266,12 +269,13 @@ def scale_by_trust_ratio(
     slices = _slices(rules.path_name(path), param, stacked, split)
     return update * slices.expand(per_slice, param).astype(update.dtype)
 
-  def update(updates, state, params=None, **extra_args):
+  def update(updates, state, params=None, *, measured=None, **extra_args):
     del state, extra_args
     if params is None:
       raise ValueError("params is required: the trust ratio needs the weights.")
     excluded = selection.select(no_adaptation, params, "optim.no_adaptation")
-    weight_norm, update_norm = norms(params), norms(updates)
+    of_updates, of_params = measured or (updates, params)
+    weight_norm, update_norm = norms(of_params), norms(of_updates)
     ratios = jax.tree.map(ratio, excluded, weight_norm, update_norm)
     updates = jax.tree_util.tree_map_with_path(
       rescale, updates, params, excluded, ratios
