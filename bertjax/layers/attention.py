@@ -231,7 +231,12 @@ class SelfAttention(nn.Module):
         kernel_init=self.kernel_init,
         name=name,
       )(x)
-      return checkpoint_name(projected, PROJECTIONS)
+      # Heads side by side, as the product makes them: it can write into the
+      # stack that a loop over layers keeps.
+      at, shape = layout.index("h"), projected.shape
+      if layout[at : at + 2] == "hd":
+        projected = projected.reshape(*shape[:at], -1, *shape[at + 2 :])
+      return checkpoint_name(projected, PROJECTIONS).reshape(shape)
 
     rate = self.dropout_rate if train else 0.0
     mixed = self.attend(

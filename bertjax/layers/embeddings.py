@@ -15,6 +15,10 @@ from bertjax.layers.matmul import einsum
 from bertjax.layers.norm import LayerNorm
 from bertjax.parallel.sharding import constrain
 
+# A table this short is selected from, not looked up: its gradient is then a few
+# sums over all positions, where a lookup's adds position by position.
+_SELECTED_ROWS = 4
+
 
 class Embed(nn.Module):
   """A lookup table [num_embeddings, emb_dim], float32.
@@ -39,7 +43,14 @@ class Embed(nn.Module):
 
   def __call__(self, ids: jax.Array) -> jax.Array:
     """Rows of `ids`; an id beyond the table gives NaN, never a wrong row."""
-    return jnp.take(self._gathered(), ids, axis=0, mode="fill")
+    table = self._gathered()
+    if self.num_embeddings > _SELECTED_ROWS:
+      return jnp.take(table, ids, axis=0, mode="fill")
+    rows = jnp.full((*ids.shape, self.emb_dim), jnp.nan, table.dtype)
+    wide = (1,) * ids.ndim + (self.emb_dim,)
+    for i in range(self.num_embeddings):
+      rows = jnp.where(ids[..., None] == i, table[i].reshape(wide), rows)
+    return rows
 
   def logits(self, hidden: jax.Array, dtype: Dtype) -> Float[Array, "b m v"]:
     """Scores of every row against `hidden` [b, m, e], float32."""

@@ -41,10 +41,17 @@ def _affine(
   width = math.prod(kernel.shape[: len(summed)])
   rest = x.shape[start + len(summed) :]
   flat = out.replace(made, "y")
+  if flat.endswith("y"):
+    matrix, order = kernel.reshape(width, -1), "xy"
+  else:
+    # The kernel's gradient is then made of arrays as they are; the other way
+    # round a TPU would transpose x for it.
+    turned = (*range(len(summed), kernel.ndim), *range(len(summed)))
+    matrix, order = kernel.transpose(turned).reshape(-1, width), "yx"
   y = einsum(
-    f"{given.replace(summed, 'x')},xy->{flat}",
+    f"{given.replace(summed, 'x')},{order}->{flat}",
     x.reshape(*x.shape[:start], width, *rest),
-    kernel.reshape(width, -1),
+    matrix,
     dtype,
     "".join(
       flattened

@@ -130,6 +130,7 @@ def bert(
   kind = lookup(POSITIONS, positions, "model.positions")
   act = lookup(ACTIVATIONS, activation, "model.activation")
   make_norm = functools.partial(LayerNorm, epsilon=epsilon, dtype=dtype)
+  looped = scan and unroll < dims["num_layers"]
   embeddings = functools.partial(
     Embeddings,
     vocab_size=vocab_size,
@@ -162,7 +163,7 @@ def bert(
     Block,
     mixer=mixer,
     feed_forward=feed_forward,
-    norm=make_norm,
+    norm=functools.partial(make_norm, in_loop=looped),
     residual=lookup(RESIDUALS, norm, "model.norm"),
     dropout_rate=dropout_rate,
   )

@@ -15,6 +15,7 @@ from bertjax.layers.attention import PROJECTIONS
 from bertjax.layers.block import SUM
 from bertjax.layers.drop_path import linear_rates
 from bertjax.layers.feed_forward import INNER
+from bertjax.layers.norm import STATISTICS
 from bertjax.layers.statistics import ROWS, SUMS
 from bertjax.metrics import meters
 from bertjax.parallel.sharding import constrain, platform
@@ -35,7 +36,7 @@ REMAT: dict[str, Callable | None] = {
   # No product is computed again, only what lies between them: norms,
   # activations, dropout.
   "products": jax.checkpoint_policies.save_only_these_names(
-    PROJECTIONS, *RESIDUALS, SUM, INNER
+    PROJECTIONS, *RESIDUALS, SUM, INNER, STATISTICS
   ),
 }
 

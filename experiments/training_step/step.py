@@ -25,9 +25,14 @@ MASKED = {512: 77, 128: 20}
 
 
 def plain_layer_norm(
-  x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+  x: jax.Array,
+  scale: jax.Array,
+  bias: jax.Array,
+  epsilon: float,
+  in_loop: bool = False,
 ) -> jax.Array:
   """`norm.layer_norm`, its gradient left to autodiff."""
+  del in_loop
   x = x.astype(jnp.float32)
   mean = x.mean(-1, keepdims=True)
   variance = jnp.square(x - mean).mean(-1, keepdims=True)

@@ -16,6 +16,7 @@ names for a remat policy.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -29,6 +30,9 @@ from kernels.flash_attention.options import Extras, Options, check
 from kernels.flash_attention.relative import Relative
 
 RESIDUALS = ("flash_out", "flash_lse")
+# A TPU lays a stack of these out as the kernels write them; of lse as it is it
+# would make rows of layers, and write each of them number by number.
+_TILE = (8, 128)
 
 
 class Gradients(NamedTuple):
@@ -86,7 +90,11 @@ def _attend(backend, options, mask, q, k, v, extras):
 
 def _attend_forward(backend, options, mask, q, k, v, extras):
   out, lse = _attend(backend, options, mask, q, k, v, extras)
+  shape = lse.shape
+  if lse.size % math.prod(_TILE) == 0:
+    lse = lse.reshape(-1, *_TILE)
   out, lse = map(checkpoint_name, (out, lse), RESIDUALS)
+  lse = lse.reshape(shape)
   return (out, lse), (q, k, v, extras, out, lse)
 
 

@@ -1,11 +1,19 @@
 """The reference attention: what is visible, what is added, what is refused."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest
 
-from bertjax.layers.attention import reference_attend, visible
+from bertjax.layers.attention import (
+  SelfAttention,
+  reference_attend,
+  visible,
+)
+from bertjax.layers.flash import FlashAttend
 
 B, T, H, D = 2, 8, 3, 4
 
@@ -81,6 +89,33 @@ class ReferenceAttendTest(absltest.TestCase):
     # One output has a deviation of at most about 1 over 4000 draws: 5 sigma.
     np.testing.assert_allclose(outs.mean(0), plain, atol=0.08)
     self.assertGreater(float(outs.std(0).min()), 0.0)
+
+
+class KeptTest(absltest.TestCase):
+  """What a loop over layers stacks has the shapes that products write."""
+
+  def test_heads_lie_side_by_side_and_log_sums_fill_tiles(self):
+    def layer(attend):
+      return SelfAttention(num_heads=4, head_dim=6, attend=attend)
+
+    kernel = layer(FlashAttend("blockwise", "bhdt", "counter"))
+    dense = layer(reference_attend)
+    x = jax.random.normal(jax.random.key(0), (2, 128, 5))
+    params = kernel.init(jax.random.key(1), x, None, train=False)
+    params = jax.tree.map(lambda p: 30 * p, params)  # far from uniform weights
+
+    def loss(layer, x):
+      return (layer.apply(params, x, None, train=False) ** 2).sum()
+
+    grads = [jax.grad(functools.partial(loss, m)) for m in (kernel, dense)]
+    found = re.findall(
+      r":f32\[([\d,]+)\] = name\[name=(\w+)", str(jax.make_jaxpr(grads[0])(x))
+    )
+    shapes = {name: shape for shape, name in found}
+    self.assertEqual(shapes["attention_projections"], "2,24,128")
+    self.assertEqual(shapes["flash_lse"], "1,8,128")
+    # Sums over 128 positions in another order.
+    np.testing.assert_allclose(*(g(x) for g in grads), rtol=1e-4, atol=1e-4)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
-"""The token table on a mesh: looked up and scored without moving rows."""
+"""Tables: on a mesh no rows move; short ones are selected from."""
 
 import os
 import subprocess
 import sys
 
-from absl.testing import absltest
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from bertjax.layers.embeddings import Embed
 
 # The partitioner says so in C++, and only to a process that lets it speak.
 _PROGRAM = """
@@ -51,6 +56,32 @@ class EmbedTest(absltest.TestCase):
       check=True,
     )
     self.assertNotIn("full rematerialization", done.stderr)
+
+
+class ShortTableTest(parameterized.TestCase):
+  @parameterized.parameters(2, 4, 5)
+  def test_rows_and_gradient_are_those_of_a_lookup(self, num):
+    embed = Embed(num, 3, "types")
+    table = jax.random.normal(jax.random.key(0), (num, 3))
+    ids = jax.random.randint(jax.random.key(1), (2, 7), 0, num)
+    g = jax.random.normal(jax.random.key(2), (2, 7, 3))
+
+    def look_up(table):
+      return embed.apply({"params": {"embedding": table}}, ids)
+
+    found, pull = jax.vjp(look_up, table)
+    np.testing.assert_array_equal(found, np.asarray(table)[ids])
+    want = np.zeros((num, 3), np.float32)
+    np.add.at(want, ids, g)
+    np.testing.assert_allclose(pull(g)[0], want, atol=1e-6)  # float32 sums
+    made = str(jax.make_jaxpr(jax.grad(lambda t: look_up(t).sum()))(table))
+    self.assertEqual("scatter" in made, num > 4)
+
+  def test_an_id_beyond_a_short_table_gives_nan(self):
+    embed = Embed(2, 3, "types")
+    table = jnp.ones((2, 3))
+    found = embed.apply({"params": {"embedding": table}}, jnp.array([1, 2]))
+    np.testing.assert_array_equal(jnp.isnan(found).all(1), [False, True])
 
 
 if __name__ == "__main__":

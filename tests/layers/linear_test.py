@@ -1,5 +1,7 @@
 """Linear is the einsum that its spec says."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,24 @@ class LinearTest(parameterized.TestCase):
     (found, dx), (want, dx_plain) = pull(value), plain_pull(value)
     np.testing.assert_allclose(dx, dx_plain, atol=1e-5)
     np.testing.assert_allclose(found["kernel"], want["kernel"], atol=1e-5)
+
+  @parameterized.parameters(
+    ("bte,ehd->bhdt", (24, 5)), ("bte,ehd->bthd", (5, 24))
+  )
+  def test_the_kernels_gradient_is_made_of_arrays_as_they_are(
+    self, spec, shape
+  ):
+    """The operand whose last axis is summed goes first: [hd, e] or [e, hd]."""
+    layer = Linear(spec, (4, 6), (None,) * 3)
+    x = jnp.ones((2, 3, 5))
+    params = layer.init(jax.random.key(1), x)["params"]
+
+    def loss(params):
+      return (layer.apply({"params": params}, x) ** 2).sum()
+
+    made = jax.make_jaxpr(jax.grad(loss))(params)
+    products = re.findall(r":f32\[(\d+),(\d+)\] = dot_general", str(made))
+    self.assertEqual([tuple(map(int, p)) for p in products], [shape])
 
 
 def _boxed(leaf):

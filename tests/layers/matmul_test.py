@@ -84,6 +84,23 @@ class EinsumTest(parameterized.TestCase):
       made = jax.make_jaxpr(lambda a, b: einsum("te,ef->tf", a, b, dtype))(a, b)
     self.assertEqual("optimization_barrier" in str(made), apart)
 
+  def test_what_a_tpu_casts_apart_has_its_sums_along_the_rows(self):
+    def barriers(fn, *args):
+      made = str(jax.make_jaxpr(fn)(*args))
+      return re.findall(r":bf16(\[\S*\]) = optimization_barrier", made)
+
+    def product(a, b):
+      return einsum("te,ef->tf", a, b, jnp.bfloat16)
+
+    def back(b, g):  # sums over f, which is last already
+      return jax.vjp(lambda a: product(a, b), jnp.ones((3, 4)))[1](g)
+
+    with mock.patch.object(matmul, "platform", lambda: "tpu"):
+      self.assertEqual(
+        barriers(product, *operands([(3, 8), (8, 4)])), ["[4,8]"]
+      )
+      self.assertEqual(barriers(back, *operands([(4, 8), (3, 8)])), ["[4,8]"])
+
 
 class HeldTest(parameterized.TestCase):
   @parameterized.parameters(0.0, -0.0, 1.5, -3.0, np.inf, -np.inf, np.nan)

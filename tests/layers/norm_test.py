@@ -1,11 +1,13 @@
 """LayerNorm and its written-out gradient equal autodiff of the formula."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from bertjax.layers.norm import layer_norm
+from bertjax.layers.norm import STATISTICS, layer_norm
 
 EPSILON = 1e-3  # large enough for its place to matter
 
@@ -46,6 +48,19 @@ class LayerNormTest(parameterized.TestCase):
         rtol=rtol,
         atol=1e-5,
       )
+
+  @parameterized.parameters((True, 1), (False, 2))
+  def test_in_a_loop_statistics_can_be_kept(self, in_loop, times):
+    @functools.partial(
+      jax.checkpoint,
+      policy=jax.checkpoint_policies.save_only_these_names(STATISTICS),
+    )
+    def normed(x):
+      y = layer_norm(x, self.scale[0, 0], self.bias[0, 0], EPSILON, in_loop)
+      return (y * y).sum()  # its gradient reads y, which is made once more
+
+    made = str(jax.make_jaxpr(jax.grad(normed))(self.x))
+    self.assertEqual(made.count(" rsqrt "), times)
 
   def test_the_backward_pass_keeps_the_input_and_two_numbers_a_row(self):
     _, pull = jax.vjp(

@@ -166,6 +166,17 @@ class EncoderTest(parameterized.TestCase):
       other_grads,
     )
 
+  @parameterized.parameters(
+    (dict(remat="products"), 0),
+    (dict(remat="full"), 2),  # attention_norm and mlp_norm
+  )
+  def test_a_loop_that_keeps_products_keeps_statistics(self, options, again):
+    def count(**options):
+      grad = jax.grad(functools.partial(loss, build(**options)))
+      return str(jax.make_jaxpr(grad)(self.params, example())).count("rsqrt")
+
+    self.assertEqual(count(**options) - count(remat="none"), again)
+
   @parameterized.named_parameters(
     ("looped", {}, False),
     ("unrolled_loop", {"unroll": L}, True),

@@ -161,7 +161,7 @@ def point_bert(
     Block,
     mixer=mixer,
     feed_forward=feed_forward,
-    norm=make_norm,
+    norm=functools.partial(make_norm, in_loop=scan and unroll < num_layers),
     residual=pre_norm,
     dropout_rate=dropout_rate,
   )
