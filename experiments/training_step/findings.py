@@ -87,7 +87,7 @@ def _goal(rows: Sequence[Row]) -> Claim:
     "BERT-large, 8 x 512: tokens/s on a v5e",
     "goal: 60,000",
     "; ".join(found),
-    [best["tokens_per_s"] >= 60_000],
+    [row["tokens_per_s"] >= 60_000 for row in (scanned, best)],
   )
 
 
