@@ -14,11 +14,18 @@ is not sent stays in the errors e and d, so that
     out + d + mean_i e_i  (new)  =  mean_i (x_i + e_i) + d  (old).
 
 Vectors come as lists of arrays, a tensor each. A tensor of m numbers is cut
-into n pieces of m / n, rounded up to whole lines of 128; chunk k is the k-th
-piece of all of them, packed 32 signs to a word. Padding has no sign that
-counts, no scale and no error. Numbers stay in lines from tensor to message:
-pieces of odd lengths, one after the other, would be shifted across a TPU's
-lanes, which takes its compiler minutes and the chip longer than the sending.
+into n pieces of m / n, rounded up to whole lines; chunk k is the k-th piece of
+all of them, packed 32 signs to a word. Padding has no sign that counts, no
+scale and no error.
+
+What a step costs is how often memory moves numbers, so only signs leave the
+shape that a tensor has: sums, scales and errors are taken where it lies. Of a
+matrix whose rows divide well enough a line is a row, and a word holds the signs
+of 32 rows: signs are packed, and what was sent is unpacked, in one pass with
+what goes before or after, and it is words that are sorted into a message. The
+signs of other tensors are packed together, in lines of 128: pieces of odd
+lengths, one after the other, would be shifted across a TPU's lanes, which takes
+its compiler minutes and the chip longer than the sending.
 
 Reference: Tang et al. 2021, arXiv:2102.02888, algorithm 1 and figure 3.
 """
@@ -26,7 +33,7 @@ Reference: Tang et al. 2021, arXiv:2102.02888, algorithm 1 and figure 3.
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +99,8 @@ class Grid(NamedTuple):
     blocks: of a row's piece in one chunk.
     lines: of a block.
     lanes: numbers in a line.
+    order: of the tensor's axes, in which its numbers are counted.
+    alone: whether its words hold no other tensor's signs.
   """
 
   rows: int
@@ -99,6 +108,8 @@ class Grid(NamedTuple):
   blocks: int
   lines: int
   lanes: int
+  order: tuple[int, ...]
+  alone: bool = False
 
   @property
   def piece(self) -> int:
@@ -113,7 +124,8 @@ class Grid(NamedTuple):
   def split(self, x: Array, chunks: int) -> Array:
     """`[...]` -> `[chunks, rows, blocks, lines, lanes]`, padded with zeros."""
     lines = -(-self.length // self.lanes)
-    x = _pad(x.reshape(self.rows, self.length), lines * self.lanes)
+    x = x.transpose(self.order).reshape(self.rows, self.length)
+    x = _pad(x, lines * self.lanes)
     x = x.reshape(self.rows, lines, self.lanes)
     x = _pad(x, chunks * self.blocks * self.lines)
     x = x.reshape(self.rows, chunks, *self.shape[1:])
@@ -123,7 +135,17 @@ class Grid(NamedTuple):
     """The inverse of `split`."""
     x = jnp.swapaxes(x, 0, 1).reshape(self.rows, -1, self.lanes)
     x = x[:, : -(-self.length // self.lanes)].reshape(self.rows, -1)
-    return x[:, : self.length].reshape(shape)
+    x = x[:, : self.length].reshape([shape[axis] for axis in self.order])
+    return x.transpose([self.order.index(axis) for axis in range(len(shape))])
+
+  def spread(self, scale: Array, shape: Sequence[int]) -> Array:
+    """Scales `[n, rows, blocks]`, broadcastable against a tensor."""
+    chunks, _, blocks = scale.shape
+    if chunks * blocks == 1:
+      depth = _depth(shape, self.rows) if scale.shape[1] > 1 else 0
+      return scale.reshape(*shape[:depth], *(1,) * (len(shape) - depth))
+    scale = jnp.broadcast_to(scale[..., None, None], (chunks, *self.shape))
+    return self.join(scale, shape)
 
 
 def _pad(x: Array, length: int) -> Array:
@@ -155,14 +177,44 @@ def grid_of(
   if compression.granularity == "layer" and size:
     rows = math.prod(shape[:stacked])
   length = size // rows
+  order = order_of(shape, rows)
   piece = max(1, -(-length // chunks))
-  if not compression.by_block:
-    lines = -(-piece // LANES)
-    if lines >= LONG:
-      lines = _up(lines, REGISTER)
-    return Grid(rows, length, 1, lines, LANES)
-  blocks = -(-piece // compression.granularity)
-  return Grid(rows, length, blocks, 1, -(-piece // blocks))
+  if compression.by_block:
+    blocks = -(-piece // compression.granularity)
+    return Grid(rows, length, blocks, 1, -(-piece // blocks), order)
+  lanes = shape[order[-1]] if order else 1
+  if size and lanes % LANES == 0:
+    lines = _up(-(-length // (lanes * chunks)), BITS)
+    if (chunks * lines * lanes - length) * REGISTER <= length:
+      return Grid(rows, length, 1, lines, lanes, order, alone=True)
+  lines = -(-piece // LANES)
+  if lines >= LONG:
+    lines = _up(lines, REGISTER)
+  return Grid(rows, length, 1, lines, LANES, order)
+
+
+def order_of(shape: Sequence[int], rows: int) -> tuple[int, ...]:
+  """Axes of a tensor, that one last which a TPU lays along its lanes.
+
+  That is the last one, or if it does not fill lines of LANES the longest that
+  does; never one of the leading axes that make up `rows`.
+  """
+  axes = tuple(range(len(shape)))
+  wide = [
+    axis for axis in axes[_depth(shape, rows) :] if shape[axis] % LANES == 0
+  ]
+  if not wide or wide[-1] == axes[-1]:
+    return axes
+  last = max(wide, key=lambda axis: shape[axis])
+  return (*(axis for axis in axes if axis != last), last)
+
+
+def _depth(shape: Sequence[int], rows: int) -> int:
+  """How many leading axes make up the rows."""
+  depth = 0
+  while math.prod(shape[:depth]) < rows:
+    depth += 1
+  return depth
 
 
 def pack_signs(
@@ -170,26 +222,34 @@ def pack_signs(
 ) -> UInt32[Array, "n words lanes"]:
   """32 signs to a word, of 32 lines; the i-th of them is bit i.
 
-  The lines of a word stand as far apart as there are words: no step works
-  across lanes or neighbouring lines.
+  The lines of a word are neighbours, or if possible stand as far apart as a TPU
+  has lines in a register: then nothing is moved across lines.
   """
-  lines = _up(positive.shape[1], BITS)
-  bits = _pad(positive, lines).astype(jnp.uint32)
-  bits = bits.reshape(bits.shape[0], BITS, -1, bits.shape[2])
-  return jnp.sum(bits << _shifts(), axis=1, dtype=jnp.uint32)
+  chunks, lines, lanes = positive.shape
+  words = -(-lines // BITS)
+  bits = _pad(positive, words * BITS).astype(jnp.uint32)
+  bits = bits.reshape(chunks, -1, BITS, _apart(words), lanes)
+  bits = jnp.sum(bits << _shifts(), axis=2, dtype=jnp.uint32)
+  return bits.reshape(chunks, words, lanes)
 
 
 def unpack_signs(
   words: UInt32[Array, "n words lanes"],
 ) -> Bool[Array, "n lines lanes"]:
   """The signs that `pack_signs` packed, padding included: is it positive?"""
-  bits = (words[:, None] >> _shifts()) & jnp.uint32(1)
-  bits = bits.reshape(words.shape[0], -1, words.shape[2])
-  return bits.astype(bool)
+  chunks, count, lanes = words.shape
+  words = words.reshape(chunks, -1, 1, _apart(count), lanes)
+  bits = (words >> _shifts()) & jnp.uint32(1)
+  return bits.reshape(chunks, count * BITS, lanes).astype(bool)
 
 
-def _shifts() -> UInt32[Array, "1 b 1 1"]:
-  return jnp.arange(BITS, dtype=jnp.uint32)[None, :, None, None]
+def _apart(words: int) -> int:
+  """Lines from one sign of a word to the next."""
+  return 1 if words % REGISTER else REGISTER
+
+
+def _shifts() -> UInt32[Array, "1 1 b 1 1"]:
+  return jnp.arange(BITS, dtype=jnp.uint32)[None, None, :, None, None]
 
 
 def in_lines(x: Shaped[Array, "n ..."]) -> Shaped[Array, "n lines lanes"]:
@@ -223,11 +283,12 @@ class Group(NamedTuple):
 
 
 def groups_of(grids: Sequence[Grid]) -> list[Group]:
-  """Tensors in whole registers, and the rest, which would misalign them."""
+  """Tensors alone; those in whole registers; the rest, which misalign them."""
   lines = sign_lines(grids)
-  whole = [i for i, n in enumerate(lines) if n % REGISTER == 0]
-  rest = [i for i, n in enumerate(lines) if n % REGISTER]
-  found = []
+  found = [Group([i], lines[i]) for i, grid in enumerate(grids) if grid.alone]
+  others = [i for i, grid in enumerate(grids) if not grid.alone]
+  whole = [i for i in others if lines[i] % REGISTER == 0]
+  rest = [i for i in others if lines[i] % REGISTER]
   for members in (whole, rest):
     total = sum(lines[i] for i in members)
     # Words in whole registers, too, where that adds less than 1 / LONG.
@@ -245,6 +306,11 @@ class _Layout(NamedTuple):
   grids: tuple[Grid, ...]
   # By tensor: mesh axes over which its sums are completed.
   sum_axes: tuple[tuple[str, ...], ...]
+
+  @property
+  def by_chunk(self) -> bool:
+    """Whether chunks have scales of their own."""
+    return self.compression.by_block or self.compression.granularity == "chunk"
 
   @property
   def groups(self) -> list[Group]:
@@ -275,30 +341,82 @@ def _pooled(
 
 def _scales(
   layout: _Layout,
-  values: Sequence[Float[Array, "n r b l e"]],
-  valid: Sequence[Bool[Array, "n r b l e"]],
-) -> list[Float[Array, "..."]]:
-  """Scales, broadcastable against the tensors' `[n, rows, blocks]`."""
-  rms = layout.compression.scale == "rms"
-  size = jnp.square if rms else jnp.abs
-  sums = _pooled(layout, [jnp.sum(size(x), axis=(3, 4)) for x in values])
-  counts = _pooled(
-    layout, [jnp.sum(v, axis=(3, 4), dtype=jnp.float32) for v in valid]
-  )
-  means = [s / jnp.maximum(c, 1.0) for s, c in zip(sums, counts)]
-  return [jnp.sqrt(m) for m in means] if rms else means
+  sums: Sequence[Float[Array, "n r b"]],
+  counts: Sequence[Float[Array, "n r b"]],
+) -> list[Float[Array, "n r b"]]:
+  """By tensor its scales, of sums of magnitudes; size 1 where they are shared.
+
+  Args:
+    layout: of the tensors.
+    sums: of magnitudes or, for "rms", of squares.
+    counts: of the numbers in them.
+  """
+  means = [
+    s / jnp.maximum(c, 1.0)
+    for s, c in zip(_pooled(layout, sums), _pooled(layout, counts))
+  ]
+  if layout.compression.scale == "rms":
+    return [jnp.sqrt(m) for m in means]
+  return means
+
+
+def _each(layout: _Layout, scales: Sequence[Array]) -> list[Array]:
+  """An entry per tensor of what may be a single one for all of them."""
+  return list(scales) * (len(layout.grids) if len(scales) == 1 else 1)
+
+
+def _size(layout: _Layout, x: Array) -> Array:
+  """What scales average."""
+  return jnp.square(x) if layout.compression.scale == "rms" else jnp.abs(x)
+
+
+def _sums(
+  layout: _Layout, tensors: Sequence[Shaped[Array, "..."]], chunks: int
+) -> list[Float[Array, "n r b"]]:
+  """By tensor, sums over what shares a scale; over chunks if they do, too."""
+
+  def one(grid, x):
+    if layout.by_chunk:
+      x = grid.split(x, chunks)
+      return jnp.sum(x, axis=(3, 4), dtype=jnp.float32)
+    axes = tuple(range(_depth(x.shape, grid.rows), x.ndim))
+    return jnp.sum(x, axis=axes, dtype=jnp.float32).reshape(1, grid.rows, 1)
+
+  return [one(grid, x) for grid, x in zip(layout.grids, tensors)]
+
+
+def _counts(
+  layout: _Layout, masks: Sequence[Bool[Array, "..."] | None], chunks: int
+) -> list[Float[Array, "n r b"]]:
+  """By tensor, how many numbers are in those sums."""
+
+  def one(i, grid, mask):
+    if mask is not None:
+      only = layout._replace(grids=(grid,), sum_axes=(layout.sum_axes[i],))
+      return _sums(only, [mask], chunks)[0]
+    if not layout.by_chunk:
+      return jnp.full((1, grid.rows, 1), grid.length, jnp.float32)
+    valid = _inside(grid, chunks, 0)
+    return jnp.sum(valid, axis=(3, 4), dtype=jnp.float32)
+
+  return [one(i, *pair) for i, pair in enumerate(zip(layout.grids, masks))]
 
 
 def _message(
   layout: _Layout,
-  values: Sequence[Float[Array, "n r b l e"]],
+  positive: Sequence[Bool[Array, "n r b l e"]],
   scales: Sequence[Float[Array, "..."]],
 ) -> UInt32[Array, "n words lanes"]:
   """Signs, then the bits of the scales: lines for each chunk."""
-  chunks = values[0].shape[0]
+  chunks = positive[0].shape[0]
   packed = []
   for members, lines in layout.groups:
-    signs = [in_lines(values[i] >= 0) for i in members]
+    if layout.grids[members[0]].alone:
+      (i,) = members
+      signs = positive[i].reshape(chunks, -1, layout.grids[i].lanes)
+      packed.append(in_lines(pack_signs(signs)))
+      continue
+    signs = [in_lines(positive[i]) for i in members]
     packed.append(pack_signs(_pad(jnp.concatenate(signs, axis=1), lines)))
   flat = [
     jnp.broadcast_to(s, (chunks, *s.shape[1:])).reshape(chunks, -1)
@@ -331,10 +449,11 @@ def _decoded(
     part = sent[:, start : start + size]
     found.append(part.reshape(senders, *scale.shape[1:]))
     start += size
-  if len(found) == 1:
-    found *= len(layout.grids)
   positive = _positive(layout, message)
-  return [_signed(positive[i], scale) for i, scale in enumerate(found)]
+  return [
+    _signed(positive[i], scale[..., None, None])
+    for i, scale in enumerate(_each(layout, found))
+  ]
 
 
 def _positive(
@@ -345,8 +464,14 @@ def _positive(
   found, first = {}, 0
   for group in layout.groups:
     words = message[:, first : first + group.words]
-    positive, start = unpack_signs(words), 0
     first += group.words
+    grid = layout.grids[group.members[0]]
+    if grid.alone:
+      words = words.reshape(senders, -1, grid.lanes)
+      positive = unpack_signs(words).reshape(senders, *grid.shape)
+      found[group.members[0]] = positive
+      continue
+    positive, start = unpack_signs(words), 0
     for i in group.members:
       grid = layout.grids[i]
       part = positive[:, start : start + lengths[i]]
@@ -358,35 +483,31 @@ def _positive(
 
 
 def _signed(positive: Array, scale: Array) -> Array:
-  """The scale of each block, `[n, r, b]`, with the sign of each number."""
-  scale = jnp.broadcast_to(scale[..., None, None], positive.shape)
+  """Scales, with the sign of each number."""
+  scale = jnp.broadcast_to(scale, positive.shape)
   return jnp.where(positive, scale, -scale)
 
 
-def _residuals(values, scales, valid):
-  """What is lost of the values when they are sent."""
-  if len(scales) == 1:
-    scales = list(scales) * len(values)
-  return [
-    jnp.where(v, x - _signed(x >= 0, s), 0.0)
-    for x, s, v in zip(values, scales, valid)
-  ]
+def _kept(x: Array, mask: Array | None) -> Array:
+  """0 where nothing is sent."""
+  return x if mask is None else jnp.where(mask, x, 0.0)
 
 
-def _valid(layout: _Layout, chunks: int, masks: Sequence[Array | None]):
-  """By tensor, which entries of its grid are numbers that are sent."""
+def _inside(grid: Grid, chunks: int, first: Any) -> Bool[Array, "n r b l e"]:
+  """Which entries of these chunks are no padding.
 
-  def one(grid, mask):
-    if mask is not None:
-      return grid.split(mask, chunks)
-    shape = (chunks, *grid.shape)
-    index = jax.lax.broadcasted_iota(jnp.int32, shape, 0) * grid.piece
-    steps = {2: grid.lines * grid.lanes, 3: grid.lanes, 4: 1}
-    for axis, step in steps.items():
-      index += jax.lax.broadcasted_iota(jnp.int32, shape, axis) * step
-    return index < grid.length
-
-  return [one(grid, mask) for grid, mask in zip(layout.grids, masks)]
+  Args:
+    grid: of the tensor.
+    chunks: how many.
+    first: index of the first one.
+  """
+  shape = (chunks, *grid.shape)
+  index = jax.lax.broadcasted_iota(jnp.int32, shape, 0) + first
+  index *= grid.piece
+  steps = {2: grid.lines * grid.lanes, 3: grid.lanes, 4: 1}
+  for axis, step in steps.items():
+    index += jax.lax.broadcasted_iota(jnp.int32, shape, axis) * step
+  return index < grid.length
 
 
 def compressed_all_reduce(
@@ -435,7 +556,6 @@ def compressed_all_reduce(
       " and server_errors with it, neither without."
     )
   workers = 1 if axis is None else jax.lax.axis_size(axis)
-  none = [None] * len(tensors)
   layout = _Layout(
     compression,
     tuple(
@@ -446,47 +566,80 @@ def compressed_all_reduce(
   )
   if not layout.groups:
     return list(tensors), worker_errors, server_errors
-  valid = _valid(layout, workers, masks or none)
-
+  masks = masks or [None] * len(tensors)
   own = tensors
   if worker_errors is not None:
     own = [x + e for x, e in zip(tensors, worker_errors)]
-  own = [
-    jnp.where(v, grid.split(x, workers), 0.0)
-    for grid, x, v in zip(layout.grids, own, valid)
+  own = [_kept(x, mask) for x, mask in zip(own, masks)]
+  scales = _scales(
+    layout,
+    _sums(layout, [_size(layout, x) for x in own], workers),
+    _counts(layout, masks, workers),
+  )
+  positive = [
+    grid.split(x >= 0, workers) for grid, x in zip(layout.grids, own)
   ]
-  scales = _scales(layout, own, valid)
-  message = _message(layout, own, scales)
+  message = _message(layout, positive, scales)
   if axis is not None:
     message = jax.lax.all_to_all(message, axis, 0, 0, tiled=True)
-  received = _decoded(layout, message, scales)
-
   here = 0 if axis is None else jax.lax.axis_index(axis)
-  mine = [jax.lax.dynamic_slice_in_dim(v, here, 1) for v in valid]
-  chunk = [jnp.sum(x, axis=0, keepdims=True) / workers for x in received]
-  if server_errors is not None:
-    chunk = [x + d.reshape(x.shape) for x, d in zip(chunk, server_errors)]
-  chunk = [jnp.where(v, x, 0.0) for x, v in zip(chunk, mine)]
-  averaged = _scales(layout, chunk, mine)
-  message = _message(layout, chunk, averaged)
+  message, server_errors = _served(
+    layout, _decoded(layout, message, scales), server_errors, masks, here
+  )
   if axis is not None:
     message = jax.lax.all_gather(message, axis, tiled=True)
   average = [
-    grid.join(jnp.where(v, x, 0.0), tensor.shape)
-    for grid, x, v, tensor in zip(
-      layout.grids, _decoded(layout, message, averaged), valid, tensors
+    _kept(grid.join(x, tensor.shape), mask)
+    for grid, x, mask, tensor in zip(
+      layout.grids, _decoded(layout, message, scales), masks, tensors
     )
   ]
   if worker_errors is None:
     return average, None, None
   worker_errors = [
-    grid.join(e, tensor.shape)
-    for grid, e, tensor in zip(
-      layout.grids, _residuals(own, scales, valid), tensors
+    _kept(x - _signed(x >= 0, grid.spread(scale, x.shape)), mask)
+    for grid, x, scale, mask in zip(
+      layout.grids, own, _each(layout, scales), masks
     )
   ]
-  server_errors = [
-    e.reshape(old.shape)
-    for e, old in zip(_residuals(chunk, averaged, mine), server_errors)
-  ]
   return average, worker_errors, server_errors
+
+
+def _served(layout, received, server_errors, masks, here):
+  """What a server answers, and what it has not sent then.
+
+  Args:
+    layout: of the tensors.
+    received: by tensor, the workers' numbers in its chunk.
+    server_errors: of its chunk, or None.
+    masks: of the whole tensors.
+    here: which chunk it is.
+  """
+  workers = received[0].shape[0]
+
+  def mine(grid, mask):
+    if mask is None:
+      return _inside(grid, 1, here)
+    return jax.lax.dynamic_slice_in_dim(grid.split(mask, workers), here, 1)
+
+  valid = [mine(grid, mask) for grid, mask in zip(layout.grids, masks)]
+  chunk = [jnp.sum(x, axis=0, keepdims=True) / workers for x in received]
+  if server_errors is not None:
+    chunk = [x + d.reshape(x.shape) for x, d in zip(chunk, server_errors)]
+  chunk = [_kept(x, v) for x, v in zip(chunk, valid)]
+  scales = _scales(
+    layout,
+    [jnp.sum(_size(layout, x), axis=(3, 4)) for x in chunk],
+    [jnp.sum(v, axis=(3, 4), dtype=jnp.float32) for v in valid],
+  )
+  positive = [x >= 0 for x in chunk]
+  message = _message(layout, positive, scales)
+  if server_errors is None:
+    return message, None
+  left = [
+    _kept(x - _signed(sign, scale[..., None, None]), v).reshape(old.shape)
+    for x, sign, scale, v, old in zip(
+      chunk, positive, _each(layout, scales), valid, server_errors
+    )
+  ]
+  return message, left

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from bertjax.parallel.compressed import order_of
 from bertjax.parallel.error_feedback import AXIS, is_per_worker
 from bertjax.rules import path_name
 
@@ -38,7 +39,10 @@ def joined_servers(old: Array, shape: Sequence[int]) -> Array:
   local = [size // count for size, count in zip(shape, shards, strict=True)]
   rows, piece = old.shape[-2:]
   x = jnp.moveaxis(old, 0, -2).reshape(*shards, rows, old.shape[0] * piece)
-  x = x[..., : math.prod(local) // max(rows, 1)].reshape(*shards, *local)
+  x = x[..., : math.prod(local) // max(rows, 1)]
+  order = order_of(local, rows)
+  x = x.reshape(*shards, *(local[axis] for axis in order))
+  x = jnp.moveaxis(x, range(-len(shape), 0), [i - len(shape) for i in order])
   pairs = [i + k * len(shape) for i in range(len(shape)) for k in (0, 1)]
   return x.transpose(pairs).reshape(shape)
 
@@ -49,7 +53,8 @@ def cut_servers(whole: Array, wanted: Sequence[int]) -> Array:
   local = [size // count for size, count in zip(whole.shape, shards)]
   x = whole.reshape([n for pair in zip(shards, local) for n in pair])
   ndim = whole.ndim
-  x = x.transpose([*range(0, 2 * ndim, 2), *range(1, 2 * ndim, 2)])
+  order = [2 * axis + 1 for axis in order_of(local, rows)]
+  x = x.transpose([*range(0, 2 * ndim, 2), *order])
   x = x.reshape(*shards, rows, math.prod(local) // max(rows, 1))
   missing = workers * piece - x.shape[-1]
   x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
