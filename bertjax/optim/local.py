@@ -35,28 +35,47 @@ def build_compression(
 
 
 def local_chain(
-  workers: Workers, *transforms: optax.GradientTransformation
+  workers: Workers,
+  first: optax.GradientTransformation,
+  *others: optax.GradientTransformation,
 ) -> LocalGradientTransformation:
   """A chain that skips a step when any worker's gradient is not finite.
 
   A skipped step changes nothing, errors and counters included, on any worker.
+
+  Args:
+    workers: who must agree.
+    first: what averages; a skipped step does not run it.
+    *others: what has no use for `extra_args`. They run in any case: outside of
+      the conditional they are one with the update of the parameters.
   """
-  chain = optax.chain(*transforms)
+  first = optax.with_extra_args_support(first)
+  rest = optax.chain(*others) if others else optax.identity()
+
+  def init(params):
+    return (first.init(params), *rest.init(params))
 
   def update(updates, state, params=None, **extra_args):
     finite = jnp.array(True)
     for leaf in jax.tree.leaves(updates):
       finite &= jnp.all(jnp.isfinite(leaf))
+    finite = workers.all(finite)
 
     def skip():
-      return jax.tree.map(jnp.zeros_like, updates), state
+      return jax.tree.map(jnp.zeros_like, updates), state[0]
 
     def act():
-      return chain.update(updates, state, params, **extra_args)
+      return first.update(updates, state[0], params, **extra_args)
 
-    return jax.lax.cond(workers.all(finite), act, skip)
+    def chosen(new, old):
+      return jnp.where(finite, new, old)
 
-  return LocalGradientTransformation(chain.init, update)
+    updates, begun = jax.lax.cond(finite, act, skip)
+    updates, ended = rest.update(updates, state[1:], params)
+    updates = jax.tree.map(lambda u: chosen(u, 0), updates)
+    return updates, (begun, *jax.tree.map(chosen, ended, state[1:]))
+
+  return LocalGradientTransformation(init, update)
 
 
 def with_uncompressed(

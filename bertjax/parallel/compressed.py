@@ -227,9 +227,11 @@ def pack_signs(
   """
   chunks, lines, lanes = positive.shape
   words = -(-lines // BITS)
-  bits = _pad(positive, words * BITS).astype(jnp.uint32)
-  bits = bits.reshape(chunks, -1, BITS, _apart(words), lanes)
-  bits = jnp.sum(bits << _shifts(), axis=2, dtype=jnp.uint32)
+  positive = _pad(positive, words * BITS)
+  positive = positive.reshape(chunks, -1, BITS, _apart(words), lanes)
+  # Not `positive << shift`: XLA would convert it to words in the old shape.
+  bits = jnp.where(positive, jnp.uint32(1) << _shifts(), jnp.uint32(0))
+  bits = jnp.sum(bits, axis=2, dtype=jnp.uint32)
   return bits.reshape(chunks, words, lanes)
 
 
@@ -239,8 +241,17 @@ def unpack_signs(
   """The signs that `pack_signs` packed, padding included: is it positive?"""
   chunks, count, lanes = words.shape
   words = words.reshape(chunks, -1, 1, _apart(count), lanes)
-  bits = (words >> _shifts()) & jnp.uint32(1)
-  return bits.reshape(chunks, count * BITS, lanes).astype(bool)
+  positive = ((words >> _shifts()) & jnp.uint32(1)).astype(bool)
+  return _settled(positive).reshape(chunks, count * BITS, lanes)
+
+
+def _settled(positive: Array) -> Array:
+  """The same signs; what they come from is not computed in another shape.
+
+  Across a change of shape XLA fuses nothing. What it writes to memory there is
+  then a byte per sign, not the four of a number or a word.
+  """
+  return jax.lax.optimization_barrier(positive)
 
 
 def _apart(words: int) -> int:
@@ -577,7 +588,7 @@ def compressed_all_reduce(
     _counts(layout, masks, workers),
   )
   positive = [
-    grid.split(x >= 0, workers) for grid, x in zip(layout.grids, own)
+    grid.split(_settled(x >= 0), workers) for grid, x in zip(layout.grids, own)
   ]
   message = _message(layout, positive, scales)
   if axis is not None:
