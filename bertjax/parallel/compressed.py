@@ -442,8 +442,8 @@ def _decoded(
   layout: _Layout,
   message: UInt32[Array, "n words lanes"],
   scales: Sequence[Array],
-) -> list[Float[Array, "n r b l e"]]:
-  """The numbers that a message stands for.
+) -> list[tuple[Bool[Array, "n r b l e"], Float[Array, "n r b"]]]:
+  """By tensor, the signs that a message holds, and their scales.
 
   Args:
     layout: of the tensors.
@@ -462,8 +462,7 @@ def _decoded(
     start += size
   positive = _positive(layout, message)
   return [
-    _signed(positive[i], scale[..., None, None])
-    for i, scale in enumerate(_each(layout, found))
+    (positive[i], scale) for i, scale in enumerate(_each(layout, found))
   ]
 
 
@@ -600,8 +599,10 @@ def compressed_all_reduce(
   if axis is not None:
     message = jax.lax.all_gather(message, axis, tiled=True)
   average = [
-    _kept(grid.join(x, tensor.shape), mask)
-    for grid, x, mask, tensor in zip(
+    _kept(
+      _signed(grid.join(sign, x.shape), grid.spread(scale, x.shape)), mask
+    )
+    for grid, (sign, scale), mask, x in zip(
       layout.grids, _decoded(layout, message, scales), masks, tensors
     )
   ]
@@ -621,12 +622,12 @@ def _served(layout, received, server_errors, masks, here):
 
   Args:
     layout: of the tensors.
-    received: by tensor, the workers' numbers in its chunk.
+    received: by tensor, the workers' signs and scales in its chunk.
     server_errors: of its chunk, or None.
     masks: of the whole tensors.
     here: which chunk it is.
   """
-  workers = received[0].shape[0]
+  workers = len(received[0][0])
 
   def mine(grid, mask):
     if mask is None:
@@ -634,7 +635,10 @@ def _served(layout, received, server_errors, masks, here):
     return jax.lax.dynamic_slice_in_dim(grid.split(mask, workers), here, 1)
 
   valid = [mine(grid, mask) for grid, mask in zip(layout.grids, masks)]
-  chunk = [jnp.sum(x, axis=0, keepdims=True) / workers for x in received]
+  chunk = [
+    jnp.mean(_signed(sign, scale[..., None, None]), axis=0, keepdims=True)
+    for sign, scale in received
+  ]
   if server_errors is not None:
     chunk = [x + d.reshape(x.shape) for x, d in zip(chunk, server_errors)]
   chunk = [_kept(x, v) for x, v in zip(chunk, valid)]
