@@ -105,69 +105,6 @@ def looped(
   return frozenset(name for name, leaf in leaves.items() if fits(name, leaf))
 
 
-def updated(
-  function: Callable[..., tuple[Any, ...]],
-  carried: tuple[Any, ...],
-  read: tuple[Any, ...],
-  *,
-  stacked: selection.AxesFn,
-  names: Collection[str],
-) -> tuple[Any, ...]:
-  """What `function` makes of trees, in their place, layer by layer.
-
-  For optimizers that need more than `apply` knows: their own exchange between
-  two passes, or numbers of a layer.
-
-  Args:
-    function: `(carried, read, stacked, on_chip)` -> the new `carried`. It gets
-      every tree as `{path name: leaf}` of some parameters: layers alone, with
-      nothing stacked and `on_chip`, or all the others at once. Where a norm
-      comes first and what it is taken of is used again, `on_chip` says that it
-      should stay there (`jax.lax.optimization_barrier`).
-    carried: trees like the parameters that change; a leaf is an array like the
-      parameter, or one number per layer.
-    read: likewise, that do not.
-    stacked: (name, leaf) -> stacked axes.
-    names: of the parameters to loop over; axis 0 holds their layers.
-  """
-  trees = [selection.by_name(tree) for tree in (*carried, *read)]
-
-  def only(kept):
-    parts = tuple({n: tree[n] for n in tree if n in kept} for tree in trees)
-    return parts[: len(carried)], parts[len(carried) :]
-
-  rest = set().union(*trees) - set(names)
-  found = [dict(part) for part in function(*only(rest), stacked, False)]
-  for name in sorted(names):
-    stacks, common = only({name})
-    for tree, part in zip(found, _over_stack(function, stacks, common)):
-      tree.update(part)
-  return tuple(
-    jax.tree.unflatten(jax.tree.structure(tree), [part[n] for n in names_])
-    for tree, part, names_ in zip(carried, found, trees)
-  )
-
-
-def _over_stack(function, carried, read):
-  """`function` for every layer of the one parameter there is."""
-
-  def body(i, stacks):
-    def layer(stack):
-      return jax.lax.dynamic_index_in_dim(stack, i, 0, keepdims=False)
-
-    new = function(
-      *jax.tree.map(layer, (stacks, read)), selection.no_axes, True
-    )
-    return jax.tree.map(
-      lambda stack, x: jax.lax.dynamic_update_index_in_dim(stack, x, i, 0),
-      stacks,
-      new,
-    )
-
-  length = jax.tree.leaves(carried)[0].shape[0]
-  return jax.lax.fori_loop(0, length, body, carried)
-
-
 def apply(
   transform: StagedTransformation,
   grads: Any,

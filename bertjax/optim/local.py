@@ -45,7 +45,8 @@ def local_chain(
 
   Args:
     workers: who must agree.
-    first: what averages; a skipped step does not run it.
+    first: what averages; a skipped step does not run it. Its updates may be
+      any tree that the next transformation understands.
     *others: what has no use for `extra_args`. They run in any case: outside of
       the conditional they are one with the update of the parameters.
   """
@@ -61,11 +62,13 @@ def local_chain(
       finite &= jnp.all(jnp.isfinite(leaf))
     finite = workers.all(finite)
 
-    def skip():
-      return jax.tree.map(jnp.zeros_like, updates), state[0]
-
     def act():
       return first.update(updates, state[0], params, **extra_args)
+
+    def skip():
+      found, _ = jax.eval_shape(act)
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), found)
+      return zeros, state[0]
 
     def chosen(new, old):
       return jnp.where(finite, new, old)

@@ -8,7 +8,6 @@ the variance, rebuilt from what was received, has changed since.
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from bertjax.optim import by_layer, freezing, local, selection, trust_ratio
+from bertjax.optim import freezing, local, selection, trust_ratio
 from bertjax.optim.adamw import AdamState, scale_by_adam
 from bertjax.optim.onebit_adam import MaskFn, adam_direction, moving
 from bertjax.parallel.compressed import Compression
@@ -56,10 +55,22 @@ class OneBitLambState(NamedTuple):
   phase: freezing.PhaseState
 
 
+class _Directions(NamedTuple):
+  """An update before what scales it, which has no need of the conditionals.
+
+  Attributes:
+    plain: directions without weight decay, a tree like the gradients.
+    ratio: one number per layer.
+  """
+
+  plain: Any
+  ratio: Any
+
+
 class _Layers:
   """Norms and maxima of layers, and numbers back onto their tensors."""
 
-  def __init__(self, stacked_axes: selection.AxesFn):
+  def __init__(self, stacked_axes: selection.AxesFn | Any | None):
     self._stacked = stacked_axes
 
   def norm(self, tree: Any) -> Any:
@@ -201,12 +212,13 @@ def onebit_lamb(
     mask=mask,
     no_decay=no_decay,
     no_adaptation=no_adaptation,
-    stacked=selection.as_axes_fn(stacked_axes),
+    layers=_Layers(stacked_axes),
     workers=workers,
   )
   return local.local_chain(
     workers,
     optax.GradientTransformationExtraArgs(algorithm.init, algorithm.update),
+    optax.stateless(algorithm.scaled),
     optax.scale_by_learning_rate(learning_rate),
   )
 
@@ -230,7 +242,7 @@ class _OneBitLamb:
   mask: MaskFn | None
   no_decay: selection.Rule
   no_adaptation: selection.Rule
-  stacked: selection.AxesFn
+  layers: _Layers
   workers: Workers
 
   @property
@@ -241,9 +253,9 @@ class _OneBitLamb:
 
   def init(self, params: Any) -> OneBitLambState:
     selection.select(self.no_decay, params, "optim.no_decay")
-    selection.select(self.no_adaptation, params, "optim.no_adaptation")
+    self._unadapted(params)
     first = self._adam.init(params)
-    ones = jax.tree.map(jnp.ones_like, _Layers(self.stacked).norm(first.nu))
+    ones = jax.tree.map(jnp.ones_like, self.layers.norm(first.nu))
     return OneBitLambState(
       count=first.count,
       nu_count=jnp.zeros((), jnp.int32),
@@ -266,95 +278,75 @@ class _OneBitLamb:
     directions, after = jax.lax.cond(
       state.phase.frozen, self._second, self._first, grads, state, params
     )
-    return jax.tree.map(
-      lambda u, like: u.astype(like.dtype), directions, updates
-    ), after
+    plain = jax.tree.map(
+      lambda u, like: u.astype(like.dtype), directions.plain, updates
+    )
+    return directions._replace(plain=plain), after
+
+  def scaled(self, directions, params):
+    """The update: directions, weight decay and ratios."""
+    moved = self._decayed(directions.plain, params)
+    return self.layers.scale(moved, directions.ratio)
 
   def _first(self, grads, state, params):
     """LAMB; remembers ratios and magnitudes."""
-    rules = _Rules.of(self, params)
-
-    def layers(carried, read, stacked, on_chip):
-      grads, mu, nu, _, mean, seen, scales = carried
-      (params,) = read
-      norms = _Layers(stacked)
-      moved, after = self._adam.update(grads, AdamState(state.count, mu, nu))
-      moved = self._decayed(moved, params, rules)
-      if on_chip:
-        moved, params = jax.lax.optimization_barrier((moved, params))
-      ratio = self._ratios(norms.norm(params), norms.norm(moved), rules)
-      mean, seen = self._averaged(mean, seen, ratio)
-      if self.scale_momentum:
-        scales = norms.rms(after.mu)
-      moved = norms.scale(moved, ratio)
-      return moved, after.mu, after.nu, after.nu, mean, seen, scales
-
-    moved, mu, nu, fresh, mean, seen, scales = self._by_layer(
-      layers,
-      (
-        self.workers.sum(grads),
-        state.mu,
-        state.nu,
-        state.fresh_nu,
-        state.ratio_mean,
-        state.ratio_count,
-        state.momentum_scale,
-      ),
-      (params,),
-    )
-    return moved, state._replace(
-      count=optax.safe_increment(state.count),
+    before = AdamState(state.count, state.mu, state.nu)
+    directions, after = self._adam.update(self.workers.sum(grads), before)
+    moved = self._decayed(directions, params)
+    ratio = self._ratios(params, moved)
+    mean, count = self._averaged(state, ratio)
+    scales = state.momentum_scale
+    if self.scale_momentum:
+      scales = momentum_scales(self.layers.rms(after.mu))
+    return _Directions(directions, ratio), state._replace(
+      count=after.count,
       nu_count=optax.safe_increment(state.nu_count),
-      mu=mu,
-      nu=nu,
-      fresh_nu=fresh,
+      mu=after.mu,
+      nu=after.nu,
+      fresh_nu=after.nu,
       ratio_mean=mean,
-      ratio_count=seen,
+      ratio_count=count,
       factor=jax.tree.map(jnp.ones_like, state.factor),
-      momentum_scale=momentum_scales(scales) if self.scale_momentum else scales,
-      phase=self.rule.advance(state.phase, nu),
+      momentum_scale=scales,
+      phase=self.rule.advance(state.phase, after.nu),
     )
 
   def _second(self, grads, state, params):
     """The momentum in one bit; ratios from its own changes."""
-    rules = _Rules.of(self, params)
+    b1, b2 = self.b1, self.b2
     moves = moving(state.nu, self.mask)
-    mean, errors = self._mean(grads, state, moves)
-    count = optax.safe_increment(state.count)
-
-    def layers(carried, read, stacked, on_chip):
-      mu, old, fresh, factor = carried
-      nu, params, moves, scales, ratio = read
-      norms = _Layers(stacked)
-      mu = norms.scale(mu, jax.tree.map(lambda k: 1 / k, scales))
-      fresh = self._rebuilt(mu, old, fresh)
-      plain = adam_direction(
-        mu,
-        nu,
-        count,
-        state.nu_count,
-        betas=(self.b1, self.b2),
-        eps=self.eps,
-        bias_correction=self.bias_correction,
-      )
-      moved = self._decayed(plain, params, rules)
-      if on_chip:
-        mu, fresh, plain, moved = jax.lax.optimization_barrier(
-          (mu, fresh, plain, moved)
-        )
-      growth = norms.largest(self._growth(state.nu_count, nu, fresh, moves))
-      factor = self._factors(
-        factor, growth, norms.norm(plain), norms.norm(moved), rules
-      )
-      ratio = jax.tree.map(jnp.multiply, ratio, factor)
-      return norms.scale(moved, ratio), mu, fresh, factor
-
-    moved, mu, fresh, factor = self._by_layer(
-      layers,
-      (mean, state.mu, state.fresh_nu, state.factor),
-      (state.nu, params, moves, state.momentum_scale, state.ratio_mean),
+    mu = jax.tree.map(
+      lambda m, g: b1 * m + (1 - b1) * g, state.mu, self.workers.own(grads)
     )
-    return moved, state._replace(
+    mu, errors = self.workers.compressed_mean(
+      self.layers.scale(mu, state.momentum_scale),
+      state.errors,
+      self.compression,
+      moves,
+    )
+    shrink = jax.tree.map(lambda k: 1 / k, state.momentum_scale)
+    mu = self.layers.scale(mu, shrink)
+    rebuilt = jax.tree.map(
+      lambda m, old: (m - b1 * old) / (1 - b1), mu, state.mu
+    )
+    fresh = jax.tree.map(
+      lambda g, v: b2 * v + (1 - b2) * jnp.square(g), rebuilt, state.fresh_nu
+    )
+    count = optax.safe_increment(state.count)
+    directions = adam_direction(
+      mu,
+      state.nu,
+      count,
+      state.nu_count,
+      betas=(b1, b2),
+      eps=self.eps,
+      bias_correction=self.bias_correction,
+    )
+    moved = self._decayed(directions, params)
+    growth = self._growth(state, fresh, moves)
+    factor = self._factors(state, growth, directions, moved)
+    ratio = jax.tree.map(jnp.multiply, state.ratio_mean, factor)
+    return _Directions(directions, ratio), state._replace(
       count=count,
       mu=mu,
       fresh_nu=fresh,
@@ -363,61 +355,29 @@ class _OneBitLamb:
       phase=state.phase._replace(steps=optax.safe_increment(state.phase.steps)),
     )
 
-  def _by_layer(self, function, carried, read):
-    """`by_layer.updated`, where a loop over layers is a gain."""
-    on_chip = by_layer.on_chip_bytes(self.workers.mesh)
-    return by_layer.updated(
-      function,
-      carried,
-      read,
-      stacked=self.stacked,
-      names=by_layer.looped(carried[0], self.stacked, on_chip),
-    )
+  def _unadapted(self, params):
+    return selection.select(self.no_adaptation, params, "optim.no_adaptation")
 
-  def _mean(self, grads, state, moves):
-    """The workers' momentum times its scales, and new errors."""
-    b1 = self.b1
-    mu = jax.tree.map(
-      lambda m, g: b1 * m + (1 - b1) * g, state.mu, self.workers.own(grads)
-    )
-    return self.workers.compressed_mean(
-      _Layers(self.stacked).scale(mu, state.momentum_scale),
-      state.errors,
-      self.compression,
-      moves,
-    )
+  def _decayed(self, directions, params):
+    excluded = selection.select(self.no_decay, params, "optim.no_decay")
 
-  def _rebuilt(self, mu, old, fresh):
-    """The second moment of the gradients that the momentum has seen."""
-    b1, b2 = self.b1, self.b2
+    def one(r, w, out):
+      return r if out else r + self.weight_decay * w
 
-    def one(m, before, v):
-      gradient = (m - b1 * before) / (1 - b1)
-      return b2 * v + (1 - b2) * jnp.square(gradient)
+    return jax.tree.map(one, directions, params, excluded)
 
-    return jax.tree.map(one, mu, old, fresh)
+  def _ratios(self, params, moved):
+    """LAMB's clipped trust ratios."""
 
-  def _decayed(self, directions, params, rules):
-    return {
-      name: r
-      if rules.no_decay[name]
-      else r + self.weight_decay * params[name]
-      for name, r in directions.items()
-    }
-
-  def _ratios(self, weights, updates, rules):
-    """LAMB's clipped trust ratios, of norms."""
-
-    def one(name, w, u):
+    def one(w, u, out):
       usable = (w > 0) & (u > 0)
       ratio = jnp.clip(w / jnp.where(usable, u, 1.0), *self.trust_clip)
-      if rules.no_adaptation[name]:
-        return jnp.ones_like(w)
-      return jnp.where(usable, ratio, 1.0)
+      return jnp.ones_like(w) if out else jnp.where(usable, ratio, 1.0)
 
-    return {name: one(name, w, updates[name]) for name, w in weights.items()}
+    weights, updates = self.layers.norm(params), self.layers.norm(moved)
+    return jax.tree.map(one, weights, updates, self._unadapted(params))
 
-  def _averaged(self, mean, seen, ratio):
+  def _averaged(self, state, ratio):
     """Running means of the ratios, and how many they have seen."""
 
     def counted(n, r):
@@ -427,26 +387,26 @@ class _OneBitLamb:
       share = jnp.maximum(1 - self.ratio_decay, 1 / jnp.maximum(n, 1.0))
       return jnp.where(r != 1, old + (r - old) * share, old)
 
-    seen = jax.tree.map(counted, seen, ratio)
-    return jax.tree.map(averaged, mean, ratio, seen), seen
+    count = jax.tree.map(counted, state.ratio_count, ratio)
+    return jax.tree.map(averaged, state.ratio_mean, ratio, count), count
 
-  def _growth(self, nu_count, nu, fresh, moves):
-    """How much smaller than the frozen one the rebuilt variance is."""
+  def _growth(self, state, fresh, moves):
+    """How much smaller than the frozen one the rebuilt variance can be."""
     correction = jnp.float32(1)
     if self.bias_correction:
-      correction = 1 - self.b2 ** nu_count.astype(jnp.float32)
+      correction = 1 - self.b2 ** state.nu_count.astype(jnp.float32)
 
     def one(v, f, ok):
       root = jnp.sqrt(v / correction) + self.eps
       return jnp.where(ok, root / (jnp.sqrt(f / correction) + self.eps), 0.0)
 
-    return jax.tree.map(one, nu, fresh, moves)
+    return self.layers.largest(jax.tree.map(one, state.nu, fresh, moves))
 
-  def _factors(self, old, growth, plain, decayed, rules):
-    """By what the mean ratio is corrected; `plain`, `decayed` are norms."""
+  def _factors(self, state, growth, directions, moved):
+    """By what the mean ratio is corrected."""
 
-    def one(name, factor, plain, decayed, old):
-      if rules.no_adaptation[name]:
+    def one(factor, plain, decayed, old, out):
+      if out:
         return old
       if self.weight_decay:
         rho = plain / jnp.where(decayed > 0, decayed, 1.0)
@@ -456,28 +416,13 @@ class _OneBitLamb:
       change = self.factor_change
       return jnp.clip(factor, old * (1 - change), old * (1 + change))
 
-    return {
-      name: one(name, factor, plain[name], decayed[name], old[name])
-      for name, factor in growth.items()
-    }
-
-
-class _Rules(NamedTuple):
-  """By path name, what the options select."""
-
-  no_decay: Mapping[str, bool]
-  no_adaptation: Mapping[str, bool]
-
-  @classmethod
-  def of(cls, options: _OneBitLamb, params: Any) -> "_Rules":
-    """Of these parameters."""
-    return cls(
-      *(
-        selection.by_name(
-          selection.select(getattr(options, field), params, f"optim.{field}")
-        )
-        for field in cls._fields
-      )
+    return jax.tree.map(
+      one,
+      growth,
+      self.layers.norm(directions),
+      self.layers.norm(moved),
+      state.factor,
+      self._unadapted(directions),
     )
 
 

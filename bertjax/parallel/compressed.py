@@ -144,8 +144,20 @@ class Grid(NamedTuple):
     if chunks * blocks == 1:
       depth = _depth(shape, self.rows) if scale.shape[1] > 1 else 0
       return scale.reshape(*shape[:depth], *(1,) * (len(shape) - depth))
-    scale = jnp.broadcast_to(scale[..., None, None], (chunks, *self.shape))
-    return self.join(scale, shape)
+    scale = scale[..., None, None]
+    if not self.alone:
+      return self.join(
+        jnp.broadcast_to(scale, (chunks, *self.shape)), shape
+      )
+    # A number for each line: small, and a line is a row of the tensor.
+    scale = jnp.broadcast_to(scale, (chunks, *self.shape[:-1], 1))
+    line = self._replace(
+      length=self.length // self.lanes, lanes=1, alone=False
+    )
+    last = self.order[-1]
+    return line.join(
+      scale, [1 if axis == last else n for axis, n in enumerate(shape)]
+    )
 
 
 def _pad(x: Array, length: int) -> Array:
