@@ -346,7 +346,7 @@ class _OneBitLamb:
     growth = self._growth(state, fresh, moves)
     factor = self._factors(state, growth, directions, moved)
     ratio = jax.tree.map(jnp.multiply, state.ratio_mean, factor)
-    return _Directions(directions, ratio), state._replace(
+    after = state._replace(
       count=count,
       mu=mu,
       fresh_nu=fresh,
@@ -354,6 +354,8 @@ class _OneBitLamb:
       errors=errors,
       phase=state.phase._replace(steps=optax.safe_increment(state.phase.steps)),
     )
+    # Taken as one, XLA computes them in one pass over memory.
+    return jax.lax.optimization_barrier((_Directions(directions, ratio), after))
 
   def _unadapted(self, params):
     return selection.select(self.no_adaptation, params, "optim.no_adaptation")
