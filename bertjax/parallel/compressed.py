@@ -146,14 +146,10 @@ class Grid(NamedTuple):
       return scale.reshape(*shape[:depth], *(1,) * (len(shape) - depth))
     scale = scale[..., None, None]
     if not self.alone:
-      return self.join(
-        jnp.broadcast_to(scale, (chunks, *self.shape)), shape
-      )
+      return self.join(jnp.broadcast_to(scale, (chunks, *self.shape)), shape)
     # A number for each line: small, and a line is a row of the tensor.
     scale = jnp.broadcast_to(scale, (chunks, *self.shape[:-1], 1))
-    line = self._replace(
-      length=self.length // self.lanes, lanes=1, alone=False
-    )
+    line = self._replace(length=self.length // self.lanes, lanes=1, alone=False)
     last = self.order[-1]
     return line.join(
       scale, [1 if axis == last else n for axis, n in enumerate(shape)]
@@ -473,9 +469,7 @@ def _decoded(
     found.append(part.reshape(senders, *scale.shape[1:]))
     start += size
   positive = _positive(layout, message)
-  return [
-    (positive[i], scale) for i, scale in enumerate(_each(layout, found))
-  ]
+  return [(positive[i], scale) for i, scale in enumerate(_each(layout, found))]
 
 
 def _positive(
@@ -611,9 +605,7 @@ def compressed_all_reduce(
   if axis is not None:
     message = jax.lax.all_gather(message, axis, tiled=True)
   average = [
-    _kept(
-      _signed(grid.join(sign, x.shape), grid.spread(scale, x.shape)), mask
-    )
+    _kept(_signed(grid.join(sign, x.shape), grid.spread(scale, x.shape)), mask)
     for grid, (sign, scale), mask, x in zip(
       layout.grids, _decoded(layout, message, scales), masks, tensors
     )

@@ -189,6 +189,47 @@ class AllReduceTest(parameterized.TestCase):
       server[0][:, 0], expected[2].astype(np.float32)
     )
 
+  @parameterized.named_parameters(
+    ("rows", (64, 128), (0, 1)), ("inner_axis", (128, 8, 8), (1, 2, 0))
+  )
+  def test_a_matrix_packed_alone_equals_the_loop(
+    self, shape, order
+  ):
+    rng, workers = np.random.default_rng(5), 2
+    x, e = (_dyadic(rng, (workers, *shape), bits=4) for _ in range(2))
+    grid = compressed.grid_of(shape, workers, Compression())
+    self.assertTrue(grid.alone)
+    d = _dyadic(rng, (workers, 1, grid.piece), bits=4)
+    mean, worker, server = _reduce(workers, Compression())([x], [e], [d])
+
+    def flat(x):
+      axes = (0, *(1 + axis for axis in order))
+      return np.asarray(x).transpose(axes).reshape(len(x), -1)
+
+    expected = onebit_oracle.all_reduce(flat(x), flat(e), d[:, 0])
+    found = flat(mean[0])[0], flat(worker[0]), np.asarray(server[0])[:, 0]
+    for one, other in zip(found, expected):
+      # A server's sum of 4,096 numbers rounds; a sign out of place is 0.1.
+      np.testing.assert_allclose(one, other, atol=1e-6)
+
+  @parameterized.product(
+    granularity=("buffer", "chunk", "tensor", "layer", "shard", 5),
+    workers=(2, 3),
+  )
+  def test_what_is_not_sent_of_matrices_stays(self, granularity, workers):
+    """Padded or not, the first axis last or not, beside small tensors."""
+    compression = Compression(granularity=granularity)
+    shapes = ((190, 128), (2, 256, 12, 8), (7,), (128, 6))
+    stacked = (0, 1, 0, 0)
+    x, e, d = _inputs(workers, compression, shapes, stacked)
+    mean, worker, server = _reduce(workers, compression, stacked)(x, e, d)
+    for i, shape in enumerate(shapes):
+      before = (x[i] + e[i]).mean(0) + _joined(d[i], shape)
+      after = (
+        mean[i][0] + worker[i].mean(0) + _joined(np.array(server[i]), shape)
+      )
+      np.testing.assert_allclose(after, before, atol=3e-6)  # float32
+
   def test_order_of_workers_does_not_matter(self):
     rng = np.random.default_rng(2)
     x, zero = _dyadic(rng, (4, 64)), np.zeros((4, 64), np.float32)
@@ -306,6 +347,17 @@ class AllReduceTest(parameterized.TestCase):
       sent, wire.compressed_bytes(shapes, workers, compression, _STACKED)
     )
 
+  def test_matrices_are_sent_in_whole_words_of_rows(self):
+    workers, shapes = 4, ((250, 256), (128, 40, 16), (9,))
+    inputs = _inputs(workers, Compression(), shapes, (0, 0, 0))
+    program = _reduce(workers, Compression()).lower(*inputs).compile()
+    collectives = hardware.read_collectives(hlo.Module(program.as_text()))
+    sent = sum(c.sent_bytes for c in collectives)
+    self.assertEqual(sent, wire.compressed_bytes(shapes, workers))
+    # 64 rows of 256, 160 of 128, a padded line, a line of scales.
+    lines = 64 * 2 // 32 + 160 // 32 + 1 + 1
+    self.assertEqual(sent, 2 * (workers - 1) * lines * 128 * 4)
+
   def test_the_formula_approaches_a_bit_each_way(self):
     numbers, workers = 336_000_000, 64
     sent = wire.compressed_bytes([(numbers,)], workers)
@@ -315,6 +367,32 @@ class AllReduceTest(parameterized.TestCase):
     ring = wire.ring_bytes([(numbers,)], workers)
     self.assertAlmostEqual(ring / sent, 16, delta=0.1)
     self.assertAlmostEqual(ring / 1.323e9, 1, delta=1e-3)
+
+
+class OrderTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ((24, 1024, 4096), 1, (0, 1, 2)),
+    ((24, 1024, 16, 64), 1, (0, 2, 3, 1)),  # queries: heads of 64
+    ((24, 16, 64), 1, (0, 1, 2)),
+    ((256, 384, 5), 1, (0, 2, 1)),
+    ((384, 128, 5), 384, (0, 2, 1)),  # layers stay in front
+    ((384, 7), 384, (0, 1)),
+    ((), 1, ()),
+  )
+  def test_lanes_are_filled(self, shape, rows, expected):
+    self.assertEqual(compressed.order_of(shape, rows), expected)
+
+  @parameterized.parameters("buffer", "layer", 7)
+  def test_servers_errors_are_counted_as_tensors_are(self, granularity):
+    shape, workers = (2, 128, 24, 4), 3
+    compression = Compression(granularity=granularity)
+    whole = np.random.default_rng(6).normal(size=shape).astype(np.float32)
+    grid = compressed.grid_of(shape, workers, compression, 1)
+    wanted = (workers, 1, 1, 1, 1, grid.rows, grid.piece)
+    cut = elastic.cut_servers(jnp.asarray(whole), wanted)
+    split = grid.split(jnp.asarray(whole), workers)
+    np.testing.assert_array_equal(cut, split.reshape(wanted))
+    np.testing.assert_array_equal(elastic.joined_servers(cut, shape), whole)
 
 
 class ElasticTest(parameterized.TestCase):

@@ -10,13 +10,13 @@ from bertjax.parallel.error_feedback import Workers
 COMPRESSION = Compression()
 
 
-def average(devices, *, length):
-  """Of a vector, over all devices."""
+def average(devices, *, shape):
+  """Of a tensor, over all devices; the errors' buffers are donated."""
   mesh = jax.make_mesh(
     (len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices
   )
   workers = Workers(mesh)
-  vector = {"w": jax.ShapeDtypeStruct((length,), jnp.float32)}
+  vector = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
   errors = jax.eval_shape(lambda: workers.no_errors(vector, COMPRESSION))
   whole, over = PartitionSpec(), PartitionSpec("data")
 
@@ -39,4 +39,5 @@ def average(devices, *, length):
     check_vma=False,
   )
   with jax.set_mesh(mesh):
-    return jax.jit(function).lower(placed(vector, whole), placed(errors, over))
+    jitted = jax.jit(function, donate_argnums=1)
+    return jitted.lower(placed(vector, whole), placed(errors, over))
