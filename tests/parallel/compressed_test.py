@@ -192,9 +192,7 @@ class AllReduceTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ("rows", (64, 128), (0, 1)), ("inner_axis", (128, 8, 8), (1, 2, 0))
   )
-  def test_a_matrix_packed_alone_equals_the_loop(
-    self, shape, order
-  ):
+  def test_a_matrix_packed_alone_equals_the_loop(self, shape, order):
     rng, workers = np.random.default_rng(5), 2
     x, e = (_dyadic(rng, (workers, *shape), bits=4) for _ in range(2))
     grid = compressed.grid_of(shape, workers, Compression())
@@ -348,13 +346,13 @@ class AllReduceTest(parameterized.TestCase):
     )
 
   def test_matrices_are_sent_in_whole_words_of_rows(self):
-    workers, shapes = 4, ((250, 256), (128, 40, 16), (9,))
-    inputs = _inputs(workers, Compression(), shapes, (0, 0, 0))
+    workers, shapes = 4, ((250, 256), (128, 40, 16), (5, 128), (9,))
+    inputs = _inputs(workers, Compression(), shapes, (0, 0, 0, 0))
     program = _reduce(workers, Compression()).lower(*inputs).compile()
     collectives = hardware.read_collectives(hlo.Module(program.as_text()))
     sent = sum(c.sent_bytes for c in collectives)
     self.assertEqual(sent, wire.compressed_bytes(shapes, workers))
-    # 64 rows of 256, 160 of 128, a padded line, a line of scales.
+    # 64 rows of 256, 160 of 128; a line for the last two, a line of scales.
     lines = 64 * 2 // 32 + 160 // 32 + 1 + 1
     self.assertEqual(sent, 2 * (workers - 1) * lines * 128 * 4)
 

@@ -34,7 +34,7 @@ class PodTest(absltest.TestCase):
     self._check("v5e:4x4", 16, 2_000_001)
 
   def test_a_stack_of_matrices_passes_memory_few_times(self):
-    shape = 8, 1024, 16, 64
+    shape = 32, 1024, 16, 64  # more than fits on the chip
     program = hardware.compile_for(
       "v5e:4x4", onebit_programs.average, shape=shape
     )
