@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from bertjax.optim import selection
-from bertjax.parallel.compressed import Compression
 from bertjax.parallel.error_feedback import Workers
+from bertjax.parallel.grids import Compression
 
 
 class LocalGradientTransformation(optax.GradientTransformationExtraArgs):

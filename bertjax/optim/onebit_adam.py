@@ -15,8 +15,8 @@ from jaxtyping import Array, Int
 from bertjax import rules
 from bertjax.optim import freezing, local, selection
 from bertjax.optim.adamw import AdamState, add_weight_decay, scale_by_adam
-from bertjax.parallel.compressed import Compression
 from bertjax.parallel.error_feedback import ErrorFeedback, Workers
+from bertjax.parallel.grids import Compression
 
 # (name, leaf) -> None, or booleans shaped like the leaf: what may move.
 MaskFn = Callable[[str, Any], Any]

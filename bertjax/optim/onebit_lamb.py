@@ -18,8 +18,8 @@ from jaxtyping import Array, Int
 from bertjax.optim import freezing, local, selection, trust_ratio
 from bertjax.optim.adamw import AdamState, scale_by_adam
 from bertjax.optim.onebit_adam import MaskFn, adam_direction, moving
-from bertjax.parallel.compressed import Compression
 from bertjax.parallel.error_feedback import ErrorFeedback, Workers
+from bertjax.parallel.grids import Compression
 
 
 class OneBitLambState(NamedTuple):

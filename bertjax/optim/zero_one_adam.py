@@ -16,13 +16,13 @@ from jaxtyping import Array, Float
 
 from bertjax.optim import freezing, local, selection
 from bertjax.optim.onebit_adam import moving
-from bertjax.parallel.compressed import Compression
 from bertjax.parallel.error_feedback import (
   Drift,
   ErrorFeedback,
   PerWorker,
   Workers,
 )
+from bertjax.parallel.grids import Compression
 
 
 class ZeroOneAdamState(NamedTuple):

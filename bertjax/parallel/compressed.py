@@ -30,292 +30,32 @@ its compiler minutes and the chip longer than the sending.
 Reference: Tang et al. 2021, arXiv:2102.02888, algorithm 1 and figure 3.
 """
 
-import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped, UInt32
 
-BITS = 32  # signs in a word
-LANES = 128  # numbers in a line
-# A TPU keeps eight lines in a register. Pieces of so many lines are rounded up
-# to whole registers: an eighth longer at most.
-REGISTER = 8
-LONG = REGISTER * REGISTER
-GRANULARITIES = ("buffer", "chunk", "tensor", "layer", "shard")
-SCALES = ("l1", "rms")
-
-
-@dataclasses.dataclass(frozen=True)
-class Compression:
-  """How numbers become signs and scales.
-
-  Attributes:
-    scale: "l1", the mean magnitude, which makes the error least; or "rms", as
-      DeepSpeed has it.
-    granularity: what shares a scale. "buffer": all numbers of a worker, and
-      all of a server's chunk; "chunk": those of a chunk, on both sides;
-      "tensor"; "layer": a layer of a scanned stack; "shard": what one device
-      holds of a tensor, so that nothing is summed within a worker, but scales
-      depend on how it is sharded; or an int: blocks of at most so many numbers.
-    error_feedback: keep what was not sent; False is for ablations.
-  """
-
-  scale: str = "l1"
-  granularity: str | int = "buffer"
-  error_feedback: bool = True
-
-  def __post_init__(self):
-    if self.scale not in SCALES:
-      raise ValueError(
-        f"scale={self.scale!r} is unknown; choose from {', '.join(SCALES)}."
-      )
-    blocks = isinstance(self.granularity, int) and self.granularity is not True
-    if blocks and self.granularity < 1:
-      raise ValueError(
-        f"granularity={self.granularity}: blocks have at least one number."
-      )
-    if not blocks and self.granularity not in GRANULARITIES:
-      raise ValueError(
-        f"granularity={self.granularity!r} is unknown; choose from"
-        f" {', '.join(GRANULARITIES)}, or an int for blocks."
-      )
-
-  @property
-  def by_block(self) -> bool:
-    """Whether granularity is a size of blocks."""
-    return isinstance(self.granularity, int)
-
-
-class Grid(NamedTuple):
-  """How a tensor divides: `[chunks, rows, blocks, lines, lanes]`, padded.
-
-  Attributes:
-    rows: layers with scales of their own, else 1.
-    length: numbers in a row.
-    blocks: of a row's piece in one chunk.
-    lines: of a block.
-    lanes: numbers in a line.
-    order: of the tensor's axes, in which its numbers are counted.
-    alone: whether its words hold no other tensor's signs.
-  """
-
-  rows: int
-  length: int
-  blocks: int
-  lines: int
-  lanes: int
-  order: tuple[int, ...]
-  alone: bool = False
-
-  @property
-  def piece(self) -> int:
-    """Numbers of a row in one chunk, padding included."""
-    return self.blocks * self.lines * self.lanes
-
-  @property
-  def shape(self) -> tuple[int, int, int, int]:
-    """Of one chunk."""
-    return self.rows, self.blocks, self.lines, self.lanes
-
-  def split(self, x: Array, chunks: int) -> Array:
-    """`[...]` -> `[chunks, rows, blocks, lines, lanes]`, padded with zeros."""
-    lines = -(-self.length // self.lanes)
-    x = x.transpose(self.order).reshape(self.rows, self.length)
-    x = _pad(x, lines * self.lanes)
-    x = x.reshape(self.rows, lines, self.lanes)
-    x = _pad(x, chunks * self.blocks * self.lines)
-    x = x.reshape(self.rows, chunks, *self.shape[1:])
-    return jnp.swapaxes(x, 0, 1)
-
-  def join(self, x: Array, shape: Sequence[int]) -> Array:
-    """The inverse of `split`."""
-    x = jnp.swapaxes(x, 0, 1).reshape(self.rows, -1, self.lanes)
-    x = x[:, : -(-self.length // self.lanes)].reshape(self.rows, -1)
-    x = x[:, : self.length].reshape([shape[axis] for axis in self.order])
-    return x.transpose([self.order.index(axis) for axis in range(len(shape))])
-
-  def spread(self, scale: Array, shape: Sequence[int]) -> Array:
-    """Scales `[n, rows, blocks]`, broadcastable against a tensor."""
-    chunks, _, blocks = scale.shape
-    if chunks * blocks == 1:
-      depth = _depth(shape, self.rows) if scale.shape[1] > 1 else 0
-      return scale.reshape(*shape[:depth], *(1,) * (len(shape) - depth))
-    scale = scale[..., None, None]
-    if not self.alone:
-      return self.join(jnp.broadcast_to(scale, (chunks, *self.shape)), shape)
-    # A number for each line: small, and a line is a row of the tensor.
-    scale = jnp.broadcast_to(scale, (chunks, *self.shape[:-1], 1))
-    line = self._replace(length=self.length // self.lanes, lanes=1, alone=False)
-    last = self.order[-1]
-    return line.join(
-      scale, [1 if axis == last else n for axis, n in enumerate(shape)]
-    )
-
-
-def _pad(x: Array, length: int) -> Array:
-  """Zeros at the end of axis 1, up to a length."""
-  if x.shape[1] == length:
-    return x
-  widths = [(0, 0)] * x.ndim
-  widths[1] = (0, length - x.shape[1])
-  return jnp.pad(x, widths)
-
-
-def _up(n: int, unit: int) -> int:
-  return -(-n // unit) * unit
-
-
-def grid_of(
-  shape: Sequence[int], chunks: int, compression: Compression, stacked: int = 0
-) -> Grid:
-  """How a tensor of this shape divides into chunks.
-
-  Args:
-    shape: of the tensor, on one device.
-    chunks: number of workers.
-    compression: its granularity counts.
-    stacked: leading axes that only replicate layers.
-  """
-  size = math.prod(shape)
-  rows = 1
-  if compression.granularity == "layer" and size:
-    rows = math.prod(shape[:stacked])
-  length = size // rows
-  order = order_of(shape, rows)
-  piece = max(1, -(-length // chunks))
-  if compression.by_block:
-    blocks = -(-piece // compression.granularity)
-    return Grid(rows, length, blocks, 1, -(-piece // blocks), order)
-  lanes = shape[order[-1]] if order else 1
-  if size and lanes % LANES == 0:
-    lines = _up(-(-length // (lanes * chunks)), BITS)
-    if (chunks * lines * lanes - length) * REGISTER <= length:
-      return Grid(rows, length, 1, lines, lanes, order, alone=True)
-  lines = -(-piece // LANES)
-  if lines >= LONG:
-    lines = _up(lines, REGISTER)
-  return Grid(rows, length, 1, lines, LANES, order)
-
-
-def order_of(shape: Sequence[int], rows: int) -> tuple[int, ...]:
-  """Axes of a tensor, that one last which a TPU lays along its lanes.
-
-  That is the last one, or if it does not fill lines of LANES the longest that
-  does; never one of the leading axes that make up `rows`.
-  """
-  axes = tuple(range(len(shape)))
-  wide = [
-    axis for axis in axes[_depth(shape, rows) :] if shape[axis] % LANES == 0
-  ]
-  if not wide or wide[-1] == axes[-1]:
-    return axes
-  last = max(wide, key=lambda axis: shape[axis])
-  return (*(axis for axis in axes if axis != last), last)
-
-
-def _depth(shape: Sequence[int], rows: int) -> int:
-  """How many leading axes make up the rows."""
-  depth = 0
-  while math.prod(shape[:depth]) < rows:
-    depth += 1
-  return depth
-
-
-def pack_signs(
-  positive: Bool[Array, "n lines lanes"],
-) -> UInt32[Array, "n words lanes"]:
-  """32 signs to a word, of 32 lines; the i-th of them is bit i.
-
-  The lines of a word are neighbours, or if possible stand as far apart as a TPU
-  has lines in a register: then nothing is moved across lines.
-  """
-  chunks, lines, lanes = positive.shape
-  words = -(-lines // BITS)
-  positive = _pad(positive, words * BITS)
-  positive = positive.reshape(chunks, -1, BITS, _apart(words), lanes)
-  # Not `positive << shift`: XLA would convert it to words in the old shape.
-  bits = jnp.where(positive, jnp.uint32(1) << _shifts(), jnp.uint32(0))
-  bits = jnp.sum(bits, axis=2, dtype=jnp.uint32)
-  return bits.reshape(chunks, words, lanes)
-
-
-def unpack_signs(
-  words: UInt32[Array, "n words lanes"],
-) -> Bool[Array, "n lines lanes"]:
-  """The signs that `pack_signs` packed, padding included: is it positive?"""
-  chunks, count, lanes = words.shape
-  words = words.reshape(chunks, -1, 1, _apart(count), lanes)
-  positive = ((words >> _shifts()) & jnp.uint32(1)).astype(bool)
-  return _settled(positive).reshape(chunks, count * BITS, lanes)
-
-
-def _settled(positive: Array) -> Array:
-  """The same signs; what they come from is not computed in another shape.
-
-  Across a change of shape XLA fuses nothing. What it writes to memory there is
-  then a byte per sign, not the four of a number or a word.
-  """
-  return jax.lax.optimization_barrier(positive)
-
-
-def _apart(words: int) -> int:
-  """Lines from one sign of a word to the next."""
-  return 1 if words % REGISTER else REGISTER
-
-
-def _shifts() -> UInt32[Array, "1 1 b 1 1"]:
-  return jnp.arange(BITS, dtype=jnp.uint32)[None, None, :, None, None]
-
-
-def in_lines(x: Shaped[Array, "n ..."]) -> Shaped[Array, "n lines lanes"]:
-  """Lines of LANES, the last one padded."""
-  if x.shape[-1] != LANES:
-    x = x.reshape(x.shape[0], -1)
-    x = _pad(x, _up(x.shape[1], LANES))
-  return x.reshape(x.shape[0], -1, LANES)
-
-
-def sign_lines(grids: Iterable[Grid]) -> list[int]:
-  """By tensor, lines of LANES that its signs take in a chunk."""
-  return [-(-grid.rows * grid.piece // LANES) for grid in grids]
-
-
-class Group(NamedTuple):
-  """Tensors whose signs are packed together.
-
-  Attributes:
-    members: which.
-    lines: of their signs in a chunk, padding included.
-  """
-
-  members: list[int]
-  lines: int
-
-  @property
-  def words(self) -> int:
-    """Lines of words."""
-    return self.lines // BITS
-
-
-def groups_of(grids: Sequence[Grid]) -> list[Group]:
-  """Tensors alone; those in whole registers; the rest, which misalign them."""
-  lines = sign_lines(grids)
-  found = [Group([i], lines[i]) for i, grid in enumerate(grids) if grid.alone]
-  others = [i for i, grid in enumerate(grids) if not grid.alone]
-  whole = [i for i in others if lines[i] % REGISTER == 0]
-  rest = [i for i in others if lines[i] % REGISTER]
-  for members in (whole, rest):
-    total = sum(lines[i] for i in members)
-    # Words in whole registers, too, where that adds less than 1 / LONG.
-    unit = BITS * REGISTER
-    unit = unit if total >= unit * LONG else BITS
-    if total:
-      found.append(Group(members, _up(total, unit)))
-  return found
+from bertjax.parallel.grids import (
+  LANES,
+  Compression,
+  Grid,
+  depth_of,
+  grid_of,
+  pad,
+  round_up,
+)
+from bertjax.parallel.signs import (
+  Group,
+  groups_of,
+  in_lines,
+  pack_signs,
+  settled,
+  sign_lines,
+  unpack_signs,
+)
 
 
 class _Layout(NamedTuple):
@@ -398,7 +138,7 @@ def _sums(
     if layout.by_chunk:
       x = grid.split(x, chunks)
       return jnp.sum(x, axis=(3, 4), dtype=jnp.float32)
-    axes = tuple(range(_depth(x.shape, grid.rows), x.ndim))
+    axes = tuple(range(depth_of(x.shape, grid.rows), x.ndim))
     return jnp.sum(x, axis=axes, dtype=jnp.float32).reshape(1, grid.rows, 1)
 
   return [one(grid, x) for grid, x in zip(layout.grids, tensors)]
@@ -436,13 +176,13 @@ def _message(
       packed.append(in_lines(pack_signs(signs)))
       continue
     signs = [in_lines(positive[i]) for i in members]
-    packed.append(pack_signs(_pad(jnp.concatenate(signs, axis=1), lines)))
+    packed.append(pack_signs(pad(jnp.concatenate(signs, axis=1), lines)))
   flat = [
     jnp.broadcast_to(s, (chunks, *s.shape[1:])).reshape(chunks, -1)
     for s in scales
   ]
   bits = jax.lax.bitcast_convert_type(jnp.concatenate(flat, axis=1), jnp.uint32)
-  bits = _pad(bits, _up(bits.shape[1], LANES)).reshape(chunks, -1, LANES)
+  bits = pad(bits, round_up(bits.shape[1], LANES)).reshape(chunks, -1, LANES)
   return jnp.concatenate([*packed, bits], axis=1)
 
 
@@ -532,7 +272,7 @@ def compressed_all_reduce(
   server_errors: Sequence[Float[Array, "rows piece"]] | None,
   *,
   axis: str | None,
-  compression: Compression = Compression(),
+  compression: Compression = Compression(),  # noqa: B008 frozen
   stacked: Sequence[int] | None = None,
   masks: Sequence[Bool[Array, "..."] | None] | None = None,
   sum_axes: Sequence[tuple[str, ...]] | None = None,
@@ -593,7 +333,7 @@ def compressed_all_reduce(
     _counts(layout, masks, workers),
   )
   positive = [
-    grid.split(_settled(x >= 0), workers) for grid, x in zip(layout.grids, own)
+    grid.split(settled(x >= 0), workers) for grid, x in zip(layout.grids, own)
   ]
   message = _message(layout, positive, scales)
   if axis is not None:

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from bertjax.parallel.compressed import order_of
 from bertjax.parallel.error_feedback import AXIS, is_per_worker
+from bertjax.parallel.grids import order_of
 from bertjax.rules import path_name
 
 

@@ -18,11 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bertjax.parallel.compressed import (
-  Compression,
-  compressed_all_reduce,
-  grid_of,
-)
+from bertjax.parallel.compressed import compressed_all_reduce
+from bertjax.parallel.grids import Compression, grid_of
 from bertjax.rules import path_name
 
 AXIS = "data"
@@ -68,7 +65,7 @@ class ErrorFeedback(NamedTuple):
     worker: `PerWorker`.
     server: tree like the parameters, `[workers, *shards, rows, piece]`: shards
       per axis of the parameter, then the worker's piece of it
-      (`compressed.Grid`).
+      (`grids.Grid`).
   """
 
   worker: Any

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from bertjax.parallel import wire
-from bertjax.parallel.compressed import Compression
+from bertjax.parallel.grids import Compression
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,12 +9,8 @@ million numbers), which sends twice as much; that of BERT-large stays a gather.
 import math
 from collections.abc import Iterable, Sequence
 
-from bertjax.parallel.compressed import (
-  LANES,
-  Compression,
-  grid_of,
-  groups_of,
-)
+from bertjax.parallel.grids import LANES, Compression, grid_of
+from bertjax.parallel.signs import groups_of
 
 
 def compressed_bytes(

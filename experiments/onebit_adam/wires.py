@@ -18,8 +18,8 @@ from bertjax.models import bert
 from bertjax.objectives import masked_lm
 from bertjax.optim import freezing
 from bertjax.parallel import wire
-from bertjax.parallel.compressed import Compression
 from bertjax.parallel.error_feedback import Workers
+from bertjax.parallel.grids import Compression
 from bertjax.train_state import abstract_params
 
 COMPRESSION = Compression()

@@ -20,8 +20,8 @@ from bertjax.optim.freezing import build_rule
 from bertjax.optim.onebit_adam import OneBitAdamState, moving
 from bertjax.optim.onebit_lamb import OneBitLambState
 from bertjax.parallel import elastic, wire
-from bertjax.parallel.compressed import LANES, Compression, grid_of
 from bertjax.parallel.error_feedback import ErrorFeedback, PerWorker
+from bertjax.parallel.grids import LANES, Compression, grid_of
 from bertjax.parallel.mesh import make_mesh
 from bertjax.parallel.sharding import put_batch
 from tests.optim import workers

@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from bertjax import hardware
 from bertjax.hardware import hlo
-from bertjax.parallel import compressed, elastic, wire
-from bertjax.parallel.compressed import Compression
+from bertjax.parallel import compressed, elastic, signs, wire
+from bertjax.parallel.grids import LANES, Compression, grid_of, order_of
 from bertjax.parallel.mesh import make_mesh
 from tests.parallel import onebit_oracle
 
@@ -53,10 +53,7 @@ def _reduce(workers, compression, stacked=None):
 def _inputs(workers, compression, shapes=_SHAPES, stacked=_STACKED, make=None):
   rng = np.random.default_rng(workers)
   make = make or (lambda shape: rng.normal(size=shape).astype(np.float32))
-  grids = [
-    compressed.grid_of(s, workers, compression, k)
-    for s, k in zip(shapes, stacked)
-  ]
+  grids = [grid_of(s, workers, compression, k) for s, k in zip(shapes, stacked)]
   x, e = ([make((workers, *s)) for s in shapes] for _ in range(2))
   d = []
   for shape, grid in zip(shapes, grids):
@@ -68,7 +65,7 @@ def _inputs(workers, compression, shapes=_SHAPES, stacked=_STACKED, make=None):
 
 
 def _no_server_errors(workers, length):
-  grid = compressed.grid_of((length,), workers, Compression())
+  grid = grid_of((length,), workers, Compression())
   return np.zeros((workers, 1, grid.piece), np.float32)
 
 
@@ -82,11 +79,11 @@ class SignsTest(parameterized.TestCase):
   @parameterized.parameters(1, 31, 32, 33, 200)
   def test_packing_is_a_bit_per_sign_and_reversible(self, lines):
     positive = np.random.default_rng(lines).random((3, lines, 5)) > 0.5
-    words = compressed.pack_signs(jnp.asarray(positive))
+    words = signs.pack_signs(jnp.asarray(positive))
     self.assertEqual(
       (words.dtype, words.shape), (np.uint32, (3, -(-lines // 32), 5))
     )
-    unpacked = compressed.unpack_signs(words)
+    unpacked = signs.unpack_signs(words)
     np.testing.assert_array_equal(unpacked[:, :lines], positive)
     self.assertFalse(unpacked[:, lines:].any())
     # No sign is written twice: as many bits are set as there are.
@@ -175,7 +172,7 @@ class AllReduceTest(parameterized.TestCase):
   def test_equals_the_loop_over_workers_bit_for_bit(self, workers):
     """Scales here are exact sums over powers of two of numbers."""
     rng = np.random.default_rng(1)
-    length = compressed.LANES * workers  # no padding
+    length = LANES * workers  # no padding
     x = _dyadic(rng, (workers, length), bits=4)
     e = _dyadic(rng, (workers, length), bits=4)
     d = _dyadic(rng, (workers, length // workers), bits=4)
@@ -195,7 +192,7 @@ class AllReduceTest(parameterized.TestCase):
   def test_a_matrix_packed_alone_equals_the_loop(self, shape, order):
     rng, workers = np.random.default_rng(5), 2
     x, e = (_dyadic(rng, (workers, *shape), bits=4) for _ in range(2))
-    grid = compressed.grid_of(shape, workers, Compression())
+    grid = grid_of(shape, workers, Compression())
     self.assertTrue(grid.alone)
     d = _dyadic(rng, (workers, 1, grid.piece), bits=4)
     mean, worker, server = _reduce(workers, Compression())([x], [e], [d])
@@ -258,7 +255,7 @@ class AllReduceTest(parameterized.TestCase):
   def test_masked_numbers_are_zero_and_touch_no_scale(self):
     x = jnp.array([4.0, 100.0, -2.0, 7.0])
     mask = jnp.array([True, False, True, False])
-    server = jnp.ones((1, compressed.LANES))
+    server = jnp.ones((1, LANES))
     old = [jnp.array([0.0, 3.0, 0.0, 0.0])], [server]
     mean, worker, server = compressed.compressed_all_reduce(
       [x], *old, axis=None, masks=[mask]
@@ -378,14 +375,14 @@ class OrderTest(parameterized.TestCase):
     ((), 1, ()),
   )
   def test_lanes_are_filled(self, shape, rows, expected):
-    self.assertEqual(compressed.order_of(shape, rows), expected)
+    self.assertEqual(order_of(shape, rows), expected)
 
   @parameterized.parameters("buffer", "layer", 7)
   def test_servers_errors_are_counted_as_tensors_are(self, granularity):
     shape, workers = (2, 128, 24, 4), 3
     compression = Compression(granularity=granularity)
     whole = np.random.default_rng(6).normal(size=shape).astype(np.float32)
-    grid = compressed.grid_of(shape, workers, compression, 1)
+    grid = grid_of(shape, workers, compression, 1)
     wanted = (workers, 1, 1, 1, 1, grid.rows, grid.piece)
     cut = elastic.cut_servers(jnp.asarray(whole), wanted)
     split = grid.split(jnp.asarray(whole), workers)

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from bertjax.parallel.compressed import Compression
 from bertjax.parallel.error_feedback import Workers
+from bertjax.parallel.grids import Compression
 
 COMPRESSION = Compression()
 
