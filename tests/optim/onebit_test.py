@@ -1,7 +1,5 @@
 """Optimizers that average in one bit, through the train step on 8 devices."""
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,65 +9,21 @@ from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
 
 from bertjax import hardware, optim
-from bertjax.checkpoint import Checkpointer
-from bertjax.data.dataset import RowDataset
 from bertjax.hardware import hlo
 from bertjax.optim import freezing, selection
 from bertjax.optim.adamw import AdamState
 from bertjax.optim.freezing import build_rule
 from bertjax.optim.onebit_adam import OneBitAdamState, moving
 from bertjax.optim.onebit_lamb import OneBitLambState
-from bertjax.parallel import elastic, wire
+from bertjax.parallel import wire
 from bertjax.parallel.error_feedback import ErrorFeedback, PerWorker
 from bertjax.parallel.grids import LANES, Compression, grid_of
 from bertjax.parallel.mesh import make_mesh
-from bertjax.parallel.sharding import put_batch
-from tests.optim import workers
+from tests.optim import onebit_state, workers
 from tests.optim.workers import world
 from tests.parallel import onebit_oracle
 
-_ADAM = dict(b1=0.9, b2=0.99, eps=1e-8)
-_ONEBIT = dict(name="onebit_adam", freeze_step=3, weight_decay=0.0, **_ADAM)
-
-
-def _assert_close(actual, expected, **tolerance):
-  tolerance = dict(rtol=1e-5, atol=1e-6) | tolerance  # float32, other order
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, **tolerance),
-    jax.device_get(actual),
-    jax.device_get(expected),
-  )
-
-
-def _nodes(state, kind):
-  leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, kind))
-  return [leaf for leaf in leaves if isinstance(leaf, kind)]
-
-
-def _debt(state):
-  """Mean of the workers' errors plus the servers', by parameter."""
-  (errors,) = _nodes(state.opt_state, ErrorFeedback)
-  return jax.tree.map(
-    lambda e, d: e.mean(0) + elastic.joined_servers(d, e.shape[1:]),
-    jax.device_get(errors.worker.tree),
-    jax.device_get(errors.server),
-  )
-
-
-def _sent_and_owed(state):
-  """The averaged momentum in the units of its errors, plus what is owed.
-
-  Its next value follows from the mean gradient alone: what of it was sent, and
-  by how many workers, does not matter.
-  """
-  (adam,) = _nodes(state.opt_state, (OneBitAdamState, OneBitLambState))
-  mu = jax.device_get(adam.mu)
-  scales = jax.tree.map(lambda m: 1.0, mu)
-  if isinstance(adam, OneBitLambState):
-    scales = jax.device_get(adam.momentum_scale)
-  return jax.tree.map(
-    lambda m, scale, owed: m * scale + owed, mu, scales, _debt(state)
-  )
+_ADAM, _ONEBIT = onebit_state.ADAM, onebit_state.ONEBIT
 
 
 class OneBitAdamTest(parameterized.TestCase):
@@ -120,7 +74,7 @@ class OneBitAdamTest(parameterized.TestCase):
       for options in (_ONEBIT | dict(freeze_step=9), dict(name="adam", **_ADAM))
     )
     states = [w.run(w.init(), 0, 5)[0] for w in (onebit, adam)]
-    _assert_close(states[0].params, states[1].params)
+    onebit_state.assert_close(states[0].params, states[1].params)
 
   def test_one_worker_has_only_its_own_scale_to_lose(self):
     """With a block of one number compression loses nothing."""
@@ -129,7 +83,7 @@ class OneBitAdamTest(parameterized.TestCase):
       for options in (dict(granularity=1), dict(compress=False))
     )
     states = [w.run(w.init(), 0, 7)[0] for w in (exact, plain)]
-    _assert_close(states[0].params, states[1].params)
+    onebit_state.assert_close(states[0].params, states[1].params)
 
   @parameterized.parameters("buffer", "tensor", "layer")
   def test_workers_of_several_devices_are_workers_of_one(self, granularity):
@@ -141,13 +95,15 @@ class OneBitAdamTest(parameterized.TestCase):
                  (("data", 2), ("fsdp", 2), ("model", 2))):  # fmt: skip
       split = world(axes=axes, **options)
       state, same = split.run(split.init(), 0, 7)
-      _assert_close(state.params, whole.params, rtol=1e-4)
+      onebit_state.assert_close(state.params, whole.params, rtol=1e-4)
       np.testing.assert_allclose(same, losses, rtol=1e-5)
-      _assert_close(_debt(state), _debt(whole), atol=1e-5)
+      onebit_state.assert_close(
+        onebit_state.debt(state), onebit_state.debt(whole), atol=1e-5
+      )
 
   def test_state_is_sharded_within_a_worker_and_over_workers(self):
     state = world(axes=(("data", 2), ("fsdp", 2)), **_ONEBIT).init()
-    (adam,) = _nodes(state.opt_state, OneBitAdamState)
+    (adam,) = onebit_state.nodes(state.opt_state, OneBitAdamState)
     for leaf in (state.params["up"], adam.mu["up"], adam.nu["up"]):
       self.assertEqual(leaf.sharding.spec, P(None, "fsdp"))
     worker, server = adam.errors.worker.tree["up"], adam.errors.server["up"]
@@ -164,7 +120,9 @@ class OneBitAdamTest(parameterized.TestCase):
       w.run(w.init(), 0, 6)[0]
       for w in (world(**_ONEBIT), world(microbatches=2, **_ONEBIT))
     ]
-    _assert_close(states[0].params, states[1].params, rtol=1e-4, atol=1e-5)
+    onebit_state.assert_close(
+      states[0].params, states[1].params, rtol=1e-4, atol=1e-5
+    )
 
   def test_replicas_are_equal_to_the_bit_and_errors_are_not(self):
     state, _ = world(**_ONEBIT).run(world(**_ONEBIT).init(), 0, 6)
@@ -173,7 +131,7 @@ class OneBitAdamTest(parameterized.TestCase):
         np.testing.assert_array_equal(
           shard.data, leaf.addressable_shards[0].data
         )
-    (errors,) = _nodes(state.opt_state, ErrorFeedback)
+    (errors,) = onebit_state.nodes(state.opt_state, ErrorFeedback)
     worker = errors.worker.tree["up"]
     self.assertGreater(np.abs(worker[0] - worker[1]).max(), 0)
 
@@ -182,20 +140,20 @@ class OneBitAdamTest(parameterized.TestCase):
     before = w.init().params["dead"]
     state, _ = w.run(w.init(), 0, 8)
     np.testing.assert_array_equal(state.params["dead"], before)
-    (errors,) = _nodes(state.opt_state, ErrorFeedback)
+    (errors,) = onebit_state.nodes(state.opt_state, ErrorFeedback)
     self.assertFalse(np.any(errors.worker.tree["dead"]))
 
   def test_a_gradient_that_is_not_finite_changes_nothing_anywhere(self):
     w = world(**_ONEBIT)
     state, _ = w.run(w.init(), 0, 5)
-    before = jax.device_get((state.params, _debt(state)))
+    before = jax.device_get((state.params, onebit_state.debt(state)))
 
     def poison(step, rows):
       rows["y"][3] = np.nan  # one row, so one worker
       return rows
 
     state, _ = w.run(state, 5, 6, poison)
-    after = jax.device_get((state.params, _debt(state)))
+    after = jax.device_get((state.params, onebit_state.debt(state)))
     jax.tree.map(np.testing.assert_array_equal, after, before)
     state, losses = w.run(state, 6, 8)
     self.assertTrue(np.isfinite(losses).all())
@@ -220,7 +178,7 @@ class OneBitAdamTest(parameterized.TestCase):
     after = np.array(state.params["bias"])
     self.assertEqual(after[0], before[0])
     self.assertTrue(np.all(after[1:] != before[1:]))
-    (errors,) = _nodes(state.opt_state, ErrorFeedback)
+    (errors,) = onebit_state.nodes(state.opt_state, ErrorFeedback)
     self.assertFalse(np.any(errors.worker.tree["bias"][:, 0]))
 
   @parameterized.parameters("onebit_adam", "onebit_lamb")
@@ -260,9 +218,9 @@ class OneBitAdamTest(parameterized.TestCase):
   def test_uncompressed_tensors_get_adam_throughout(self):
     w = world(**_ONEBIT, uncompressed=("bias",), granularity="tensor")
     state, _ = w.run(w.init(), 0, 6)
-    (errors,) = _nodes(state.opt_state, ErrorFeedback)
+    (errors,) = onebit_state.nodes(state.opt_state, ErrorFeedback)
     self.assertNotIn("bias", selection.by_name(errors.server))
-    (adam,) = _nodes(state.opt_state, AdamState)
+    (adam,) = onebit_state.nodes(state.opt_state, AdamState)
     self.assertEqual(adam.count, 6)
 
   def test_it_learns_as_adam_does_if_errors_come_back(self):
@@ -341,10 +299,10 @@ class FreezeTest(parameterized.TestCase):
   def test_by_callback(self):
     w = world(**(_ONEBIT | dict(freeze_step="manual")))
     state, _ = w.run(w.init(), 0, 4)
-    self.assertFalse(np.any(_debt(state)["up"]))
+    self.assertFalse(np.any(onebit_state.debt(state)["up"]))
     state = state.replace(opt_state=optim.freeze_now(state.opt_state))
     state, _ = w.run(state, 4, 6)
-    self.assertTrue(np.any(_debt(state)["up"]))
+    self.assertTrue(np.any(onebit_state.debt(state)["up"]))
 
 
 class BytesTest(parameterized.TestCase):
@@ -390,148 +348,6 @@ class BytesTest(parameterized.TestCase):
         self.assertLess(c.operand_bytes, 64, c)
 
 
-class _Stream(RowDataset):
-  """The rows of `workers.batch`, step after step, as a dataset."""
-
-  def __init__(self):
-    self.seq_len, self.pad_id, self.seed = 1, 0, 0
-
-  @property
-  def row_spec(self):
-    return {
-      name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-      for name, x in workers.batch().items()
-    }
-
-  def rows_per_epoch(self, epoch):
-    return 100 * workers.ROWS
-
-  def rows(self, first, stop):
-    rows = [divmod(row, workers.ROWS) for row in range(first, stop)]
-    return {
-      name: np.stack([workers.batch(step)[name][i] for step, i in rows])
-      for name in self.row_spec
-    }
-
-  def fingerprint(self):
-    return "workers"
-
-  def reseeded(self, seed):
-    raise NotImplementedError
-
-
-class ElasticTest(parameterized.TestCase):
-  @parameterized.parameters(("onebit_adam", 8), ("onebit_lamb", 4))
-  def test_on_other_workers_what_is_owed_and_the_rows_stay(self, name, count):
-    """On so many workers, then on half of them, then on as many as before."""
-    folder = pathlib.Path(self.create_tempdir())
-    options = dict(name=name, freeze_step=3)
-    full, half = (
-      world(axes=axes, **options)
-      for axes in ((("data", count),), (("data", count // 2), ("fsdp", 2)))
-    )
-    state, losses, position, before = full.init(), [], None, None
-    for w, hosts, start, until in (
-      (full, count, 0, 6), (half, count // 2, 6, 8), (full, count, 8, 10)
-    ):  # fmt: skip
-      readers = [
-        _Stream().iterator(
-          workers.ROWS, process_index=i, process_count=hosts, prefetch=0
-        )
-        for i in range(hosts)
-      ]
-      if position is not None:
-        with Checkpointer(folder) as checkpointer:
-          checkpointer.save(start, state, iterator_state=position, config={})
-          checkpointer.wait()
-          restored = checkpointer.restore(w.abstract, adapt=elastic.adapt)
-        _assert_close(_debt(restored.state), _debt(state), atol=1e-7)
-        kept, state = state, restored.state
-        for reader in readers:
-          reader.set_state(restored.iterator_state)
-        for leaf, wanted in zip(jax.tree.leaves(state),
-                                jax.tree.leaves(w.abstract)):  # fmt: skip
-          self.assertEqual(leaf.sharding, wanted.sharding)
-      for step in range(start, until):
-        parts = [next(reader) for reader in readers]
-        rows = {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-        jax.tree.map(np.testing.assert_array_equal, rows, workers.batch(step))
-        if step == start and before is not None:
-          # The run that is not resized takes the same step.
-          stayed, (loss,) = before.run(kept, step, step + 1)
-        state, metrics = w.step(state, put_batch(rows, w.mesh))
-        losses.append(float(metrics["loss"][0]))
-        if step == start and before is not None:
-          np.testing.assert_allclose(losses[-1], loss, rtol=1e-6)
-          _assert_close(_sent_and_owed(state), _sent_and_owed(stayed))
-      position, before = readers[-1].get_state(), w
-    _, expected = full.run(full.init(), 0, 6)
-    self.assertEqual(losses[:6], expected)
-
-  def test_the_same_workers_resume_bit_for_bit(self):
-    w = world(**_ONEBIT)
-    state, _ = w.run(w.init(), 0, 5)
-    folder = pathlib.Path(self.create_tempdir())
-    with Checkpointer(folder) as checkpointer:
-      checkpointer.save(5, state, iterator_state={}, config={})
-      checkpointer.wait()
-      restored = checkpointer.restore(w.abstract, adapt=elastic.adapt).state
-    again, _ = w.run(restored, 5, 7)
-    straight, _ = w.run(w.init(), 0, 7)
-    jax.tree.map(
-      np.testing.assert_array_equal,
-      jax.device_get((again.params, again.opt_state)),
-      jax.device_get((straight.params, straight.opt_state)),
-    )
-
-  def test_what_is_owed_is_forgotten_if_asked(self):
-    w = world(**_ONEBIT, reset_errors=True)
-    state, _ = w.run(w.init(), 0, 5)
-    resumed = w.optimizer.resumed(state.opt_state)
-    (before,), (after,) = (
-      _nodes(tree, ErrorFeedback) for tree in (state.opt_state, resumed)
-    )
-    self.assertGreater(max(np.abs(x).max() for x in jax.tree.leaves(before)), 0)
-    for x, y in zip(jax.tree.leaves(before), jax.tree.leaves(after)):
-      self.assertEqual(x.sharding, y.sharding)
-      np.testing.assert_array_equal(y, 0)
-    (old,), (new,) = (
-      _nodes(tree, OneBitAdamState) for tree in (state.opt_state, resumed)
-    )
-    jax.tree.map(np.testing.assert_array_equal, old.nu, new.nu)
-    kept = world(**_ONEBIT).optimizer
-    self.assertIs(kept.resumed(state.opt_state), state.opt_state)
-    with self.assertRaisesRegex(ValueError, "optim.reset_errors is not"):
-      world(name="adamw", reset_errors=True)
-
-  @parameterized.parameters("onebit_adam", "onebit_lamb")
-  def test_a_new_phase_owes_nothing_and_settles_its_variance_again(self, name):
-    w = world(name=name, freeze_step=3)
-    state, _ = w.run(w.init(), 0, 5)
-    self.assertTrue(np.any(_debt(state)["up"]))
-    handed = state.replace(
-      opt_state=optim.hand_over(state.opt_state, w.init().opt_state)
-    )
-    for debt in jax.tree.leaves(_debt(handed)):
-      self.assertFalse(np.any(debt))
-    kind = OneBitAdamState if name == "onebit_adam" else OneBitLambState
-    (old,), (new,) = (_nodes(s.opt_state, kind) for s in (state, handed))
-    self.assertTrue(old.phase.frozen)
-    self.assertFalse(new.phase.frozen)
-    jax.tree.map(
-      np.testing.assert_array_equal, (old.mu, old.nu), (new.mu, new.nu)
-    )
-
-  def test_another_optimizer_is_refused(self):
-    w, other = world(**_ONEBIT), world(name="onebit_sgd")
-    folder = pathlib.Path(self.create_tempdir())
-    with Checkpointer(folder) as checkpointer:
-      checkpointer.save(0, w.init(), iterator_state={}, config={})
-      checkpointer.wait()
-      with self.assertRaisesRegex(ValueError, "belongs to another model"):
-        checkpointer.restore(other.abstract, adapt=elastic.adapt)
-
-
 class OneBitLambTest(parameterized.TestCase):
   def test_without_ratios_and_scales_it_is_onebit_adam(self):
     shared = dict(freeze_step=3, weight_decay=0.1, **_ADAM)
@@ -540,19 +356,19 @@ class OneBitLambTest(parameterized.TestCase):
     )
     adam = world(name="onebit_adam", **shared)
     states = [w.run(w.init(), 0, 7)[0] for w in (lamb, adam)]
-    _assert_close(states[0].params, states[1].params)
+    onebit_state.assert_close(states[0].params, states[1].params)
 
   def test_first_phase_is_lamb(self):
     shared = dict(trust_clip=(0.01, 10.0), clip_norm=None, **_ADAM)
     onebit = world(name="onebit_lamb", freeze_step=9, **shared)
     lamb = world(name="lamb", **shared)
     states = [w.run(w.init(), 0, 5)[0] for w in (onebit, lamb)]
-    _assert_close(states[0].params, states[1].params)
+    onebit_state.assert_close(states[0].params, states[1].params)
 
   def test_one_magnitude_for_all_layers(self):
     w = world(name="onebit_lamb", freeze_step=5)
     state, _ = w.run(w.init(), 0, 5)
-    (lamb,) = _nodes(state.opt_state, OneBitLambState)
+    (lamb,) = onebit_state.nodes(state.opt_state, OneBitLambState)
     rms = [
       float(jnp.sqrt(jnp.mean(jnp.square(lamb.mu[k] * lamb.momentum_scale[k]))))
       for k in ("up", "down", "bias")
@@ -564,7 +380,7 @@ class OneBitLambTest(parameterized.TestCase):
     state, old = w.init(), 1.0
     for step in range(9):
       state, _ = w.run(state, step, step + 1)
-      (lamb,) = _nodes(state.opt_state, OneBitLambState)
+      (lamb,) = onebit_state.nodes(state.opt_state, OneBitLambState)
       factor = float(lamb.factor["up"])
       self.assertBetween(factor, 0.5, 4.0)
       self.assertBetween(factor / old, 0.9 - 1e-6, 1.1 + 1e-6)
@@ -598,7 +414,7 @@ class BaselineTest(absltest.TestCase):
   def test_compression_without_feedback_has_no_state(self):
     compression = Compression(error_feedback=False)
     w = world(name="onebit_sgd", error_feedback=False)
-    (errors,) = _nodes(w.init().opt_state, ErrorFeedback)
+    (errors,) = onebit_state.nodes(w.init().opt_state, ErrorFeedback)
     self.assertEqual(errors, ErrorFeedback(None, None))
     self.assertFalse(compression.error_feedback)
 

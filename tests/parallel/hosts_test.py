@@ -289,7 +289,7 @@ class OtherRunsTest(_Runs):
     self.assertFalse((self.root / "two" / "checkpoints").exists())
 
 
-# Within one process: ElasticTest of tests/optim/onebit_test.
+# Within one process: tests/optim/onebit_elastic_test.py.
 @pytest.mark.slow
 class ElasticTest(_Runs):
   def test_order_of_data_and_errors_stay(self):
