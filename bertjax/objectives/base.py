@@ -26,8 +26,8 @@ class Objective(Protocol):
       its weights from elsewhere; () if all must be there.
     reads: arrays of a batch without which it cannot train.
     independent_rows: whether a row brings the same to sums, metrics and
-      gradients whatever other rows are in its batch, and draws by its index in
-      the global batch (`parallel.sharding.first_row`).
+      gradients whatever other rows are in its batch, changes no variables, and
+      draws by its index in the global batch (`parallel.sharding.first_row`).
   """
 
   coefficients: Mapping[str, float]

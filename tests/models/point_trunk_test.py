@@ -206,6 +206,31 @@ class TrunkTest(parameterized.TestCase):
       initialised(self.encoder, {"tokens": np.zeros((2, 3), np.int32)})
 
 
+class RematTest(parameterized.TestCase):
+  @parameterized.parameters(
+    ("products", 0),
+    ("full", 2),  # attention_norm and mlp_norm
+  )
+  def test_a_loop_that_keeps_products_keeps_statistics(self, remat, again):
+    cloud = np.random.default_rng(0).normal(size=(B, N, 3)).astype(np.float32)
+    batch = {"points": cloud}
+    variables = initialised(MODELS["point_bert"](**SIZES), batch)
+
+    def count(remat):
+      encoder = MODELS["point_bert"](**SIZES, remat=remat)
+
+      def loss(params):
+        found = encoder.apply(
+          {**variables, "params": params}, batch, train=False
+        )
+        return (found.hidden**2).sum()
+
+      made = jax.make_jaxpr(jax.grad(loss))(variables["params"])
+      return str(made).count("rsqrt")
+
+    self.assertEqual(count(remat) - count("none"), again)
+
+
 class MovedTest(absltest.TestCase):
   def test_replaced_embeddings_have_no_gradient(self):
     x = jnp.arange(12.0).reshape(2, 3, 2)
