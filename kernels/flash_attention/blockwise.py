@@ -251,27 +251,27 @@ def _tile(x: _Operands, step: _Step, options: Options, plan: _Plan) -> _Tile:
   q = step.read(x.q, plan, "i-")
   k, v = (step.read(y, plan, "j-") for y in (x.k, x.v))
   products = join(product("bkrtd,bksd->bkrts", split(q, k.shape[1]), k))
-  return _scored(products, _Operands(q, k, v, x.extras), step, options, plan)
+  scores = products * options.scale
+  return _scored(scores, _Operands(q, k, v, x.extras), step, options, plan)
 
 
 def _scored(
-  products: jax.Array,
+  scores: jax.Array,
   x: _Operands,
   step: _Step,
   options: Options,
   plan: _Plan,
 ) -> _Tile:
-  """The tile of a step from its products of queries with keys.
+  """The tile of a step from its scaled products of queries with keys.
 
   Args:
-    products: [examples, heads, rows, columns].
+    scores: [examples, heads, rows, columns].
     x: the step's own q, k, v, and the extras of all.
     step: which.
     options: static choices.
     plan: how the pairs are cut.
   """
   n, extras = plan.n, x.extras
-  scores = products * options.scale
   row = (step.i * plan.rows + jnp.arange(plan.rows))[:, None]
   column = (step.j * plan.columns + jnp.arange(plan.columns))[None]
   offset = n.s - n.t if extras.offset is None else extras.offset
@@ -416,9 +416,14 @@ def _forward_at_once(
   x = _operands(q, k, v, extras, options, plan)
   queries = options.layout
   keys = queries.replace("t", "s")
-  tile = _scored(
-    product(f"{queries},{keys}->bhts", q, k), x, _FIRST, options, plan
+  # A power of two changes no digit of q, and scores are many more numbers.
+  exact = math.frexp(options.scale)[0] == 0.5
+  scores = product(
+    f"{queries},{keys}->bhts", q * options.scale if exact else q, k
   )
+  if not exact:
+    scores *= options.scale
+  tile = _scored(scores, x, _FIRST, options, plan)
   top = tile.scores.max(-1, initial=_LOWEST)
   weights = jnp.exp(tile.scores - top[..., None])
   total = weights.sum(-1)
