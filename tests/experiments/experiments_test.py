@@ -6,6 +6,7 @@ import os
 import pathlib
 from unittest import mock
 
+import pytest
 from absl.testing import absltest, parameterized
 
 from bertjax import train
@@ -14,14 +15,25 @@ from experiments import outcome, report
 _FOLDER = pathlib.Path(report.__file__).parent
 _NAMES = [path.name for path in report.experiments(_FOLDER)]
 
+# Compiles for pods; `scaling_test.py` and `plan_test.py` see its parts.
+_LONG = ("scaling",)
+
 
 def module(name):
   return importlib.import_module(f"experiments.{name}.run")
 
 
 class ExperimentsTest(parameterized.TestCase):
-  @parameterized.parameters(_NAMES)
+  @parameterized.parameters(name for name in _NAMES if name not in _LONG)
   def test_tiny_variant_runs_once_and_is_then_remembered(self, name):
+    self._run_twice(name)
+
+  @parameterized.parameters(_LONG)
+  @pytest.mark.slow
+  def test_long_tiny_variant_runs_once_and_is_then_remembered(self, name):
+    self._run_twice(name)
+
+  def _run_twice(self, name):
     folder = pathlib.Path(self.create_tempdir())
     cache = {"BERTJAX_CACHE": str(folder / "cache")}
     with mock.patch.dict(os.environ, cache):

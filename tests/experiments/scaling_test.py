@@ -1,8 +1,12 @@
 """What the experiment on pods makes of compiled steps."""
 
+import types
+from unittest import mock
+
 from absl.testing import absltest
 
-from experiments.scaling import findings
+from bertjax import hardware
+from experiments.scaling import findings, measure
 
 
 def row(topology, chips, compute, exchange, **fields):
@@ -21,6 +25,57 @@ def row(topology, chips, compute, exchange, **fields):
     "sent bytes": [s * 1e9 for s in exchange],
     **fields,
   }
+
+
+def planned(stage, topology, **_):
+  """A plan whose exchange takes a second per device, and what was planned."""
+  target = hardware.parse(topology)
+  tokens = stage.data["batch_size"] * stage.data["seq_len"]
+  sent = types.SimpleNamespace(sent_bytes=7e6)
+  kind = types.SimpleNamespace(
+    compute_s=0.5, exchange_s=target.num_devices, collectives=[sent, sent]
+  )
+  facts = types.SimpleNamespace(
+    batch_size=stage.data["batch_size"], tokens=tokens, model_flops=3.0
+  )
+  return types.SimpleNamespace(
+    topology=target, facts=facts, kinds=[kind], needed_bytes=11, fits=True
+  )
+
+
+class MeasureTest(absltest.TestCase):
+  def setUp(self):
+    super().setUp()
+    self.plan = self.enter_context(
+      mock.patch.object(measure, "plan", side_effect=planned)
+    )
+
+  def test_every_pod_has_as_many_rows_per_chip(self):
+    found = measure.weak(
+      variant="base",
+      topology="v5e:4x4",
+      mesh={"model": 2},
+      rows_per_chip=3,
+      optimizer="onebit_lamb",
+    )
+    stage = self.plan.call_args.args[0]
+    self.assertEqual(stage.mesh["model"], 2)
+    self.assertEqual(stage.optim["name"], "onebit_lamb")
+    self.assertGreater(stage.optim["freeze_step"], 0)
+    self.assertEqual(found["tokens"], 3 * 16 * 512)
+    self.assertEqual(found["chips"], 16)
+    self.assertEqual(found["compute s"], [0.5])
+    self.assertEqual(found["exchange s"], [16])
+    self.assertEqual(found["sent bytes"], [14e6])
+
+  def test_a_recipe_is_as_long_as_its_stage(self):
+    found = measure.recipe(
+      variant="large", stage="phase2", topology="v5e:4x4", microbatches=64
+    )
+    stage = self.plan.call_args.args[0]
+    self.assertEqual(stage.microbatches, 64)
+    self.assertEqual(found["batch size"], 32_768)
+    self.assertEqual(found["steps"], 1_563)
 
 
 class FindingsTest(absltest.TestCase):
