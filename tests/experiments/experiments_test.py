@@ -26,14 +26,14 @@ def module(name):
 class ExperimentsTest(parameterized.TestCase):
   @parameterized.parameters(name for name in _NAMES if name not in _LONG)
   def test_tiny_variant_runs_once_and_is_then_remembered(self, name):
-    self._run_twice(name)
+    self._assert_remembered(name)
 
   @parameterized.parameters(_LONG)
   @pytest.mark.slow
   def test_long_tiny_variant_runs_once_and_is_then_remembered(self, name):
-    self._run_twice(name)
+    self._assert_remembered(name)
 
-  def _run_twice(self, name):
+  def _assert_remembered(self, name):
     folder = pathlib.Path(self.create_tempdir())
     cache = {"BERTJAX_CACHE": str(folder / "cache")}
     with mock.patch.dict(os.environ, cache):
