@@ -32,8 +32,8 @@ def _optimizer(config):
   )
 
 
-# `teachers_test.py` trains all stages of the second one, and
-# `experiments_test.py` both.
+# `experiments_test.py` trains the first one, `teachers_test.py` all stages of
+# the second.
 _ELSEWHERE = ("point_bert", "point_bert_transformer")
 _TRAINED = tuple(p for p in _CONFIGS if p.stem not in _ELSEWHERE)
 
