@@ -2,9 +2,11 @@
 
 PyTorch runs as its users run it: `transformers`, SDPA attention, the faster of
 its AdamW implementations, logits of all positions. Ours has logits of the
-masked positions. Both: dropout 0.1 and AdamW. Training has weights in float32
-and products in bfloat16 (PyTorch: autocast). Inference has weights in bfloat16
-on both sides; PyTorch's autocast, which casts them in every call, is slower.
+masked positions. Both: dropout 0.1 and AdamW. Both multiply in the dtype that
+PyTorch is faster in on this CPU. Where that is bfloat16, training has weights in
+float32 (PyTorch: autocast) and inference in bfloat16: PyTorch's autocast, which
+casts them in every call, is slower. Where a CPU has no bfloat16, PyTorch takes
+some ten times as long in it as in float32, and no user of it would.
 """
 
 import copy
@@ -24,8 +26,11 @@ from bertjax.parallel.mesh import make_mesh
 from bertjax.parallel.sharding import put_batch
 
 VOCABULARY = 30_522
-# Names of the two calls of either side.
-PASSES = ("train", "infer_bf16")
+# Names of the two calls of either side, by the dtype of their products.
+PASSES = {
+  "bfloat16": ("train", "infer_bf16"),
+  "float32": ("train_f32", "infer_f32"),
+}
 Batch = Mapping[str, np.ndarray]
 Call = Callable[[], None]
 
@@ -33,6 +38,7 @@ Call = Callable[[], None]
 def ours(
   batches: Sequence[Batch],
   *,
+  dtype: str = "bfloat16",
   size: str = "base",
   scan: bool = False,
   prng: str = "threefry2x32",
@@ -41,6 +47,7 @@ def ours(
 
   Args:
     batches: of one shape, as the objective takes them.
+    dtype: of products, and of the weights of forward passes.
     size: of the BERT.
     scan: the stack of layers.
     prng: generator of dropout.
@@ -51,7 +58,7 @@ def ours(
   }
   mesh = make_mesh(devices=jax.devices()[:1])
   encoder = bert(
-    vocab_size=VOCABULARY, size=size, scan=scan, dtype=jnp.bfloat16
+    vocab_size=VOCABULARY, size=size, scan=scan, dtype=jnp.dtype(dtype)
   )
   objective = masked_lm(encoder=encoder)
   params, axes = train_state.abstract_params(objective, spec)
@@ -69,9 +76,7 @@ def ours(
   step = train_step.compile_step(objective, optimizer, mesh, shardings, spec)
   held = {"state": jax.device_put(state, shardings)}
   put = [put_batch(dict(batch), mesh) for batch in batches]
-  cast = jax.device_put(
-    cast_matrices(jax.device_get(state.params), jnp.bfloat16)
-  )
+  cast = jax.device_put(cast_matrices(jax.device_get(state.params), dtype))
   encode = jax.jit(
     lambda p, b: objective.apply({"params": p}, b, method="encode")
   )
@@ -90,13 +95,16 @@ def ours(
 
 
 def theirs(
-  batches: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], threads: int
+  batches: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+  threads: int,
+  dtype: str = "bfloat16",
 ) -> tuple[Call, Call]:
   """The same of `transformers` on PyTorch.
 
   Args:
     batches: (tokens, mask of what is no padding, labels or -100) [b, t] each.
     threads: of PyTorch.
+    dtype: as of `ours`.
   """
   import torch
   from transformers import BertConfig, BertForMaskedLM
@@ -116,12 +124,14 @@ def theirs(
     model.train()
     for tokens, mask, labels in put:
       optimizer.zero_grad()
-      with torch.autocast("cpu", dtype=torch.bfloat16):
+      with torch.autocast(
+        "cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"
+      ):
         loss = model(input_ids=tokens, attention_mask=mask, labels=labels).loss
       loss.backward()
       optimizer.step()
 
-  encoder = copy.deepcopy(model.bert).to(torch.bfloat16).eval()
+  encoder = copy.deepcopy(model.bert).to(getattr(torch, dtype)).eval()
 
   def infer() -> None:
     with torch.inference_mode():
@@ -129,6 +139,23 @@ def theirs(
         encoder(input_ids=tokens, attention_mask=mask)
 
   return train, infer
+
+
+def fastest_dtype(threads: int) -> str:
+  """That of `PASSES` in which PyTorch multiplies fastest on this CPU."""
+  import torch
+
+  torch.set_num_threads(threads)
+
+  def seconds(dtype: str) -> float:
+    x, y = (
+      torch.ones(shape, dtype=getattr(torch, dtype))
+      for shape in ((512, 768), (768, 768))
+    )
+    times, _ = alternate(lambda: x @ y, lambda: None, rounds=3)
+    return min(times)
+
+  return min(PASSES, key=seconds)
 
 
 def alternate(

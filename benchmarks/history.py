@@ -15,12 +15,18 @@ HEADLINES = {
   "step": {
     "train/ratio": "training, of PyTorch",
     "infer_bf16/ratio": "inference, of PyTorch",
+    "train_f32/ratio": "training in float32, of PyTorch",
+    "infer_f32/ratio": "inference in float32, of PyTorch",
   },
   "ragged": {
     "train/ratio": "ragged training, of PyTorch",
     "infer_bf16/ratio": "ragged inference, of PyTorch",
     "train sorted/ratio": "ragged training, of PyTorch sorted",
     "infer_bf16 sorted/ratio": "ragged inference, of PyTorch sorted",
+    "train_f32/ratio": "ragged training in float32, of PyTorch",
+    "infer_f32/ratio": "ragged inference in float32, of PyTorch",
+    "train_f32 sorted/ratio": "ragged training in float32, of PyTorch sorted",
+    "infer_f32 sorted/ratio": "ragged inference in float32, of PyTorch sorted",
   },
   "compiling": {
     "first_s": "BERT-large compiled, s",
@@ -46,13 +52,25 @@ _FIELDS = ("commit", "date", "cores", "found")
 
 
 def headlines(part: str, measured: Mapping[str, Any]) -> dict[str, float]:
-  """The numbers of a part that go into its line."""
+  """The numbers of a part that go into its line.
+
+  Raises:
+    ValueError: it measured none of `HEADLINES`.
+  """
   found = {}
   for path in HEADLINES[part]:
-    value: Any = measured
-    for name in path.split("/"):
+    first, *rest = path.split("/")
+    if first not in measured:  # what this machine has no use for
+      continue
+    value: Any = measured[first]
+    for name in rest:
       value = value[name]
     found[path] = value
+  if not found:
+    raise ValueError(
+      f"benchmarks.{part} wrote {sorted(measured)}, none of its headlines"
+      f" {sorted(HEADLINES[part])}."
+    )
   return found
 
 

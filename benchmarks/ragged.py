@@ -111,14 +111,15 @@ def measure(rounds: int, threads: int = 2) -> dict[str, dict[str, float]]:
   texts = documents(_DOCUMENTS)
   real = sum(map(len, texts))
   whole = packed(texts, LENGTH)
-  mine = bert_base.ours(split(whole, len(texts) // ROWS))
+  dtype = bert_base.fastest_dtype(threads)
+  mine = bert_base.ours(split(whole, len(texts) // ROWS), dtype=dtype)
   fill = real / whole["tokens"].size
   print(f"{len(texts)} documents, {real} tokens; packed rows {fill:.0%} full")
   found = {}
   for order, arranged in (("", texts), (" sorted", sorted(texts, key=len))):
     batches = padded(arranged, ROWS)
-    other = bert_base.theirs(batches, threads)
-    for name, a, b in zip(bert_base.PASSES, mine, other):
+    other = bert_base.theirs(batches, threads, dtype)
+    for name, a, b in zip(bert_base.PASSES[dtype], mine, other):
       found[name + order] = bert_base.compare(real, a, b, rounds)
       bert_base.show(name + order, found[name + order])
   return found

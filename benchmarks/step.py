@@ -21,11 +21,12 @@ def measure(
   rounds: int, threads: int = 2, **options
 ) -> dict[str, dict[str, float]]:
   """Training and inference of both; options as `bert_base.ours`."""
-  mine = bert_base.ours([_batch()], **options)
-  other = bert_base.theirs([_padded()], threads)
+  dtype = bert_base.fastest_dtype(threads)
+  mine = bert_base.ours([_batch()], dtype=dtype, **options)
+  other = bert_base.theirs([_padded()], threads, dtype)
   found = {}
-  for name, a, b in zip(bert_base.PASSES, mine, other):
-    times = rounds * (1 if name == "train" else 4)
+  passes = zip(bert_base.PASSES[dtype], mine, other, (rounds, 4 * rounds))
+  for name, a, b, times in passes:
     found[name] = bert_base.compare(_ROWS * _LENGTH, a, b, times)
     bert_base.show(name, found[name])
   return found

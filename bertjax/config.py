@@ -83,7 +83,8 @@ class Settings:
     every: steps between readings of the metrics (`log`) and between
       checkpoints (`checkpoint`).
     keep: arguments of `Checkpointer` about what stays.
-    init_from: where parameters come from; see `bertjax.handover`.
+    init_from: where parameters come from, see `bertjax.handover`; {} is nowhere
+      (`--config.init_from={}` takes it from a config that has one).
     profile: `start` and `stop` step of a profiler trace.
     writers: where metrics go, besides the report.
     samples: texts with masks that the trained model fills in the report.

@@ -90,17 +90,17 @@ def init_state(
     key: of initialisation.
     step_key: of what the steps draw; by default `key` as well.
   """
+  return _boxed_and_state(objective, transform, batch_spec, key, step_key)[1]
+
+
+def _boxed_and_state(objective, transform, batch_spec, key, step_key):
+  """Parameters in their boxes of logical axes, and the state of `init_state`."""
   init_key = jax.random.split(key)[0]
   train_key = jax.random.split(key if step_key is None else step_key)[1]
-  variables = nn.meta.unbox(
-    objective.init(
-      {"params": init_key, "dropout": init_key},
-      dummy_batch(batch_spec),
-      train=False,
-    )
-  )
+  boxed = _initialised(objective, batch_spec, init_key)
+  variables = nn.meta.unbox(boxed)
   params = variables.pop("params")
-  return TrainState(
+  return boxed["params"], TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=transform.init(params),
@@ -121,13 +121,12 @@ def state_shardings(
 
   Optimizer state is sharded like its parameter; all else is replicated.
   """
-  abstract = jax.eval_shape(
-    functools.partial(init_state, objective, transform, batch_spec),
+  boxed, abstract = jax.eval_shape(
+    functools.partial(_boxed_and_state, objective, transform, batch_spec),
     key,
     step_key,
   )
-  _, axes = abstract_params(objective, batch_spec)
-  params = parameter_shardings(abstract.params, axes, mesh)
+  params = parameter_shardings(abstract.params, logical_axes(boxed), mesh)
   whole = NamedSharding(mesh, PartitionSpec())
   shardings = jax.tree.map(lambda _: whole, abstract).replace(
     params=params,

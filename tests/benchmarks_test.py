@@ -106,7 +106,30 @@ class CompareTest(absltest.TestCase):
     self.assertIn("ratio 1.50 (1.00 to 2.00 in 2 rounds)", out.getvalue())
 
 
+class DtypeTest(absltest.TestCase):
+  def test_the_one_with_the_shortest_time_is_taken(self):
+    for times, best in (
+      ({"bfloat16": [9.0, 2.0], "float32": [3.0, 4.0]}, "bfloat16"),
+      ({"bfloat16": [9.0, 5.0], "float32": [9.0, 4.0]}, "float32"),
+    ):
+      taken = iter([(times[dtype], []) for dtype in bert_base.PASSES])
+      with mock.patch.object(
+        bert_base, "alternate", lambda *_, taken=taken, **__: next(taken)
+      ):
+        self.assertEqual(bert_base.fastest_dtype(threads=1), best)
+
+
 class HistoryTest(absltest.TestCase):
+  def test_a_line_has_the_passes_that_this_machine_runs(self):
+    for passes in bert_base.PASSES.values():
+      measured = {name: {"ratio": 2.0, "rounds": 3} for name in passes}
+      found = history.headlines("step", measured)
+      self.assertEqual(found, {f"{name}/ratio": 2.0 for name in passes})
+
+  def test_a_part_without_any_headline_is_refused(self):
+    with self.assertRaisesRegex(ValueError, "step wrote .'else'.*train/ratio"):
+      history.headlines("step", {"else": {"ratio": 1.0}})
+
   def test_runs_are_appended_and_shown_by_commit(self):
     path = pathlib.Path(self.create_tempdir()) / "history.jsonl"
     self.assertEqual(history.read(path), [])
