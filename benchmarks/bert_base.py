@@ -3,10 +3,10 @@
 PyTorch runs as its users run it: `transformers`, SDPA attention, the faster of
 its AdamW implementations, logits of all positions. Ours has logits of the
 masked positions. Both: dropout 0.1 and AdamW. Both multiply in the dtype that
-PyTorch is faster in on this CPU. Where that is bfloat16, training has weights in
-float32 (PyTorch: autocast) and inference in bfloat16: PyTorch's autocast, which
-casts them in every call, is slower. Where a CPU has no bfloat16, PyTorch takes
-some ten times as long in it as in float32, and no user of it would.
+PyTorch is faster in on this CPU. Where that is bfloat16, training has weights
+in float32 (PyTorch: autocast) and inference in bfloat16: PyTorch's autocast,
+which casts them in every call, is slower. Where a CPU has no bfloat16, PyTorch
+takes several times as long in it as in float32, and no user of it would.
 """
 
 import copy

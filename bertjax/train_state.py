@@ -94,7 +94,7 @@ def init_state(
 
 
 def _boxed_and_state(objective, transform, batch_spec, key, step_key):
-  """Parameters in their boxes of logical axes, and the state of `init_state`."""
+  """`init_state`, after its parameters boxed with their logical axes."""
   init_key = jax.random.split(key)[0]
   train_key = jax.random.split(key if step_key is None else step_key)[1]
   boxed = _initialised(objective, batch_spec, init_key)
