@@ -1,5 +1,6 @@
 """JAX settings of the whole suite; they must precede the first use of JAX."""
 
+import gc
 import os
 import pathlib
 import shutil
@@ -14,9 +15,14 @@ os.environ["KERAS_BACKEND"] = "jax"
 # quick compiler saves more than fast code, and equal programs are compiled
 # once. Processes that tests start inherit all of it; compilers for TPUs and
 # GPUs heed none of it. See `tests/optimized.py` for the compiler of real runs.
+# Programs compiled in parts keep both cores busier, and take more of them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+_QUICK_FLAGS = (
+  "--xla_cpu_use_fusion_emitters=false",
+  "--xla_cpu_parallel_codegen_split_count=1",
+)
 os.environ["XLA_FLAGS"] = " ".join(
-  ("--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", ""))
+  (*_QUICK_FLAGS, os.environ.get("XLA_FLAGS", ""))
 ).strip()
 # A folder per session and worker: nothing outlives a run of the suite, and no
 # two workers write the same file.
@@ -72,6 +78,14 @@ def _few_programs():
 def pytest_collection_modifyitems(items):
   place = {name: i for i, name in enumerate(_LONGEST)}
   items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+def pytest_collection_finish():
+  # Tracing makes millions of objects, and few that only the collector frees: it
+  # need not look at those of the libraries, nor at the others so often.
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(20_000, 20, 10)
 
 
 def pytest_unconfigure():

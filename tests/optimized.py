@@ -12,7 +12,9 @@ _OPTIONS = {
   "xla_backend_optimization_level": 3,
   "xla_llvm_disable_expensive_passes": False,
   "xla_cpu_use_fusion_emitters": True,
+  "xla_cpu_parallel_codegen_split_count": 32,
 }
+_FLAGS = ("--xla_cpu_use_fusion_emitters", "--xla_cpu_parallel_codegen")
 _VARIABLES = ("JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_COMPILATION_CACHE_DIR")
 
 
@@ -26,5 +28,5 @@ def environment() -> Mapping[str, str]:
   kept = {k: v for k, v in os.environ.items() if k not in _VARIABLES}
   flags = kept.get("XLA_FLAGS", "").split()
   return kept | {
-    "XLA_FLAGS": " ".join(f for f in flags if "fusion_emitters" not in f)
+    "XLA_FLAGS": " ".join(f for f in flags if not f.startswith(_FLAGS))
   }
