@@ -17,12 +17,12 @@ os.environ["KERAS_BACKEND"] = "jax"
 # GPUs heed none of it. See `tests/optimized.py` for the compiler of real runs.
 # Programs compiled in parts keep both cores busier, and take more of them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-_QUICK_FLAGS = (
-  "--xla_cpu_use_fusion_emitters=false",
-  "--xla_cpu_parallel_codegen_split_count=1",
-)
 os.environ["XLA_FLAGS"] = " ".join(
-  (*_QUICK_FLAGS, os.environ.get("XLA_FLAGS", ""))
+  (
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    os.environ.get("XLA_FLAGS", ""),
+  )
 ).strip()
 # A folder per session and worker: nothing outlives a run of the suite, and no
 # two workers write the same file.

@@ -41,8 +41,9 @@ def mesh_sharding() -> Sharding | None:
 
 # On two AVX-512 cores, float32 attention that keeps its weights for the
 # backward pass takes 0.7 to 0.9 of the time of `blockwise`, which computes them
-# again, at lengths 128 and 256 (384: about as long; 512: 1.2 and more). In
-# bfloat16 `blockwise` is the faster one at every length.
+# again, at lengths 128 and 256 (384: about as long; 512: 1.2 and more), and as
+# much on two that have AVX2 only. In bfloat16 `blockwise` is the faster one at
+# every length.
 DENSE_LENGTH = 256
 
 
@@ -76,7 +77,7 @@ class FlashAttend:
       return self.backend
     axis = self.layout.index("t")
     short = max(q.shape[axis], k.shape[axis]) <= DENSE_LENGTH
-    return "reference" if short and q.dtype == jnp.float32 else None
+    return "dense" if short and q.dtype == jnp.float32 else None
 
   def __call__(
     self, q: jax.Array, k: jax.Array, v: jax.Array, **options: Any

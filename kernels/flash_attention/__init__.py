@@ -65,8 +65,7 @@ def _run(
   sharding: Sharding | None,
 ) -> tuple[jax.Array, jax.Array]:
   """(out, lse), split over a mesh if need be."""
-  # The reference is plain JAX, which the partitioner splits by itself.
-  if sharding is None or backend == "reference" or not sharding.needed:
+  if sharding is None or backend in dispatch.PLAIN or not sharding.needed:
     return dispatch.attend(backend, q, k, v, extras, options)
   chosen, options = dispatch.choose(backend, options)
   return sharded.attend(chosen, q, k, v, extras, options, sharding)

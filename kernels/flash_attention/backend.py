@@ -68,7 +68,15 @@ class _Static:
     return isinstance(other, _Static) and self._key == other._key
 
 
-def _with_mask(extras: Extras, mask: _Static | None) -> Extras:
+def static_mask(extras: Extras) -> tuple[_Static | None, Extras]:
+  """A numpy mask, hashable and apart: as an operand it would be traced."""
+  if not isinstance(extras.block_mask, np.ndarray):
+    return None, extras
+  return _Static(extras.block_mask), extras._replace(block_mask=None)
+
+
+def with_mask(extras: Extras, mask: _Static | None) -> Extras:
+  """The inverse of `static_mask`."""
   return extras if mask is None else extras._replace(block_mask=mask.array)
 
 
@@ -85,7 +93,7 @@ def delta(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _attend(backend, options, mask, q, k, v, extras):
-  return backend.forward(q, k, v, _with_mask(extras, mask), options)
+  return backend.forward(q, k, v, with_mask(extras, mask), options)
 
 
 def _attend_forward(backend, options, mask, q, k, v, extras):
@@ -104,7 +112,7 @@ def _attend_backward(backend, options, mask, residuals, cotangents):
   # An lse of -inf depends on nothing, but logaddexp's gradient there is NaN.
   dlse = jnp.where(lse == -jnp.inf, 0.0, dlse)
   grads = backend.backward(
-    q, k, v, _with_mask(extras, mask), options, out, lse, dout, dlse
+    q, k, v, with_mask(extras, mask), options, out, lse, dout, dlse
   )
   # None is the gradient of integers.
   extras = Extras(
@@ -131,8 +139,5 @@ def attend(
   """
   check(q, k, v, extras, options)
   refuse(backend.CAPABILITIES, q, k, v, extras, options)
-  mask = None
-  if isinstance(extras.block_mask, np.ndarray):
-    mask = _Static(extras.block_mask)
-    extras = extras._replace(block_mask=None)
+  mask, extras = static_mask(extras)
   return _attend(backend, options, mask, q, k, v, extras)

@@ -9,7 +9,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels.flash_attention import backend as backends
-from kernels.flash_attention import blockwise, reference
+from kernels.flash_attention import blockwise, dense, reference
 from kernels.flash_attention.backend import Backend
 from kernels.flash_attention.capabilities import refuse
 from kernels.flash_attention.options import Extras, Options, Unsupported
@@ -17,7 +17,9 @@ from kernels.flash_attention.options import Extras, Options, Unsupported
 _PACKAGE = __name__.rpartition(".")[0]
 
 # Modules of this package, imported when first used: Pallas takes a while.
-BACKENDS = ("reference", "blockwise", "gpu", "tpu")
+BACKENDS = ("reference", "dense", "blockwise", "gpu", "tpu")
+# Plain JAX, and differentiated by it: the partitioner splits them by itself.
+PLAIN = {"reference": reference.attend, "dense": dense.attend}
 
 
 class Platform(NamedTuple):
@@ -136,8 +138,8 @@ def attend(
     ValueError: unknown name, shapes that do not fit, or `Unsupported`.
   """
   backend, options = choose(name, options)
-  if name == "reference":  # differentiated by JAX, for it is the oracle
-    found = reference.attend(q, k, v, extras, options)
+  if name in PLAIN:
+    found = PLAIN[name](q, k, v, extras, options)
     out, lse = map(checkpoint_name, found, backends.RESIDUALS)
     return out, lse
   return backends.attend(backend, q, k, v, extras, options)

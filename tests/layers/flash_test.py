@@ -255,7 +255,7 @@ class LayoutTest(parameterized.TestCase):
     np.testing.assert_allclose(moved[:, :9], want, atol=1e-5)
 
   @parameterized.parameters(
-    ("float32", 256, "reference"),  # the faster one on a CPU, as measured
+    ("float32", 256, "dense"),  # the faster one on a CPU, as measured
     ("float32", 257, None),
     ("bfloat16", 256, None),
   )

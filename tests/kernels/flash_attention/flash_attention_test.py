@@ -20,7 +20,7 @@ WIDE = normal(0, 1, 4, 1, 300)
 class RefusalTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ("layout", dict(layout="bhd"), "layout='bhd'.*bthd, bhtd, bhdt"),
-    ("backend", dict(backend="cuda"), "backend='cuda'.*reference, blockwise"),
+    ("backend", dict(backend="cuda"), "backend='cuda'.*reference, dense"),
     ("rank", dict(q=Q[0]), r"q has shape \(6, 4, 16\).*bthd"),
     ("dtype", dict(q=Q.astype(int)), "q has dtype int32"),
     ("width", dict(q=Q[..., :3]), "k of shape.*head width must be equal"),
@@ -85,6 +85,7 @@ class RefusalTest(parameterized.TestCase):
     ),
     ("blockwise_tiles", "blockwise", dict(tiles=(8,)), r"\(rows, columns\)"),
     ("reference_tiles", "reference", dict(tiles=(8, 8)), "has none; leave"),
+    ("dense_tiles", "dense", dict(tiles=(8, 8)), "has none; leave"),
     (
       "gpu_hardware",
       "gpu",
@@ -232,6 +233,29 @@ class MemoryTest(parameterized.TestCase):
     self.assertLess(long - short, 6 * array)
     # The scores alone would be 2 * 8192^2 * 4 bytes.
     self.assertLess(long, 2 * 8192**2 * 4 / 4)
+
+
+class DenseTest(absltest.TestCase):
+  def test_it_is_the_faster_form_of_what_is_asked(self):
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 33, 2, 8))
+
+    def solve(backend, *, differentiated):
+      def attend(*x):
+        return flash_attention(*x, backend=backend)
+
+      def kept(*x):
+        return jax.vjp(attend, *x)[0]
+
+      return np.asarray(jax.jit(kept if differentiated else attend)(q, k, v))
+
+    alone = solve("dense", differentiated=False)
+    kept = solve("dense", differentiated=True)
+    # Of other rounding than each other, so that the bits tell which it was.
+    self.assertFalse((alone == kept).all())
+    want = solve("blockwise", differentiated=False)
+    np.testing.assert_array_equal(alone, want)
+    want = solve("reference", differentiated=True)
+    np.testing.assert_array_equal(kept, want)
 
 
 if __name__ == "__main__":
