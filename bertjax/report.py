@@ -161,8 +161,7 @@ def _plot(
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
 
-  # Fixed margins: a layout that fits them draws everything several times, which
-  # takes longer than all else that ends a short run.
+  # Fixed margins: a layout that fits them draws everything once more.
   figure = Figure(figsize=(12, 7))
   FigureCanvasAgg(figure)
   panels = figure.subplots(2, 3, gridspec_kw=_MARGINS).flat
