@@ -1,8 +1,8 @@
 """JAX settings of the whole suite; they must precede the first use of JAX."""
 
+import collections
 import gc
 import os
-import pathlib
 import shutil
 import tempfile
 
@@ -62,17 +62,27 @@ _LONGEST = (
 )
 
 
-# Every compiled program is a few mappings of memory, of which Linux allows a
-# process 65,530; the compiler crashes at the next one.
-_MAPPINGS = pathlib.Path("/proc/self/maps")
-_MANY = 30_000
+# Each program that a process keeps makes the next one take longer to compile:
+# after 2,500, twice as long. And each is a few mappings of memory, of which
+# Linux allows a process 65,530; the compiler crashes at the next one.
+_MANY = 300
+_compiled = collections.Counter()
 
 
-@pytest.fixture(autouse=True, scope="module")
+def _count(event, *_, **__):
+  _compiled[event] += 1
+
+
+jax.monitoring.register_event_duration_secs_listener(_count)
+
+
+@pytest.fixture(autouse=True, scope="class")
 def _few_programs():
   yield
-  if _MAPPINGS.exists() and _MAPPINGS.read_bytes().count(b"\n") > _MANY:
+  if _compiled["/jax/core/compile/backend_compile_duration"] > _MANY:
+    _compiled.clear()
     jax.clear_caches()
+    gc.collect()
 
 
 def pytest_collection_modifyitems(items):

@@ -14,6 +14,7 @@ from bertjax.interop import point_bert_files
 from bertjax.models import MODELS
 from bertjax.objectives import OBJECTIVES
 from bertjax.objectives.frozen import frozen_variables, with_frozen
+from tests import jitted
 from tests.models import torch_point_bert as theirs
 from tests.models.point_tokenizer_test import TorchGraph
 
@@ -123,8 +124,11 @@ class FilesTest(parameterized.TestCase):
     model = self.load("tokenizer")
     self.assertEqual(model.spec["patch_size"], M)
     patches = points.group(self.cloud, G, M)
-    found = model.objective.apply(
-      model.variables, patches, method=lambda o, p: o.encoder.logits(p)
+    found = jitted.apply(
+      model.objective,
+      model.variables,
+      patches,
+      method=lambda o, p: o.encoder.logits(p),
     )
     with torch.no_grad():
       expected = self.tokenizer.logits(*self.patches)
@@ -133,8 +137,11 @@ class FilesTest(parameterized.TestCase):
   def test_pretrained(self):
     model = self.load("pretrained")
     self.assertEqual(model.heads, {"token_head", "contrast_head"})
-    found = model.objective.apply(
-      model.variables, {"points": jnp.asarray(self.cloud)}, method="outputs"
+    found = jitted.apply(
+      model.objective,
+      model.variables,
+      {"points": jnp.asarray(self.cloud)},
+      method="outputs",
     )
     with torch.no_grad():
       hidden = self.q.norm(self.q.states(*self.patches)[-1])
@@ -149,8 +156,11 @@ class FilesTest(parameterized.TestCase):
       teacher["params"],
       alone.params["encoder"],
     )
-    _, metrics = model.objective.apply(
-      model.variables, {"points": jnp.asarray(self.cloud)}, train=False
+    _, metrics = jitted.apply(
+      model.objective,
+      model.variables,
+      {"points": jnp.asarray(self.cloud)},
+      train=False,
     )
     self.assertGreater(metrics["tokens_loss"][1], 0)
 

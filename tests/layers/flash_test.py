@@ -17,6 +17,7 @@ from bertjax.models import bert, left_to_right_bert
 from bertjax.objectives import masked_lm
 from bertjax.parallel.mesh import make_mesh
 from kernels.flash_attention.backend import RESIDUALS
+from tests import jitted
 
 V, E, H, F, L, T = 53, 24, 3, 40, 2, 40
 REFERENCE = FlashAttend("reference", "bthd")
@@ -235,7 +236,7 @@ class LayoutTest(parameterized.TestCase):
     x = jnp.ones((2, 5, 12))
     for attend in (Spy(), ATTENTION["reference"]):
       layer = SelfAttention(num_heads=3, head_dim=4, attend=attend)
-      variables = layer.init(jax.random.key(0), x, None, train=False)
+      variables = jitted.init(layer, jax.random.key(0), x, None, train=False)
       shape = variables["params"]["query"]["kernel"].unbox().shape
       self.assertEqual(shape, (12, 3, 4))
     self.assertEqual(seen, [(2, 3, 4, 5)])
@@ -246,11 +247,11 @@ class LayoutTest(parameterized.TestCase):
     outs = {}
     for attend in ("blockwise", "reference"):
       encoder = left_to_right_bert(**dims, max_positions=T, attend=attend)
-      variables = encoder.init(jax.random.key(0), batch)
-      outs[attend] = encoder.apply(variables, batch).hidden
+      variables = jitted.init(encoder, jax.random.key(0), batch)
+      outs[attend] = jitted.apply(encoder, variables, batch).hidden
     np.testing.assert_allclose(outs["blockwise"], outs["reference"], atol=1e-5)
     later = batch | {"tokens": batch["tokens"].at[:, 9:].set(1)}
-    moved = encoder.apply(variables, later).hidden
+    moved = jitted.apply(encoder, variables, later).hidden
     want = outs["blockwise"][:, :9]
     np.testing.assert_allclose(moved[:, :9], want, atol=1e-5)
 
@@ -274,9 +275,9 @@ class LayoutTest(parameterized.TestCase):
     for layout in ("bthd", "bhtd", "bhdt"):
       attend = FlashAttend("blockwise", layout)
       layer = SelfAttention(num_heads=3, head_dim=4, attend=attend)
-      variables = layer.init(jax.random.key(1), x, None, train=False)
+      variables = jitted.init(layer, jax.random.key(1), x, None, train=False)
       variables = jax.tree.map(lambda p: p + 0.1, variables)  # biases count
-      outs.append(layer.apply(variables, x, None, train=False))
+      outs.append(jitted.apply(layer, variables, x, None, train=False))
     np.testing.assert_allclose(outs[1], outs[0], atol=1e-5)
     np.testing.assert_allclose(outs[2], outs[0], atol=1e-5)
 

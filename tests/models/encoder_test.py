@@ -18,6 +18,7 @@ from bertjax.models.encoder import (
   unstack_layers,
 )
 from bertjax.objectives import masked_lm
+from tests import jitted
 
 V, E, H, F, L, T = 53, 24, 3, 40, 2, 13
 DIMS = dict(vocab_size=V, emb_dim=E, num_heads=H, mlp_dim=F, num_layers=L)
@@ -291,8 +292,8 @@ class EncoderTest(parameterized.TestCase):
     self.assertNotIn("final_norm", shapes["post"]["encoder"])
     self.assertNotIn("attention_norm", shapes["none"]["encoder"]["layers"])
     objective = build(norm="pre")
-    hidden = objective.apply(
-      {"params": loud(init(objective))}, example(), method="encode"
+    hidden = jitted.apply(
+      objective, {"params": loud(init(objective))}, example(), method="encode"
     )
     np.testing.assert_allclose(hidden.mean(-1), 0, atol=1e-5)  # float32 mean
     np.testing.assert_allclose(hidden.std(-1), 1, atol=1e-3)  # epsilon

@@ -11,6 +11,7 @@ from bertjax import points
 from bertjax.metrics import flops
 from bertjax.models import point_bert
 from bertjax.models.point_bert.tokenizer import uniformity
+from tests import jitted
 
 B, N, G, M, E, V = 3, 60, 6, 8, 12, 20
 
@@ -150,8 +151,12 @@ class PartsTest(parameterized.TestCase):
   def test_patch_embedding(self, train):
     theirs = shaken(TorchPatches()).train(train)
     variables = {"params": as_flax(theirs), "batch_stats": averages(theirs)}
-    mine, state = point_bert.MiniPointNet(E).apply(
-      variables, self.patches.points, train=train, mutable=["batch_stats"]
+    mine, state = jitted.apply(
+      point_bert.MiniPointNet(E),
+      variables,
+      self.patches.points,
+      train=train,
+      mutable=("batch_stats",),
     )
     self.compare(mine, theirs(torch.from_numpy(self.patches.points)))
     after = averages(theirs)
@@ -172,8 +177,11 @@ class PartsTest(parameterized.TestCase):
 
   def test_graph(self):
     theirs = shaken(TorchGraph(E, V))
-    mine = point_bert.DGCNN(V).apply(
-      {"params": as_flax(theirs)}, self.features, self.patches.centres
+    mine = jitted.apply(
+      point_bert.DGCNN(V),
+      {"params": as_flax(theirs)},
+      self.features,
+      self.patches.centres,
     )
     self.compare(
       mine,
@@ -186,8 +194,12 @@ class PartsTest(parameterized.TestCase):
   def test_folding(self, train):
     theirs = shaken(TorchFolding()).train(train)
     variables = {"params": as_flax(theirs), "batch_stats": averages(theirs)}
-    mine, _ = point_bert.Folding(M).apply(
-      variables, self.features, train=train, mutable=["batch_stats"]
+    mine, _ = jitted.apply(
+      point_bert.Folding(M),
+      variables,
+      self.features,
+      train=train,
+      mutable=("batch_stats",),
     )
     for a, b in zip(mine, theirs(torch.from_numpy(self.features))):
       self.compare(a, b)
@@ -205,11 +217,17 @@ class TokenizerTest(parameterized.TestCase):
     cloud = rng.normal(size=(B, N, 3)).astype(np.float32)
     cls.patches = points.group(cloud, G, M)
     cls.model = point_bert.PointTokenizer(M, V, E)
-    cls.variables = cls.model.init(jax.random.key(0), cls.patches, train=False)
+    cls.variables = jitted.init(
+      cls.model, jax.random.key(0), cls.patches, train=False
+    )
 
   def apply(self, variables=None, **options):
-    return self.model.apply(
-      variables or self.variables, self.patches, train=False, **options
+    return jitted.apply(
+      self.model,
+      variables or self.variables,
+      self.patches,
+      train=False,
+      **options,
     )
 
   def test_cold_mixtures_and_hard_ones_are_the_likeliest_code(self):
@@ -219,7 +237,9 @@ class TokenizerTest(parameterized.TestCase):
     np.testing.assert_allclose(hard.fine, cold.fine, atol=1e-4)
     soft = self.apply()
     self.assertGreater(np.abs(soft.fine - cold.fine).max(), 1e-3)
-    codes = self.model.apply(self.variables, self.patches, method="codes")
+    codes = jitted.apply(
+      self.model, self.variables, self.patches, method="codes"
+    )
     np.testing.assert_array_equal(codes, soft.logits.argmax(-1))
 
   def test_hard_codes_have_the_gradient_of_soft_ones(self):
@@ -230,7 +250,9 @@ class TokenizerTest(parameterized.TestCase):
     slope = jax.jit(jax.grad(loss))(self.variables["params"])
     self.assertGreater(np.abs(slope["embed"]["point_in"]["kernel"]).max(), 0)
     # Only codes that were chosen are decoded.
-    codes = self.model.apply(self.variables, self.patches, method="codes")
+    codes = jitted.apply(
+      self.model, self.variables, self.patches, method="codes"
+    )
     rows = np.abs(slope["codebook"]).max(1) > 0
     self.assertEqual(set(np.flatnonzero(rows)), set(np.ravel(codes)))
 
@@ -242,7 +264,7 @@ class TokenizerTest(parameterized.TestCase):
 
   def test_order_within_a_patch_does_not_matter(self):
     turned = self.patches._replace(points=self.patches.points[:, :, ::-1])
-    logits = self.model.apply(self.variables, turned, method="logits")
+    logits = jitted.apply(self.model, self.variables, turned, method="logits")
     np.testing.assert_allclose(logits, self.apply().logits, atol=1e-5)
 
   def test_uniformity_vanishes_for_equal_use_alone(self):

@@ -15,6 +15,7 @@ from bertjax.interop.names import NameMap
 from bertjax.models import MODELS
 from bertjax.models.encoder import stack_layers, unstack_layers
 from bertjax.models.point_bert import inputs
+from tests import jitted
 from tests.models import torch_point_bert as theirs
 
 B, N, G, M, E, H, F, L = 3, 40, 7, 5, 24, 4, 10, 3
@@ -35,7 +36,7 @@ def count(tree):
 
 def initialised(encoder, batch, key=0):
   rngs = {"params": jax.random.key(key), "dropout": jax.random.key(1)}
-  return nn.meta.unbox(encoder.init(rngs, batch, train=False))
+  return nn.meta.unbox(jitted.init(encoder, rngs, batch, train=False))
 
 
 class TrunkTest(parameterized.TestCase):
@@ -84,7 +85,9 @@ class TrunkTest(parameterized.TestCase):
 
   def test_the_norm_of_an_earlier_block_is_the_last_norm(self):
     found = self.apply(self.variables, {"points": self.cloud})
-    mine = self.encoder.apply(self.variables, found.layers[2], method="normed")
+    mine = jitted.apply(
+      self.encoder, self.variables, found.layers[2], method="normed"
+    )
     other = self.torch.norm(self.expected()[1]).detach()
     np.testing.assert_allclose(mine, other, atol=1e-4)
 
@@ -170,14 +173,18 @@ class TrunkTest(parameterized.TestCase):
     variables = initialised(encoder, batch)
     self.assertIn("mask", variables["params"]["embeddings"])
     self.assertNotIn("mask", self.variables["params"]["embeddings"])
-    found = encoder.apply(variables, batch).hidden
+    found = jitted.apply(encoder, variables, batch).hidden
     other = self.patches._replace(points=self.patches.points.at[:, 2].set(9.0))
-    hidden = encoder.apply(variables, {**batch, "patches": other}).hidden
+    hidden = jitted.apply(
+      encoder, variables, {**batch, "patches": other}
+    ).hidden
     np.testing.assert_array_equal(hidden, found)
     other = self.patches._replace(
       centres=self.patches.centres.at[:, 2].set(9.0)
     )
-    placed = encoder.apply(variables, {**batch, "patches": other}).hidden
+    placed = jitted.apply(
+      encoder, variables, {**batch, "patches": other}
+    ).hidden
     self.assertGreater(np.abs(placed - found).max(), 1e-3)
 
   @parameterized.named_parameters(

@@ -18,6 +18,7 @@ from bertjax import interop, registry
 from bertjax.models import MODELS
 from bertjax.objectives.base import total_loss
 from bertjax.objectives.fine_tuning import FINE_TUNING
+from tests import jitted
 
 # Sums of a few dozen float32 products in another order.
 ATOL = 1e-5
@@ -59,7 +60,7 @@ def torch_inputs(batch):
 
 
 def loss_of(objective, params, batch):
-  sums, _ = objective.apply({"params": params}, batch, train=False)
+  sums, _ = jitted.apply(objective, {"params": params}, batch, train=False)
   weights = objective.weights(batch)
   return float(total_loss(sums, weights, objective.coefficients))
 
@@ -92,7 +93,7 @@ class ParityTest(absltest.TestCase):
     if spec["name"] in ("token_classification", "span_qa"):
       params.pop("pooler", None)
     batch = jax.tree.map(jnp.asarray, {**batch, "labels": labels})
-    found = objective.apply({"params": params}, batch, method="logits")
+    found = jitted.apply(objective, {"params": params}, batch, method="logits")
     # The tree has exactly the parameters that the objective makes.
     fresh = nn.meta.unbox(
       jax.eval_shape(

@@ -8,6 +8,7 @@ from absl.testing import absltest
 
 from bertjax.models import bert, left_to_right_bert
 from bertjax.objectives import left_to_right, left_to_right_lm
+from tests import jitted
 
 V, B, T, M = 31, 3, 9, 5
 _SIZES = dict(
@@ -58,7 +59,7 @@ class LeftToRightLMTest(absltest.TestCase):
 
   def apply(self, batch, objective=None):
     objective = objective or self.objective
-    return objective.apply(self.variables, batch, train=False)
+    return jitted.apply(objective, self.variables, batch, train=False)
 
   def test_unmasked_restores_the_tokens_and_ignores_empty_slots(self):
     original = tokens()

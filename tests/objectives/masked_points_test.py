@@ -19,6 +19,7 @@ from bertjax.objectives.masked_points import (
 )
 from bertjax.parallel.mesh import make_mesh
 from bertjax.parallel.sharding import put_batch
+from tests import jitted
 
 B, N, G, M, V = 16, 24, 9, 4, 6
 _OPTIONS = dict(contrast_dim=5, queue_size=48, contrast=True)
@@ -244,8 +245,11 @@ class ObjectiveTest(parameterized.TestCase):
 
   def test_projections_are_those_of_the_contrast(self):
     batch = clouds()
-    found = self.objective.apply(self.variables, batch, method="project")
-    cls = self.objective.apply(self.variables, batch, method="encode")[:, 0]
+    found, hidden = (
+      jitted.apply(self.objective, self.variables, batch, method=method)
+      for method in ("project", "encode")
+    )
+    cls = hidden[:, 0]
     head = self.variables["params"]["contrast_head"]
     inner = jax.nn.gelu(
       cls @ head["dense"]["kernel"] + head["dense"]["bias"][None],
@@ -256,11 +260,12 @@ class ObjectiveTest(parameterized.TestCase):
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
   def test_evaluation_repeats_changes_nothing_and_contrasts_nothing(self):
-    (sums, metrics), extra = self.objective.apply(
+    (sums, metrics), extra = jitted.apply(
+      self.objective,
       self.variables,
       clouds(),
       train=False,
-      mutable=list(state_only(self.variables)),
+      mutable=tuple(state_only(self.variables)),
     )
     self.assertEqual(set(sums), {"tokens", "mixed_tokens"})
     jax.tree.map(
@@ -286,17 +291,21 @@ class ObjectiveTest(parameterized.TestCase):
     moved = {"tokenizer": {"variables": frozen | {"batch_stats": stats}}}
     for own in (True, False):
       made = objective(batch_statistics=not own)
-      _, metrics = made.apply(
+      _, metrics = jitted.apply(
+        made,
         {**self.variables, "frozen": moved},
         clouds(),
         train=True,
         rngs={"dropout": jax.random.key(0)},
-        mutable=list(state_only(self.variables)),
+        mutable=tuple(state_only(self.variables)),
       )[0]
       most, count = metrics["frequent_code_share"]
       self.assertEqual(bool(most == count), own)
-    _, metrics = objective(batch_statistics=True).apply(
-      {**self.variables, "frozen": moved}, clouds(), train=False
+    _, metrics = jitted.apply(
+      objective(batch_statistics=True),
+      {**self.variables, "frozen": moved},
+      clouds(),
+      train=False,
     )
     self.assertEqual(*metrics["frequent_code_share"])
 

@@ -17,6 +17,7 @@ from bertjax.objectives import OBJECTIVES
 from bertjax.objectives.part_segmentation import Segmenter
 from bertjax.objectives.point_classification import CloudHead, smoothed
 from bertjax.objectives.step import clock
+from tests import jitted
 from tests.models import torch_point_bert as theirs
 
 B, N, G, M, E, H, F, L = 3, 40, 7, 5, 24, 4, 10, 3
@@ -228,7 +229,7 @@ class HeadsTest(parameterized.TestCase):
 
     @jax.jit
     def views(keys):
-      variables = head.init(keys[0], *inputs, train=False)
+      variables = jitted.init(head, keys[0], *inputs, train=False)
 
       def said(head, key):
         options = dict(train=True, rngs={"dropout": key}, mutable="batch_stats")
@@ -262,8 +263,8 @@ class HeadsTest(parameterized.TestCase):
     batch = clouds()
     for name, labels in (("classifier", "labels"), ("segmenter", "parts")):
       objective, variables, _ = pair(name)
-      sums, metrics = objective.apply(variables, batch, train=False)
-      logits = objective.apply(variables, batch, method="logits")
+      sums, metrics = jitted.apply(objective, variables, batch, train=False)
+      logits = jitted.apply(objective, variables, batch, method="logits")
       known = torch.from_numpy(np.array(batch[labels])).long()
       expected = torch.nn.functional.cross_entropy(
         torch.from_numpy(np.array(logits)).reshape(-1, logits.shape[-1]),
@@ -317,10 +318,14 @@ class HeadsTest(parameterized.TestCase):
       )
       return change, metrics["batch_norm_share"][0]
 
-    _, plain = objective.apply(
-      variables, clouds(), train=True, mutable=["batch_stats"],
+    _, plain = jitted.apply(
+      objective,
+      variables,
+      clouds(),
+      train=True,
+      mutable=("batch_stats",),
       rngs={"dropout": jax.random.key(0)},
-    )  # fmt: skip
+    )
     plain = jax.tree.map(
       jnp.subtract, plain["batch_stats"], variables["batch_stats"]
     )  # a tenth of the way to the batch
@@ -331,7 +336,7 @@ class HeadsTest(parameterized.TestCase):
       for a, b in zip(jax.tree.leaves(change), jax.tree.leaves(plain)):
         np.testing.assert_allclose(a, b * share / 0.1, atol=2e-5)
     # Outside training there is no clock and no schedule.
-    _, metrics = scheduled.apply(variables, clouds(), train=False)
+    _, metrics = jitted.apply(scheduled, variables, clouds(), train=False)
     self.assertNotIn("batch_norm_share", metrics)
 
   def test_smoothing_leaves_the_label_its_part(self):
@@ -353,8 +358,8 @@ class HeadsTest(parameterized.TestCase):
     # It is for training alone.
     objective, variables, _ = pair("classifier")
     smooth = objective.clone(smoothing=0.2)
-    plain, _ = objective.apply(variables, clouds(), train=False)
-    same, _ = smooth.apply(variables, clouds(), train=False)
+    plain, _ = jitted.apply(objective, variables, clouds(), train=False)
+    same, _ = jitted.apply(smooth, variables, clouds(), train=False)
     self.assertEqual(plain["classification"], same["classification"])
     losses = [
       o.apply(

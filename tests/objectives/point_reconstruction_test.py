@@ -17,6 +17,7 @@ from bertjax.models import bert, point_tokenizer
 from bertjax.objectives import build_objective, masked_lm
 from bertjax.objectives.step import clock, streams
 from bertjax.parallel.mesh import make_mesh
+from tests import jitted
 
 B, N, G, M, V = 4, 40, 5, 8, 12
 _SPEC = dict(name="point_reconstruction", kl_weight=0.3, kl_delay=10,
@@ -48,30 +49,34 @@ class ReconstructionTest(parameterized.TestCase):
       "labels": np.array([0, 2, 2, 0], np.int32),
     }
     cls.batch = jax.tree.map(jnp.asarray, cls.batch)
-    cls.variables = cls.objective.init(
-      jax.random.key(0), cls.batch, train=False
+    cls.variables = jitted.init(
+      cls.objective, jax.random.key(0), cls.batch, train=False
     )
-    cls.found = cls.objective.apply(cls.variables, cls.batch, method="outputs")
+    cls.found = jitted.apply(
+      cls.objective, cls.variables, cls.batch, method="outputs"
+    )
     cls.patches = encoder.group(cls.batch["points"])
 
-  def apply(self, batch=None, **variables):
-    return self.objective.apply(
-      {**self.variables, **variables}, batch or self.batch, train=False
+  def apply(self, batch=None):
+    return jitted.apply(
+      self.objective, self.variables, batch or self.batch, train=False
     )
 
   def training(self, step, seed=0):
     """Terms and metrics of a training step."""
-    (terms, metrics), _ = self.objective.apply(
+    (terms, metrics), _ = jitted.apply(
+      self.objective,
       {**self.variables, **clock(jnp.int32(step))},
       self.batch,
       train=True,
       rngs=streams(jax.random.key(seed)),
-      mutable=["batch_stats"],
+      mutable=("batch_stats",),
     )
     return terms, metrics
 
   def test_the_loss_is_the_distance_of_decoded_patches(self):
-    parts = self.objective.encoder.apply(
+    parts = jitted.apply(
+      self.objective.encoder,
       {k: v["encoder"] for k, v in self.variables.items()},
       self.patches,
       train=False,
@@ -94,8 +99,8 @@ class ReconstructionTest(parameterized.TestCase):
     found = np.asarray(self.found["points"])
     self.assertEqual(found.shape, (B, G * M, 3))
     pairs = [distances(a, b) for a, b in zip(found, self.batch["points"])]
-    clouds, counts = self.objective.apply(
-      self.variables, self.batch, method="measure"
+    clouds, counts = jitted.apply(
+      self.objective, self.variables, self.batch, method="measure"
     )
     l1 = [1000 * (f.mean() + g.mean()) / 2 for f, g in pairs]
     l2 = [1000 * ((f**2).mean() + (g**2).mean()) for f, g in pairs]
@@ -108,8 +113,11 @@ class ReconstructionTest(parameterized.TestCase):
 
   def test_near_points_are_hits(self):
     strict, mild = (
-      build_objective(_SPEC | dict(threshold=t), self.objective.encoder).apply(
-        self.variables, self.batch, method="measure"
+      jitted.apply(
+        build_objective(_SPEC | dict(threshold=t), self.objective.encoder),
+        self.variables,
+        self.batch,
+        method="measure",
       )[0]["f_score"]
       for t in (0.01, 0.9)
     )
@@ -193,7 +201,7 @@ class ReconstructionTest(parameterized.TestCase):
       jax.tree.map(jnp.asarray, row) for row in dataset.evaluation_batches(1)
     ]
     each = [
-      self.objective.apply(self.variables, row, method="measure")
+      jitted.apply(self.objective, self.variables, row, method="measure")
       for row in rows
     ]
     l2 = {int(row["labels"][0]): float(c["cd_l2"][0])
@@ -240,7 +248,7 @@ class FlopsTest(absltest.TestCase):
       ).items()
     }
     variables = nn.meta.unbox(
-      objective.init(jax.random.key(0), batch, train=False)
+      jitted.init(objective, jax.random.key(0), batch, train=False)
     )
     counted = flops.products(
       lambda v: objective.apply(v, batch, train=False), variables

@@ -15,6 +15,9 @@ from bertjax.parallel.grids import LANES, Compression, grid_of, order_of
 from bertjax.parallel.mesh import make_mesh
 from tests.parallel import onebit_oracle
 
+_cut_servers = jax.jit(elastic.cut_servers, static_argnums=1)
+_joined_servers = jax.jit(elastic.joined_servers, static_argnums=1)
+
 # No product of lengths is divisible by 2, 4 or 8; one scanned stack; a scalar.
 _SHAPES, _STACKED = ((5, 7), (3, 2, 6), ()), (0, 1, 0)
 
@@ -59,7 +62,7 @@ def _inputs(workers, compression, shapes=_SHAPES, stacked=_STACKED, make=None):
   for shape, grid in zip(shapes, grids):
     whole = jnp.asarray(make(shape))
     wanted = (workers, *(1,) * len(shape), grid.rows, grid.piece)
-    cut = elastic.cut_servers(whole, wanted)
+    cut = _cut_servers(whole, wanted)
     d.append(np.asarray(cut).reshape(workers, grid.rows, grid.piece))
   return x, e, d
 
@@ -71,8 +74,7 @@ def _no_server_errors(workers, length):
 
 def _joined(d, shape):
   wanted = (d.shape[0], *(1,) * len(shape), *d.shape[1:])
-  return np.asarray(elastic.joined_servers(jnp.asarray(d).reshape(wanted),
-                                           shape))  # fmt: skip
+  return np.asarray(_joined_servers(d.reshape(wanted), shape))
 
 
 class SignsTest(parameterized.TestCase):
@@ -384,10 +386,10 @@ class OrderTest(parameterized.TestCase):
     whole = np.random.default_rng(6).normal(size=shape).astype(np.float32)
     grid = grid_of(shape, workers, compression, 1)
     wanted = (workers, 1, 1, 1, 1, grid.rows, grid.piece)
-    cut = elastic.cut_servers(jnp.asarray(whole), wanted)
+    cut = _cut_servers(jnp.asarray(whole), wanted)
     split = grid.split(jnp.asarray(whole), workers)
     np.testing.assert_array_equal(cut, split.reshape(wanted))
-    np.testing.assert_array_equal(elastic.joined_servers(cut, shape), whole)
+    np.testing.assert_array_equal(_joined_servers(cut, shape), whole)
 
 
 class ElasticTest(parameterized.TestCase):
@@ -400,16 +402,12 @@ class ElasticTest(parameterized.TestCase):
     def cut(workers, shards, rows):
       local = whole.size // int(np.prod(shards)) // rows
       piece = -(-local // workers)
-      return elastic.cut_servers(
-        jnp.asarray(whole), (workers, *shards, rows, piece)
-      )
+      return _cut_servers(jnp.asarray(whole), (workers, *shards, rows, piece))
 
     old = cut(4, shards, rows)
-    np.testing.assert_array_equal(
-      elastic.joined_servers(old, whole.shape), whole
-    )
-    again = elastic.cut_servers(
-      elastic.joined_servers(old, whole.shape), cut(new, (1, 2, 1), 3).shape
+    np.testing.assert_array_equal(_joined_servers(old, whole.shape), whole)
+    again = _cut_servers(
+      _joined_servers(old, whole.shape), cut(new, (1, 2, 1), 3).shape
     )
     np.testing.assert_array_equal(again, cut(new, (1, 2, 1), 3))
 
