@@ -43,7 +43,7 @@ TFDS = [
 BEAM = ["apache-beam==2.77.0"]
 # Files of point clouds and meshes; TensorFlow allows no newer h5py.
 POINTS = ["h5py==3.14.0", "trimesh==5.2.0"]
-NOTEBOOKS = ["ipykernel==7.4.0", "jupytext==1.19.6", "nbmake==1.5.5"]
+NOTEBOOKS = ["ipykernel==7.4.0", "nbclient==0.11.0", "nbformat==5.11.1"]
 # XLA's CUDA compiler and NVIDIA's assembler, without the runtime libraries. The
 # extra's name has a hyphen: older pips find no underscore in it.
 GPU_COMPILER = [
