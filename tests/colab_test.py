@@ -88,8 +88,8 @@ class NotebooksTest(parameterized.TestCase):
       keywords = {word.arg: None for word in node.keywords}
       inspect.signature(called).bind(*node.args, **keywords)
 
-  @pytest.mark.slow
   @parameterized.parameters(*_SMALL)
+  @pytest.mark.slow
   def test_it_runs(self, name):
     notebook = nbformat.read(_NOTEBOOKS[name], as_version=4)
     [given] = _cells(notebook, tag="parameters")
