@@ -90,15 +90,18 @@ class Experiment:
 
   def init(self) -> TrainState:
     """A fresh state, created where it is sharded to."""
-    make = functools.partial(
-      train_state.init_state,
-      self.objective,
-      self.optimizer.transform,
-      self.batch_spec,
+    where = self.shardings
+    variables = functools.partial(
+      train_state.init_variables, self.objective, self.batch_spec
     )
+    state = functools.partial(train_state.start, self.optimizer.transform)
+    # The first takes long to compile, and is the same with any optimizer.
     with jax.set_mesh(self.mesh):
-      return jax.jit(make, out_shardings=self.shardings)(
-        self.key, self.step_key
+      made = jax.jit(
+        variables, out_shardings={"params": where.params, **where.extra}
+      )(self.key)
+      return jax.jit(state, out_shardings=where, donate_argnums=0)(
+        made, self.step_key
       )
 
   def evaluators(self) -> dict[str, tuple[int, Evaluator]]:
@@ -294,7 +297,8 @@ def build(
   objective = build_objective(settings, data)
   batch_spec = data.batch_spec(data.batch_size)
   _check_batch(settings, objective, batch_spec)
-  params, axes = train_state.abstract_params(objective, batch_spec)
+  with jax.set_mesh(mesh):
+    params, axes = train_state.abstract_params(objective, batch_spec)
   optimizer = build_optimizer(
     _optim(settings, mesh),
     total_steps=settings.horizon or settings.stop["steps"],
@@ -306,9 +310,10 @@ def build(
   )
   key = jax.random.key(settings.seed_of("init"), impl=INIT_GENERATOR)
   step_key = jax.random.key(settings.seed_of("dropout"), impl=settings.prng)
-  abstract, shardings = train_state.state_shardings(
-    objective, optimizer.transform, batch_spec, mesh, key, step_key
-  )
+  with jax.set_mesh(mesh):
+    abstract, shardings = train_state.state_shardings(
+      objective, optimizer.transform, batch_spec, mesh, key, step_key
+    )
   abstract = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=sharding

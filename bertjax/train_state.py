@@ -47,7 +47,8 @@ def abstract_variables(
 ) -> Any:
   """Shapes of an objective's variables, boxed with their logical axes."""
   return jax.eval_shape(
-    functools.partial(_initialised, objective, batch_spec), jax.random.key(0)
+    functools.partial(_traced_once, objective, _items(batch_spec)),
+    jax.random.key(0),
   )
 
 
@@ -55,6 +56,17 @@ def _initialised(objective, batch_spec, key):
   return objective.init(
     {"params": key, "dropout": key}, dummy_batch(batch_spec), train=False
   )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _traced_once(objective, batch_spec, key):
+  """`_initialised`, for shapes and for values."""
+  return _initialised(objective, dict(batch_spec), key)
+
+
+def _items(batch_spec):
+  """As `_traced_once` takes it: hashable."""
+  return tuple(sorted(batch_spec.items()))
 
 
 def linear_layers(
@@ -74,6 +86,39 @@ def abstract_params(
   return nn.meta.unbox(params), logical_axes(params)
 
 
+def init_variables(
+  objective: nn.Module,
+  batch_spec: Mapping[str, jax.ShapeDtypeStruct],
+  key: jax.Array,
+) -> dict[str, Any]:
+  """Parameters and other collections of an objective, without their boxes."""
+  init_key = jax.random.split(key)[0]
+  return nn.meta.unbox(_traced_once(objective, _items(batch_spec), init_key))
+
+
+def start(
+  transform: optax.GradientTransformation,
+  variables: Mapping[str, Any],
+  key: jax.Array,
+) -> TrainState:
+  """The state before the first step.
+
+  Args:
+    transform: whose state is made.
+    variables: of `init_variables`.
+    key: of what the steps draw.
+  """
+  extra = dict(variables)
+  params = extra.pop("params")
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=transform.init(params),
+    key=jax.random.split(key)[1],
+    extra=extra,
+  )
+
+
 def init_state(
   objective: nn.Module,
   transform: optax.GradientTransformation,
@@ -90,23 +135,8 @@ def init_state(
     key: of initialisation.
     step_key: of what the steps draw; by default `key` as well.
   """
-  return _boxed_and_state(objective, transform, batch_spec, key, step_key)[1]
-
-
-def _boxed_and_state(objective, transform, batch_spec, key, step_key):
-  """`init_state`, after its parameters boxed with their logical axes."""
-  init_key = jax.random.split(key)[0]
-  train_key = jax.random.split(key if step_key is None else step_key)[1]
-  boxed = _initialised(objective, batch_spec, init_key)
-  variables = nn.meta.unbox(boxed)
-  params = variables.pop("params")
-  return boxed["params"], TrainState(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    opt_state=transform.init(params),
-    key=train_key,
-    extra=variables,
-  )
+  variables = init_variables(objective, batch_spec, key)
+  return start(transform, variables, key if step_key is None else step_key)
 
 
 def state_shardings(
@@ -121,12 +151,15 @@ def state_shardings(
 
   Optimizer state is sharded like its parameter; all else is replicated.
   """
-  boxed, abstract = jax.eval_shape(
-    functools.partial(_boxed_and_state, objective, transform, batch_spec),
-    key,
-    step_key,
+  boxed = abstract_variables(objective, batch_spec)
+  abstract = jax.eval_shape(
+    functools.partial(start, transform),
+    nn.meta.unbox(boxed),
+    key if step_key is None else step_key,
   )
-  params = parameter_shardings(abstract.params, logical_axes(boxed), mesh)
+  params = parameter_shardings(
+    abstract.params, logical_axes(boxed["params"]), mesh
+  )
   whole = NamedSharding(mesh, PartitionSpec())
   shardings = jax.tree.map(lambda _: whole, abstract).replace(
     params=params,

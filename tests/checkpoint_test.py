@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl.testing import absltest, parameterized
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from bertjax import checkpoint
 from tests.checkpoints import (
@@ -15,6 +17,7 @@ from tests.checkpoints import (
   abstract,
   bits,
   make_state,
+  mesh,
   save,
   saver,
   temporary,
@@ -108,12 +111,15 @@ class CheckpointTest(parameterized.TestCase):
     kernel = restored.state.params["encoder"]["kernel"]
     self.assertLen(kernel.sharding.device_set, 1)
 
-  def test_buffers_may_be_donated_while_the_save_runs(self):
+  @parameterized.parameters(1, 8)
+  def test_buffers_may_be_donated_while_the_save_runs(self, devices):
     overwrite = jax.jit(
       lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0
     )
-    big = {"params": {"w": jnp.arange(3_000_000, dtype=jnp.float32) + 1}}
-    expected = np.array(big["params"]["w"])
+    expected = np.arange(3_000_000, dtype=np.float32) + 1
+    big = jax.device_put(
+      {"params": {"w": expected}}, NamedSharding(mesh(devices), P())
+    )
     with checkpoint.Checkpointer(self.workdir) as checkpointer:
       save(checkpointer, 1, big)
       for _ in range(3):
@@ -121,6 +127,14 @@ class CheckpointTest(parameterized.TestCase):
       jax.block_until_ready(big)
     params, _ = checkpoint.load_params(self.workdir)
     np.testing.assert_array_equal(params["w"], expected)
+
+  def test_copies_are_saved_without_compiling(self):
+    everywhere = NamedSharding(mesh(8), P())
+    state = jax.device_put(make_state(3, rows=56), everywhere)
+    with jax.log_compiles(), self.assertNoLogs("jax", "WARNING"):
+      save(saver(self.workdir), 3, state)
+    restored = saver(self.workdir).restore(abstract(state, 2))
+    self.assert_same(restored.state, state)
 
   def test_load_params_needs_no_mesh_and_reads_only_parameters(self):
     state = make_state(4)

@@ -24,6 +24,8 @@ os.environ["XLA_FLAGS"] = " ".join(
     os.environ.get("XLA_FLAGS", ""),
   )
 ).strip()
+# A worker per core: threads of OpenMP would wait for each other, spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # A folder per session and worker: nothing outlives a run of the suite, and no
 # two workers write the same file.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="compiled-")

@@ -23,6 +23,9 @@ Adapt = Callable[
   [Mapping[str, tuple[int, ...]], Any], tuple[Any, Callable[[Any], Any]]
 ]
 
+# Bytes of an array from which on its replicas write it together.
+_WORTH_DIVIDING = 2**24
+
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
@@ -151,7 +154,10 @@ class Checkpointer:
       except OSError as err:
         raise self._failure(step, needed, err) from err
     try:
-      self._orbax.save(target / disk.STATE, args=ocp.args.StandardSave(state))
+      self._orbax.save(
+        target / disk.STATE,
+        args=ocp.args.StandardSave(jax.tree.map(_one_replica, state)),
+      )
     except Exception as err:
       self._discard(target)
       raise self._failure(step, needed, err) from err
@@ -393,6 +399,18 @@ class Checkpointer:
     except disk.DamagedError:
       return False
     return True
+
+
+def _one_replica(x: Any) -> Any:
+  """A small array as its first device has it, if this process has them all.
+
+  Orbax lets each device write a slice, and each slice is a program to compile.
+  """
+  if not isinstance(x, jax.Array) or contents.nbytes(x) >= _WORTH_DIVIDING:
+    return x
+  if not (x.is_fully_replicated and x.is_fully_addressable):
+    return x
+  return x.addressable_data(0)
 
 
 def _told(step: int | None) -> int | None:
