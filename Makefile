@@ -10,6 +10,8 @@ PYTHON ?= python3.11
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 WORKDIR ?= runs/quickstart
+# Workers of `test` and `typecheck`; auto: one per core that has 4 GB.
+JOBS ?= auto
 # The quickstart is for any machine; JAX_PLATFORMS=tpu or cuda where there is one.
 export JAX_PLATFORMS ?= cpu
 
@@ -30,7 +32,7 @@ quickstart: $(VENV)/core
 	  --text="Return a new [MASK] with the given shape and dtype."
 
 test: $(VENV)/test
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(RUN) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # Not in `test`: what users run is not decorated, and tests named ill_typed pass
 # an argument of another type on purpose, to read the message.
@@ -38,7 +40,7 @@ TYPECHECKED := $(addprefix tests/,layers objectives metrics tasks \
   data/tokenizers data/masking_test.py data/dataset_test.py \
   data/sentences_test.py data/abstract_test.py optim/schedules_test.py)
 typecheck: $(VENV)/test
-	$(RUN) -m pytest -n 2 --dist loadfile $(TYPECHECKED) \
+	$(RUN) -m pytest -n $(JOBS) --dist loadfile $(TYPECHECKED) \
 	  --jaxtyping-packages=bertjax,tests.typechecker.check \
 	  -k "not ill_typed and not LearningTest"
 

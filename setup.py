@@ -60,6 +60,7 @@ TEST = [
   *GPU_COMPILER,
   "beartype==0.22.9",
   "hypothesis==6.170.15",
+  "joblib==1.6.0",
   "jsonschema==4.26.0",
   "keras==3.15.1",
   "libtpu==0.0.42.1",  # compiles for TPUs on any machine

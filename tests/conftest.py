@@ -33,6 +33,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import jax
+import joblib
 import pytest
 from absl import flags
 
@@ -85,6 +86,16 @@ def _few_programs():
     _compiled.clear()
     jax.clear_caches()
     gc.collect()
+
+
+# Bytes that a worker grows to.
+_WORKER = 4e9
+
+
+def pytest_xdist_auto_num_workers():
+  """A worker per core, if there is memory for them."""
+  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  return max(1, min(joblib.cpu_count(), int(memory / _WORKER)))
 
 
 def pytest_collection_modifyitems(items):
