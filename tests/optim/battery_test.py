@@ -34,7 +34,7 @@ SPECS = {name: dict(name=name) for name in sorted(OPTIMIZERS)} | {
   for name in sorted(PRECONDITIONERS)
 }
 ROWS = list(SPECS)
-NUM_LAYERS = 3
+NUM_LAYERS = 2
 
 
 def unstacked():
@@ -306,13 +306,13 @@ class BuilderTest(parameterized.TestCase):
     factor = jax.tree.map(lambda x, y: y / x, a, b)
     encoder = factor["encoder"]
     np.testing.assert_allclose(
-      encoder["embeddings"]["token"]["embedding"], 0.125
+      encoder["embeddings"]["token"]["embedding"], 0.25
     )
     np.testing.assert_allclose(
-      encoder["layers"]["up"]["kernel"][:, 0, 0], [0.25, 0.5, 1.0]
+      encoder["layers"]["up"]["kernel"][:, 0, 0], [0.5, 1.0]
     )
     np.testing.assert_allclose(
-      encoder["layers"]["norm"]["scale"][:, 0], [0.25, 0.5, 1.0]
+      encoder["layers"]["norm"]["scale"][:, 0], [0.5, 1.0]
     )
     np.testing.assert_allclose(factor["head"]["kernel"], 1.0)
 
