@@ -46,13 +46,12 @@ def segmenter(**options):
 
 def clouds():
   rng = np.random.default_rng(0)
-  rows = {
+  return {
     "points": rng.normal(size=(B, N, 3)).astype(np.float32),
     "labels": np.array([2, -1, 5], np.int32),
     "category": np.array([1, 0, 0], np.int32),
     "parts": rng.integers(-1, 5, (B, N), np.int32),
   }
-  return jax.tree.map(jnp.asarray, rows)
 
 
 class TorchClassifier(theirs.TorchTrunk):
@@ -152,6 +151,15 @@ def shapes(objective, batch):
   )
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def sampled(cloud, skip):
+  """The points of both levels."""
+  sample = functools.partial(
+    points.farthest_point_sampling, skip_near_origin=skip
+  )
+  return [points.gather(cloud, sample(cloud, count)) for count in LEVELS]
+
+
 @functools.cache
 def pair(name):
   """Our objective, its variables, and PyTorch's model with the same ones."""
@@ -163,20 +171,18 @@ def pair(name):
   found = theirs.loaded(
     theirs.state_of(module), table, shapes(objective, clouds()), L
   )
-  return objective, jax.tree.map(jnp.asarray, found), module
+  return objective, found, module
 
 
 class HeadsTest(parameterized.TestCase):
   def patches(self, cloud=None, **options):
     cloud = clouds()["points"] if cloud is None else cloud
-    patches = points.group(cloud, G, M, **options)
+    patches = jitted.group(cloud, G, M, **options)
     return [torch.from_numpy(np.array(x)) for x in patches[:2]]
 
   def test_classes(self):
     objective, variables, module = pair("classifier")
-    found = jax.jit(functools.partial(objective.apply, method="logits"))(
-      variables, clouds()
-    )
+    found = jitted.apply(objective, variables, clouds(), method="logits")
     with torch.no_grad():
       expected = module(*self.patches())
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -189,27 +195,20 @@ class HeadsTest(parameterized.TestCase):
     )
     batch = clouds()
     # One of these is far from all others: the levels have it, or skip it.
-    near = (jnp.arange(N) % 9 == 4)[None, :, None]
-    cloud = batch["points"] * jnp.where(near, 0.001, 1) + 0.01 * near
-    cloud = batch["points"] = jnp.where(near, cloud, cloud + jnp.sign(cloud))
-    found = jax.jit(functools.partial(objective.apply, method="logits"))(
-      variables, batch
-    )
-    levels = [
-      points.gather(
-        cloud,
-        points.farthest_point_sampling(cloud, count, skip_near_origin=skip),
-      )
-      for count in LEVELS
-    ]
+    near = (np.arange(N) % 9 == 4)[None, :, None]
+    cloud = batch["points"]
+    cloud = np.where(near, 0.001 * cloud + 0.01, cloud + np.sign(cloud))
+    batch["points"] = cloud
+    found = jitted.apply(objective, variables, batch, method="logits")
+    levels = [np.array(x) for x in sampled(cloud, skip)]
     inside = [bool(((x**2).sum(-1) <= 1e-3).any(1).all()) for x in levels]
     self.assertEqual(inside, [not skip] * 2)
     with torch.no_grad():
       expected = module(
-        torch.from_numpy(np.array(cloud)),
-        torch.from_numpy(np.array(batch["category"])),
+        torch.from_numpy(cloud),
+        torch.from_numpy(batch["category"]),
         *self.patches(cloud, skip_near_origin=skip),
-        *(torch.from_numpy(np.array(x)) for x in levels),
+        *map(torch.from_numpy, levels),
       )
     # Points of a cloud differ by some 1e-2, float32 sums by some 1e-7.
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -225,7 +224,6 @@ class HeadsTest(parameterized.TestCase):
       head = Segmenter(5, 2, LEVELS, E)
       centres, *states = rng.normal(size=(4, B, G, E)).astype(np.float32)
       inputs = batch["points"], batch["category"], centres[..., :3], *states
-    inputs = tuple(map(jnp.asarray, inputs))
 
     @jax.jit
     def views(keys):
@@ -238,7 +236,9 @@ class HeadsTest(parameterized.TestCase):
       whole = said(head.clone(dropout_rate=0.0), keys[0])
       return jax.vmap(functools.partial(said, head))(keys), whole
 
-    found, whole = views(jax.random.split(jax.random.key(1), 400))
+    found, whole = map(
+      np.array, views(jax.random.split(jax.random.key(1), 400))
+    )
     deviation = found.std(0)
     self.assertGreater(deviation.min(), 0)
     gaps = np.abs(found.mean(0) - whole) / (deviation / 20)
@@ -264,10 +264,12 @@ class HeadsTest(parameterized.TestCase):
     for name, labels in (("classifier", "labels"), ("segmenter", "parts")):
       objective, variables, _ = pair(name)
       sums, metrics = jitted.apply(objective, variables, batch, train=False)
-      logits = jitted.apply(objective, variables, batch, method="logits")
-      known = torch.from_numpy(np.array(batch[labels])).long()
+      logits = np.array(
+        jitted.apply(objective, variables, batch, method="logits")
+      )
+      known = torch.from_numpy(batch[labels]).long()
       expected = torch.nn.functional.cross_entropy(
-        torch.from_numpy(np.array(logits)).reshape(-1, logits.shape[-1]),
+        torch.from_numpy(logits).reshape(-1, logits.shape[-1]),
         known.reshape(-1),
         ignore_index=-1,
         reduction="sum",
@@ -296,7 +298,7 @@ class HeadsTest(parameterized.TestCase):
 
       slopes = jax.jit(jax.grad(loss))(variables["params"])
       for leaf in jax.tree.leaves(slopes):
-        self.assertTrue(np.isfinite(leaf).all())
+        self.assertTrue(np.isfinite(np.array(leaf)).all())
       objective = objective.clone(dropout_rate=0.0)
 
   def test_averages_take_in_less_of_later_batches(self):
@@ -304,39 +306,35 @@ class HeadsTest(parameterized.TestCase):
     objective, variables, _ = pair("segmenter")
     scheduled = segmenter(batch_norm_momentum=momentum)
 
-    @jax.jit
-    def moves(step):
-      (_, metrics), extra = scheduled.apply(
-        {**variables, **clock(step)},
+    def moved(objective, clock):
+      (_, metrics), extra = objective.apply(
+        {**variables, **clock},
         clouds(),
         train=True,
         rngs={"dropout": jax.random.key(0)},
         mutable=["batch_stats"],
       )
-      change = jax.tree.map(
+      return metrics, jax.tree.map(
         jnp.subtract, extra["batch_stats"], variables["batch_stats"]
       )
-      return change, metrics["batch_norm_share"][0]
 
-    _, plain = jitted.apply(
-      objective,
-      variables,
-      clouds(),
-      train=True,
-      mutable=("batch_stats",),
-      rngs={"dropout": jax.random.key(0)},
-    )
-    plain = jax.tree.map(
-      jnp.subtract, plain["batch_stats"], variables["batch_stats"]
-    )  # a tenth of the way to the batch
-    self.assertLen(jax.tree.leaves(plain), 2 * (2 + 3 * 2 + 1))
+    @jax.jit
+    def moves(step):
+      metrics, change = moved(scheduled, clock(step))
+      # A tenth of the way to the batch; the same program is compiled once.
+      _, plain = moved(objective, {})
+      return change, metrics["batch_norm_share"][0], plain
+
     for step, share in ((0, 0.2), (9, 0.2), (10, 0.1), (29, 0.05), (90, 0.02)):
-      change, told = moves(jnp.int32(step))
+      change, told, plain = jax.device_get(moves(np.int32(step)))
+      self.assertLen(jax.tree.leaves(plain), 2 * (2 + 3 * 2 + 1))
       self.assertAlmostEqual(float(told), share, places=6)
       for a, b in zip(jax.tree.leaves(change), jax.tree.leaves(plain)):
         np.testing.assert_allclose(a, b * share / 0.1, atol=2e-5)
     # Outside training there is no clock and no schedule.
-    _, metrics = jitted.apply(scheduled, variables, clouds(), train=False)
+    _, metrics = jax.eval_shape(
+      lambda v: scheduled.apply(v, clouds(), train=False), variables
+    )
     self.assertNotIn("batch_norm_share", metrics)
 
   def test_smoothing_leaves_the_label_its_part(self):
@@ -351,7 +349,7 @@ class HeadsTest(parameterized.TestCase):
         targets[label] = 0.8
         expected -= (targets * log_probs[row]).sum()
     np.testing.assert_allclose(
-      smoothed(jnp.asarray(logits), jnp.asarray(labels), 0.2),
+      jax.jit(smoothed)(logits, labels, 0.2),
       expected,
       rtol=1e-5,
     )
@@ -361,24 +359,28 @@ class HeadsTest(parameterized.TestCase):
     plain, _ = jitted.apply(objective, variables, clouds(), train=False)
     same, _ = jitted.apply(smooth, variables, clouds(), train=False)
     self.assertEqual(plain["classification"], same["classification"])
-    losses = [
-      o.apply(
-        variables,
-        clouds(),
-        train=True,
-        rngs={"dropout": jax.random.key(0)},
-        mutable=["batch_stats"],
-      )[0][0]["classification"]
-      for o in (objective, smooth)
-    ]
-    self.assertNotAlmostEqual(*map(float, losses), places=3)
+
+    @jax.jit
+    def losses(variables):
+      return [
+        o.apply(
+          variables,
+          clouds(),
+          train=True,
+          rngs={"dropout": jax.random.key(0)},
+          mutable=["batch_stats"],
+        )[0][0]["classification"]
+        for o in (objective, smooth)
+      ]
+
+    self.assertNotAlmostEqual(*map(float, losses(variables)), places=3)
 
   def test_published_sizes(self):
     batch = {
-      "points": jnp.zeros((2, 2048, 3)),
-      "labels": jnp.zeros(2, "int32"),
-      "category": jnp.zeros(2, "int32"),
-      "parts": jnp.zeros((2, 2048), "int32"),
+      "points": np.zeros((2, 2048, 3), np.float32),
+      "labels": np.zeros(2, np.int32),
+      "category": np.zeros(2, np.int32),
+      "parts": np.zeros((2, 2048), np.int32),
     }
 
     def count(objective):
