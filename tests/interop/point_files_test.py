@@ -1,15 +1,15 @@
 """Released files of Point-BERT become our models."""
 
+import functools
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from absl.testing import absltest, parameterized
 from torch import nn
 
-from bertjax import convert, loading, points, transfer
+from bertjax import convert, loading, transfer
 from bertjax.interop import point_bert_files
 from bertjax.models import MODELS
 from bertjax.objectives import OBJECTIVES
@@ -108,7 +108,7 @@ class FilesTest(parameterized.TestCase):
     rng = np.random.default_rng(0)
     cls.cloud = rng.normal(size=(2, 90, 3)).astype(np.float32)
     cls.patches = [
-      torch.from_numpy(np.array(x)) for x in points.group(cls.cloud, G, M)[:2]
+      torch.from_numpy(np.array(x)) for x in jitted.group(cls.cloud, G, M)[:2]
     ]
 
   @classmethod
@@ -117,13 +117,15 @@ class FilesTest(parameterized.TestCase):
 
     return cls.enterClassContext(tempfile.TemporaryDirectory())
 
-  def load(self, name):
-    return loading.load_model(f"{self.folder}/{name}.pth")
+  @classmethod
+  @functools.cache  # which traces for seconds
+  def load(cls, name):
+    return loading.load_model(f"{cls.folder}/{name}.pth")
 
   def test_tokenizer(self):
     model = self.load("tokenizer")
     self.assertEqual(model.spec["patch_size"], M)
-    patches = points.group(self.cloud, G, M)
+    patches = jitted.group(self.cloud, G, M)
     found = jitted.apply(
       model.objective,
       model.variables,
@@ -140,7 +142,7 @@ class FilesTest(parameterized.TestCase):
     found = jitted.apply(
       model.objective,
       model.variables,
-      {"points": jnp.asarray(self.cloud)},
+      {"points": self.cloud},
       method="outputs",
     )
     with torch.no_grad():
@@ -159,7 +161,7 @@ class FilesTest(parameterized.TestCase):
     _, metrics = jitted.apply(
       model.objective,
       model.variables,
-      {"points": jnp.asarray(self.cloud)},
+      {"points": self.cloud},
       train=False,
     )
     self.assertGreater(metrics["tokens_loss"][1], 0)
@@ -257,7 +259,7 @@ class FilesTest(parameterized.TestCase):
     model = self.load("pretrained")
     rng = np.random.default_rng(0)
     slow = {
-      name: jax.tree.map(lambda x: 2 * x, model.params[name])
+      name: jax.tree.map(lambda x: 2 * np.array(x), model.params[name])
       for name in ("encoder", "contrast_head")
     }
     keys = rng.normal(size=(K, C)).astype(np.float32)
