@@ -244,12 +244,14 @@ class TokenizerTest(parameterized.TestCase):
     np.testing.assert_array_equal(codes, soft.logits.argmax(-1))
 
   def test_hard_codes_have_the_gradient_of_soft_ones(self):
-    def loss(params):
+    def loss(params, patches):
       variables = {**self.variables, "params": params}
-      found = self.model.apply(variables, self.patches, train=False, hard=True)
+      found = self.model.apply(variables, patches, train=False, hard=True)
       return (found.fine**2).sum()
 
-    slope = jax.device_get(jax.jit(jax.grad(loss))(self.variables["params"]))
+    slope = jax.device_get(
+      jax.jit(jax.grad(loss))(self.variables["params"], self.patches)
+    )
     self.assertGreater(np.abs(slope["embed"]["point_in"]["kernel"]).max(), 0)
     # Only codes that were chosen are decoded.
     codes = jitted.apply(

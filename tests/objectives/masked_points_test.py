@@ -58,7 +58,7 @@ def objective(**options):
 def clouds(rows=B, seed=0):
   rng = np.random.default_rng(seed)
   points = rng.normal(size=(rows, N, 3)) * rng.uniform(0.5, 2, (rows, 1, 3))
-  return {"points": points.astype(np.float32)}
+  return {"points": jnp.asarray(points, jnp.float32)}
 
 
 def init(made):
@@ -286,7 +286,7 @@ class ObjectiveTest(parameterized.TestCase):
 
   def test_rows_that_fill_a_batch_weigh_nothing(self):
     index = np.where(np.arange(B) < B // 2, np.arange(B), -1)
-    batch = clouds() | {"index": index.astype(np.int32)}
+    batch = clouds() | {"index": jnp.asarray(index)}
     self.assertEqual(self.objective.weights(batch)["tokens"], B // 2)
     (_, metrics), *_ = self.evaluate(self.variables, batch)
     self.assertBetween(metrics["tokens_loss"][1], B, 2 * B)
@@ -379,7 +379,8 @@ class ObjectiveTest(parameterized.TestCase):
 def steps(num_devices=1, microbatches=1, **options):
   """States and metrics of two steps."""
   mesh = make_mesh(devices=jax.devices()[:num_devices])
-  made, key, spec = objective(**options), jax.random.key(0), clouds()
+  made, key = objective(**options), jax.random.key(0)
+  spec = jax.eval_shape(lambda b: b, clouds())
   params, axes = train_state.abstract_params(made, spec)
   optimizer = optim.build_optimizer(
     dict(name="adamw", learning_rate=1e-3),
@@ -404,7 +405,8 @@ def steps(num_devices=1, microbatches=1, **options):
   state = jax.device_put(state, shardings)
   found = []
   for seed in range(2):
-    state, metrics = step(state, put_batch(clouds(seed=seed), mesh))
+    batch = put_batch(jax.device_get(clouds(seed=seed)), mesh)
+    state, metrics = step(state, batch)
     found.append(jax.device_get((state.params, state.extra, metrics)))
   return found
 

@@ -46,12 +46,13 @@ def segmenter(**options):
 
 def clouds():
   rng = np.random.default_rng(0)
-  return {
+  rows = {
     "points": rng.normal(size=(B, N, 3)).astype(np.float32),
     "labels": np.array([2, -1, 5], np.int32),
     "category": np.array([1, 0, 0], np.int32),
     "parts": rng.integers(-1, 5, (B, N), np.int32),
   }
+  return jax.tree.map(jnp.asarray, rows)
 
 
 class TorchClassifier(theirs.TorchTrunk):
@@ -196,9 +197,9 @@ class HeadsTest(parameterized.TestCase):
     batch = clouds()
     # One of these is far from all others: the levels have it, or skip it.
     near = (np.arange(N) % 9 == 4)[None, :, None]
-    cloud = batch["points"]
+    cloud = np.array(batch["points"])
     cloud = np.where(near, 0.001 * cloud + 0.01, cloud + np.sign(cloud))
-    batch["points"] = cloud
+    batch["points"] = jnp.asarray(cloud)
     found = jitted.apply(objective, variables, batch, method="logits")
     levels = [np.array(x) for x in sampled(cloud, skip)]
     inside = [bool(((x**2).sum(-1) <= 1e-3).any(1).all()) for x in levels]
@@ -206,7 +207,7 @@ class HeadsTest(parameterized.TestCase):
     with torch.no_grad():
       expected = module(
         torch.from_numpy(cloud),
-        torch.from_numpy(batch["category"]),
+        torch.from_numpy(np.array(batch["category"])),
         *self.patches(cloud, skip_near_origin=skip),
         *map(torch.from_numpy, levels),
       )
@@ -224,6 +225,7 @@ class HeadsTest(parameterized.TestCase):
       head = Segmenter(5, 2, LEVELS, E)
       centres, *states = rng.normal(size=(4, B, G, E)).astype(np.float32)
       inputs = batch["points"], batch["category"], centres[..., :3], *states
+    inputs = tuple(map(jnp.asarray, inputs))
 
     @jax.jit
     def views(keys):
@@ -267,7 +269,8 @@ class HeadsTest(parameterized.TestCase):
       logits = np.array(
         jitted.apply(objective, variables, batch, method="logits")
       )
-      known = torch.from_numpy(batch[labels]).long()
+      batch_labels = np.array(batch[labels])
+      known = torch.from_numpy(batch_labels).long()
       expected = torch.nn.functional.cross_entropy(
         torch.from_numpy(logits).reshape(-1, logits.shape[-1]),
         known.reshape(-1),
@@ -277,8 +280,8 @@ class HeadsTest(parameterized.TestCase):
       (term,) = sums
       np.testing.assert_allclose(sums[term], expected, rtol=1e-4)
       weight = objective.weights(batch)[term]
-      self.assertEqual(weight, (batch[labels] >= 0).sum())
-      right = (logits.argmax(-1) == batch[labels]).sum()
+      self.assertEqual(weight, (batch_labels >= 0).sum())
+      right = (logits.argmax(-1) == batch_labels).sum()
       self.assertEqual(metrics["accuracy"][0], right)
 
   @parameterized.parameters("classifier", "segmenter")
@@ -306,7 +309,7 @@ class HeadsTest(parameterized.TestCase):
     objective, variables, _ = pair("segmenter")
     scheduled = segmenter(batch_norm_momentum=momentum)
 
-    def moved(objective, clock):
+    def moved(objective, variables, clock):
       (_, metrics), extra = objective.apply(
         {**variables, **clock},
         clouds(),
@@ -319,14 +322,14 @@ class HeadsTest(parameterized.TestCase):
       )
 
     @jax.jit
-    def moves(step):
-      metrics, change = moved(scheduled, clock(step))
+    def moves(variables, step):
+      metrics, change = moved(scheduled, variables, clock(step))
       # A tenth of the way to the batch; the same program is compiled once.
-      _, plain = moved(objective, {})
+      _, plain = moved(objective, variables, {})
       return change, metrics["batch_norm_share"][0], plain
 
     for step, share in ((0, 0.2), (9, 0.2), (10, 0.1), (29, 0.05), (90, 0.02)):
-      change, told, plain = jax.device_get(moves(np.int32(step)))
+      change, told, plain = jax.device_get(moves(variables, np.int32(step)))
       self.assertLen(jax.tree.leaves(plain), 2 * (2 + 3 * 2 + 1))
       self.assertAlmostEqual(float(told), share, places=6)
       for a, b in zip(jax.tree.leaves(change), jax.tree.leaves(plain)):
@@ -349,7 +352,7 @@ class HeadsTest(parameterized.TestCase):
         targets[label] = 0.8
         expected -= (targets * log_probs[row]).sum()
     np.testing.assert_allclose(
-      jax.jit(smoothed)(logits, labels, 0.2),
+      jax.jit(functools.partial(smoothed, share=0.2))(logits, labels),
       expected,
       rtol=1e-5,
     )
