@@ -58,7 +58,7 @@ def objective(**options):
 def clouds(rows=B, seed=0):
   rng = np.random.default_rng(seed)
   points = rng.normal(size=(rows, N, 3)) * rng.uniform(0.5, 2, (rows, 1, 3))
-  return {"points": jnp.asarray(points, jnp.float32)}
+  return {"points": jax.device_put(points.astype(np.float32))}
 
 
 def init(made):
@@ -286,7 +286,7 @@ class ObjectiveTest(parameterized.TestCase):
 
   def test_rows_that_fill_a_batch_weigh_nothing(self):
     index = np.where(np.arange(B) < B // 2, np.arange(B), -1)
-    batch = clouds() | {"index": jnp.asarray(index)}
+    batch = clouds() | {"index": jax.device_put(index)}
     self.assertEqual(self.objective.weights(batch)["tokens"], B // 2)
     (_, metrics), *_ = self.evaluate(self.variables, batch)
     self.assertBetween(metrics["tokens_loss"][1], B, 2 * B)

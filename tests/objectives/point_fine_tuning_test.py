@@ -52,7 +52,7 @@ def clouds():
     "category": np.array([1, 0, 0], np.int32),
     "parts": rng.integers(-1, 5, (B, N), np.int32),
   }
-  return jax.tree.map(jnp.asarray, rows)
+  return jax.device_put(rows)
 
 
 class TorchClassifier(theirs.TorchTrunk):
@@ -199,7 +199,7 @@ class HeadsTest(parameterized.TestCase):
     near = (np.arange(N) % 9 == 4)[None, :, None]
     cloud = np.array(batch["points"])
     cloud = np.where(near, 0.001 * cloud + 0.01, cloud + np.sign(cloud))
-    batch["points"] = jnp.asarray(cloud)
+    batch["points"] = jax.device_put(cloud)
     found = jitted.apply(objective, variables, batch, method="logits")
     levels = [np.array(x) for x in sampled(cloud, skip)]
     inside = [bool(((x**2).sum(-1) <= 1e-3).any(1).all()) for x in levels]
@@ -225,7 +225,7 @@ class HeadsTest(parameterized.TestCase):
       head = Segmenter(5, 2, LEVELS, E)
       centres, *states = rng.normal(size=(4, B, G, E)).astype(np.float32)
       inputs = batch["points"], batch["category"], centres[..., :3], *states
-    inputs = tuple(map(jnp.asarray, inputs))
+    inputs = jax.device_put(inputs)
 
     @jax.jit
     def views(keys):

@@ -37,6 +37,11 @@ def run(backend, *args, **kwargs):
   return flash_attention(*args, backend=backend, interpret=interpret, **kwargs)
 
 
+def compiled(backend, **static):
+  """`run` as one program."""
+  return jax.jit(functools.partial(run, backend, **static))
+
+
 @functools.cache
 def solve(backend, name, **more):
   """(out, lse) and the gradients of a case's arrays, by name."""
@@ -44,7 +49,7 @@ def solve(backend, name, **more):
   arguments = case.arguments | more
   diff = {key: arguments.pop(key) for key in DIFFERENTIABLE if key in arguments}
   if case.traced:
-    traced = jnp.asarray(arguments.pop("block_mask"))
+    traced = jax.device_put(arguments.pop("block_mask"))
   else:
     traced = None
   q, k, v, out_weights, lse_weights = qkv(case.sizes)
@@ -59,7 +64,7 @@ def solve(backend, name, **more):
 
   grad = jax.jit(jax.grad(loss, has_aux=True))
   grads, (out, lse) = grad({"q": q, "k": k, "v": v, **diff}, traced)
-  return out, lse, grads
+  return jax.device_get((out, lse, grads))
 
 
 def pairs(backends):
@@ -101,15 +106,17 @@ class DropoutTest(parameterized.TestCase):
   def test_values_of_the_identity_recover_the_mask(self, backend):
     b, t, h, rate = 2, 40, 3, 0.3
     q, k = normal(0, b, t, h, 16), normal(1, b, t, h, 16)
-    eye = jnp.broadcast_to(jnp.eye(t)[None, :, None], (b, t, h, t))
-    seed = jnp.array([3, 4], jnp.uint32)
-    probs = run(backend, q, k, eye, dropout_rate=rate, dropout_seed=seed)
-    kept = keep_mask(make_seed(seed), b, h, t, t, rate)
-    np.testing.assert_array_equal(probs.swapaxes(1, 2) != 0, kept)
-    plain = run(backend, q, k, eye).swapaxes(1, 2)
-    np.testing.assert_allclose(
-      probs.swapaxes(1, 2), kept * plain / (1 - rate), atol=1e-6
+    eye = np.eye(t, dtype=np.float32)[None, :, None]
+    eye = np.broadcast_to(eye, (b, t, h, t))
+    seed = np.array([3, 4], np.uint32)
+    probs = compiled(backend, dropout_rate=rate)(q, k, eye, dropout_seed=seed)
+    probs = np.swapaxes(probs, 1, 2)
+    kept = np.array(
+      jax.jit(lambda seed: keep_mask(make_seed(seed), b, h, t, t, rate))(seed)
     )
+    np.testing.assert_array_equal(probs != 0, kept)
+    plain = np.swapaxes(compiled(backend)(q, k, eye), 1, 2)
+    np.testing.assert_allclose(probs, kept * plain / (1 - rate), atol=1e-6)
 
   @parameterized.product(
     backend=FUSED, name=("segments", "window_grouped_heads", "blocks_per_head")
@@ -123,22 +130,31 @@ class DropoutTest(parameterized.TestCase):
   def test_rate_zero_is_no_dropout_bit_for_bit(self, backend):
     q, k, v = qkv((1, 40, 33, 2, 2, 16, 16))[:3]
     np.testing.assert_array_equal(
-      run(backend, q, k, v, dropout_rate=0.0, dropout_seed=1),
-      run(backend, q, k, v),
+      compiled(backend, dropout_rate=0.0, dropout_seed=1)(q, k, v),
+      compiled(backend)(q, k, v),
     )
 
   def test_the_mean_over_seeds_is_the_output_without(self):
     q, k, v = qkv((1, 9, 17, 2, 2, 8, 8))[:3]
     drop = functools.partial(run, "blockwise", q, k, v, dropout_rate=0.25)
-    outs = jax.lax.map(
-      lambda seed: drop(dropout_seed=seed),
-      jnp.arange(4096, dtype=jnp.uint32),
-      batch_size=256,
+    means = jax.jit(
+      lambda seeds: jax.lax.map(
+        lambda seed: drop(dropout_seed=seed), seeds, batch_size=256
+      ).mean(0)
     )
     # One output deviates by at most about 0.8 a draw: 5 sigma of 4096.
     np.testing.assert_allclose(
-      outs.mean(0), run("blockwise", q, k, v), atol=0.06
+      means(np.arange(4096, dtype=np.uint32)),
+      compiled("blockwise")(q, k, v),
+      atol=0.06,
     )
+
+
+def squared(attend):
+  """Sum of the squares of an attention, and its gradients."""
+  x = qkv((2, 40, 33, 4, 2, 16, 24))[:3]
+  loss = jax.value_and_grad(lambda *x: (attend(*x) ** 2).sum(), (0, 1))
+  return jax.device_get(jax.jit(loss)(*x))
 
 
 TILES = {
@@ -170,7 +186,7 @@ class InvarianceTest(parameterized.TestCase):
   def test_a_relative_bias_is_a_bias_of_equal_diagonals(self, backend):
     q, k, v = qkv((2, 40, 33, 2, 2, 16, 16))[:3]
     entries = normal(6, 1, 2, 72)
-    diagonal = jnp.arange(33)[None] - jnp.arange(40)[:, None] + 39
+    diagonal = np.arange(33)[None] - np.arange(40)[:, None] + 39
 
     def with_bias(entries):
       return run(backend, q, k, v, bias=entries[..., diagonal])
@@ -189,18 +205,19 @@ class InvarianceTest(parameterized.TestCase):
   def test_layouts_are_transpositions(self, backend, layout):
     order = ["bthd".index(c) for c in layout]
     back = [layout.index(c) for c in "bthd"]
-    x = qkv((2, 40, 33, 4, 2, 16, 24))[:3]
-
-    def grads(f):
-      return jax.jit(jax.value_and_grad(lambda *x: (f(*x) ** 2).sum(), (0, 1)))
 
     def other(*x):
       y = [a.transpose(order) for a in x]
       return run(backend, *y, layout=layout).transpose(back)
 
-    want = grads(functools.partial(run, backend))(*x)
-    for a, b in zip(jax.tree.leaves(grads(other)(*x)), jax.tree.leaves(want)):
+    found, want = squared(other), self.in_plain_layout(backend)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want)):
       np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+  @staticmethod
+  @functools.cache
+  def in_plain_layout(backend):
+    return squared(functools.partial(run, backend))
 
   @parameterized.named_parameters(
     ("blockwise", "blockwise", dict(tiles=(24, 40))),
@@ -217,39 +234,42 @@ class InvarianceTest(parameterized.TestCase):
       return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
 
     # exp(200) is infinite; the same bias everywhere changes no weight.
-    found = grads(backend, jnp.full((1, 1, 1, 40), 200.0), **options)
-    want = grads("reference", jnp.zeros((1, 1, 1, 40)))
+    bias = np.zeros((1, 1, 1, 40), np.float32)
+    found = grads(backend, bias + np.float32(200), **options)
+    want = grads("reference", bias)
     for a, b in zip(found, want, strict=True):
       np.testing.assert_allclose(a, b, atol=1e-3)  # float32 about 200
 
   @parameterized.product(backend=ALL)
   def test_packed_sequences_equal_separate_ones(self, backend):
     q, k, v = qkv((1, 100, 100, 2, 2, 16, 16))[:3]
-    ids = jnp.repeat(jnp.array([1, 2, 0]), jnp.array([37, 50, 13]))[None]
-    packed = run(backend, q, k, v, segment_ids=ids)
-    for part in (slice(0, 37), slice(37, 87)):
-      alone = run(backend, q[:, part], k[:, part], v[:, part])
+    q, k, v = map(np.array, (q, k, v))
+    ids = np.repeat(np.array([1, 2, 0]), np.array([43, 43, 14]))[None]
+    packed = np.array(compiled(backend)(q, k, v, segment_ids=ids))
+    attend = compiled(backend)
+    for part in (slice(0, 43), slice(43, 86)):
+      alone = attend(q[:, part], k[:, part], v[:, part])
       np.testing.assert_allclose(packed[:, part], alone, atol=1e-5)
-    np.testing.assert_array_equal(packed[:, 87:], 0.0)
+    np.testing.assert_array_equal(packed[:, 86:], 0.0)
 
   @parameterized.product(backend=FUSED)
   def test_a_constant_per_row_changes_only_lse(self, backend):
     q, k, v = qkv((1, 40, 33, 2, 2, 16, 16))[:3]
-    shift = jnp.broadcast_to(normal(5, 1, 2, 40, 1), (1, 2, 40, 33))
-    out, lse = run(backend, q, k, v, return_lse=True)
-    moved, moved_lse = run(backend, q, k, v, bias=shift, return_lse=True)
+    shift = np.broadcast_to(normal(5, 1, 2, 40, 1), (1, 2, 40, 33))
+    attend = compiled(backend, return_lse=True)
+    out, lse = map(np.array, attend(q, k, v))
+    moved, moved_lse = attend(q, k, v, bias=shift)
     np.testing.assert_allclose(moved, out, atol=1e-5)
     np.testing.assert_allclose(moved_lse, lse + shift[..., 0], atol=1e-5)
 
   @parameterized.product(backend=FUSED)
   def test_the_order_of_keys_does_not_matter(self, backend):
-    q, k, v = qkv((1, 40, 129, 2, 2, 16, 16))[:3]
+    q, k, v = map(np.array, qkv((1, 40, 129, 2, 2, 16, 16))[:3])
     order = np.random.default_rng(0).permutation(129)
-    bias, ids = normal(6, 1, 1, 40, 129), jnp.arange(129)[None] % 3
-    ones = jnp.ones((1, 40), int)
-    want = run(backend, q, k, v, bias=bias, segment_ids=(ones, ids))
-    found = run(
-      backend,
+    bias, ids = np.array(normal(6, 1, 1, 40, 129)), np.arange(129)[None] % 3
+    ones, attend = np.ones((1, 40), int), compiled(backend)
+    want = attend(q, k, v, bias=bias, segment_ids=(ones, ids))
+    found = attend(
       q,
       k[:, order],
       v[:, order],
@@ -261,8 +281,8 @@ class InvarianceTest(parameterized.TestCase):
   @parameterized.product(backend=ALL)
   def test_finite_differences(self, backend):
     q, k, v = qkv((1, 5, 7, 2, 1, 4, 3))[:3]
-    bias, slopes = normal(6, 1, 2, 1, 7), jnp.array([0.1, 0.3])
-    ids = jnp.array([[1, 1, 0, 2, 3]]), jnp.array([[1, 1, 1, 2, 2, 0, 1]])
+    bias, slopes = normal(6, 1, 2, 1, 7), np.float32([0.1, 0.3])
+    ids = np.array([[1, 1, 0, 2, 3]]), np.array([[1, 1, 1, 2, 2, 0, 1]])
 
     @jax.jit
     def f(q, k, v, bias, slopes):
@@ -290,28 +310,35 @@ class PrecisionTest(parameterized.TestCase):
   def test_no_worse_than_the_plain_form(self, backend, dtype):
     # FlashAttention's own criterion: twice the error of dense attention in
     # the same dtype, three times for gradients.
-    sizes = (1, 129, 200, 2, 2, 32, 32)
-    exact, low = qkv(sizes)[:3], qkv(sizes, dtype)[:3]
+    found = self.solved(functools.partial(run, backend), dtype)
+    self.assertEqual(found[0].dtype, dtype)
+    want = self.plainly(jnp.float32)
+    for i, (a, n, w) in enumerate(zip(found, self.plainly(dtype), want)):
+      a, n = a.astype(np.float32), n.astype(np.float32)
+      allowed = (3 if i else 2) * np.abs(n - w).max()
+      self.assertLess(np.abs(a - w).max(), allowed)
 
+  @staticmethod
+  def solved(attend, dtype):
+    """An attention and its gradients."""
+
+    def loss(*x):
+      out = attend(*x)
+      return (out.astype(jnp.float32) ** 2).sum(), out
+
+    x = qkv((1, 129, 200, 2, 2, 32, 32), dtype)[:3]
+    grads, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*x)
+    return jax.device_get((out, *grads))
+
+  @classmethod
+  @functools.cache
+  def plainly(cls, dtype):
     def plain(q, k, v):
       logits = jnp.einsum("bthd,bshd->bhts", q, k) * q.shape[-1] ** -0.5
       probs = jax.nn.softmax(logits, axis=-1)
       return jnp.einsum("bhts,bshd->bthd", probs, v)
 
-    def both(f, x):
-      def loss(*x):
-        out = f(*x)
-        return (out.astype(jnp.float32) ** 2).sum(), out
-
-      grads, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*x)
-      return [a.astype(jnp.float32) for a in (out, *grads)]
-
-    want = both(plain, exact)
-    naive, found = both(plain, low), both(functools.partial(run, backend), low)
-    self.assertEqual(run(backend, *low).dtype, dtype)
-    for i, (a, n, w) in enumerate(zip(found, naive, want)):
-      allowed = (3 if i else 2) * jnp.abs(n - w).max()
-      self.assertLess(float(jnp.abs(a - w).max()), float(allowed))
+    return cls.solved(plain, dtype)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ off 128, and 200: never a multiple of a tile.
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,18 +30,19 @@ class Case:
   traced: bool = False
 
 
-def normal(seed: int, *shape: int) -> jnp.ndarray:
+def normal(seed: int, *shape: int, dtype=jnp.float32) -> jnp.ndarray:
   draws = np.random.default_rng(seed).normal(size=shape)
-  return jnp.asarray(draws, jnp.float32)
+  # NumPy rounds, by way of float32: JAX would compile it for every shape.
+  return jax.device_put(draws.astype(np.float32).astype(dtype))
 
 
 def qkv(sizes, dtype=jnp.float32):
   """q, k, v and the weights of a scalar loss of (out, lse)."""
   b, t, s, h, kv, d, dv = sizes
   return (
-    normal(0, b, t, h, d).astype(dtype),
-    normal(1, b, s, kv, d).astype(dtype),
-    normal(2, b, s, kv, dv).astype(dtype),
+    normal(0, b, t, h, d, dtype=dtype),
+    normal(1, b, s, kv, d, dtype=dtype),
+    normal(2, b, s, kv, dv, dtype=dtype),
     normal(3, b, t, h, dv),
     normal(4, b, h, t),
   )
@@ -67,7 +69,7 @@ def _segments(sizes):
   q_ids = np.sort(np.random.default_rng(5).integers(0, 6, (b, t)))
   kv_ids = np.sort(np.random.default_rng(6).integers(0, 5, (b, s)))
   shown = (q_ids[:, :, None] == kv_ids[:, None]) & (kv_ids[:, None] > 0)
-  ids = jnp.asarray(q_ids), jnp.asarray(kv_ids)
+  ids = jax.device_put((q_ids, kv_ids))
   return Case(sizes, {"segment_ids": ids}, {"visible": shown[:, None]})
 
 
@@ -75,7 +77,7 @@ def _lengths(sizes, lengths):
   shown = np.arange(sizes[2]) < np.array(lengths)[:, None]
   return Case(
     sizes,
-    {"kv_lengths": jnp.array(lengths)},
+    {"kv_lengths": jax.device_put(np.array(lengths))},
     {"visible": shown[:, None, None]},
   )
 
@@ -87,9 +89,9 @@ def _bias(sizes, shape, **more):
 
 
 def _alibi(sizes, shape):
-  slopes = jnp.abs(normal(8, *shape)) / 8
+  slopes = np.abs(normal(8, *shape)) / 8
   return Case(
-    sizes, {"alibi_slopes": slopes}, {"alibi_slopes": np.asarray(slopes)}
+    sizes, {"alibi_slopes": jax.device_put(slopes)}, {"alibi_slopes": slopes}
   )
 
 
@@ -150,22 +152,22 @@ def _everything(sizes):
   b, t, s, h = sizes[:4]
   rows, columns = positions(t, s)
   lengths = np.arange(1, b + 1) * s // b
-  bias, slopes = normal(10, 1, h, t, s), jnp.abs(normal(11, h)) / 8
+  bias, slopes = normal(10, 1, h, t, s), np.abs(normal(11, h)) / 8
   shown = (columns >= rows - 90) & (columns <= rows + 70)
   shown = shown & (np.arange(s) < lengths[:, None])[:, None, None]
   return Case(
     sizes,
     {
       "bias": bias,
-      "alibi_slopes": slopes,
-      "kv_lengths": jnp.asarray(lengths),
+      "alibi_slopes": jax.device_put(slopes),
+      "kv_lengths": jax.device_put(lengths),
       "window": (90, 70),
       "logit_softcap": 3.0,
       "sm_scale": 0.4,
     },
     {
       "bias": np.asarray(bias),
-      "alibi_slopes": np.asarray(slopes)[None],
+      "alibi_slopes": slopes[None],
       "visible": shown,
       "softcap": 3.0,
       "scale": 0.4,

@@ -1,5 +1,6 @@
 """The public function: what it refuses, where it runs, what it occupies."""
 
+import functools
 import re
 
 import jax
@@ -149,37 +150,39 @@ class DispatchTest(parameterized.TestCase):
 
   def test_auto_dropout_is_the_counter_where_there_is_no_other(self):
     drop = dict(dropout_rate=0.3, dropout_seed=1)
-    np.testing.assert_array_equal(
-      flash_attention(Q, K, V, dropout_generator="auto", **drop),
-      flash_attention(Q, K, V, dropout_generator="counter", **drop),
+    auto, counter = (
+      jax.jit(
+        functools.partial(flash_attention, dropout_generator=name, **drop)
+      )(Q, K, V)
+      for name in ("auto", "counter")
     )
+    np.testing.assert_array_equal(auto, counter)
 
 
 class TransformationTest(absltest.TestCase):
   def test_vmap_equals_a_loop(self):
-    q, k, v = (jnp.stack([x, x[::-1] + 1]) for x in (Q, K, V))
-    mask = jnp.asarray(np.random.default_rng(0).random((2, 3, 4)) < 0.6)
+    q, k, v = (np.stack([x, x[::-1] + 1]) for x in map(np.array, (Q, K, V)))
+    mask = np.random.default_rng(0).random((2, 3, 4)) < 0.6
 
     def f(q, k, v, mask):
       return flash_attention(q, k, v, block_mask=mask, causal=True)
 
     def grads(*x):
-      return jax.grad(lambda *x: (f(*x, mask_of) ** 2).sum(), (0, 1, 2))(*x)
+      return jax.grad(lambda *x: (f(*x) ** 2).sum(), (0, 1, 2))(*x)
 
-    found = jax.vmap(f)(q, k, v, mask)
+    found, alone = jax.jit(jax.vmap(f))(q, k, v, mask), jax.jit(f)
     for i in range(2):
       np.testing.assert_allclose(
-        found[i], f(q[i], k[i], v[i], mask[i]), atol=1e-6
+        found[i], alone(q[i], k[i], v[i], mask[i]), atol=1e-6
       )
-    mask_of = mask[0]
-    batched = jax.vmap(grads)(q, k, v)
+    batched = jax.jit(jax.vmap(grads, (0, 0, 0, None)))(q, k, v, mask[0])
+    alone = jax.jit(grads)
     for i in range(2):
-      alone = grads(q[i], k[i], v[i])
-      for a, b in zip(batched, alone):
+      for a, b in zip(batched, alone(q[i], k[i], v[i], mask[0])):
         np.testing.assert_allclose(a[i], b, atol=1e-5)
 
   def test_scan_over_layers_equals_a_loop(self):
-    slopes = jnp.arange(3 * H).reshape(3, H) / 10
+    slopes = np.arange(3 * H, dtype=np.float32).reshape(3, H) / 10
 
     def layer(x, slope):
       return flash_attention(x, x, x, alibi_slopes=slope), None
@@ -193,9 +196,10 @@ class TransformationTest(absltest.TestCase):
         x = layer(x, slope)[0]
       return x.sum()
 
-    for a, b in zip(
-      jax.value_and_grad(scanned)(slopes), jax.value_and_grad(looped)(slopes)
-    ):
+    found, want = (
+      jax.jit(jax.value_and_grad(f))(slopes) for f in (scanned, looped)
+    )
+    for a, b in zip(found, want):
       np.testing.assert_allclose(a, b, atol=1e-4)
 
 
@@ -237,7 +241,7 @@ class MemoryTest(parameterized.TestCase):
 
 class DenseTest(absltest.TestCase):
   def test_it_is_the_faster_form_of_what_is_asked(self):
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 33, 2, 8))
+    q, k, v = (normal(i, 2, 33, 2, 8) for i in range(3))
 
     def solve(backend, *, differentiated):
       def attend(*x):
