@@ -14,19 +14,29 @@ from bertjax.layers.attention import (
   visible,
 )
 from bertjax.layers.flash import FlashAttend
+from tests import jitted
 
 B, T, H, D = 2, 8, 3, 4
+_STATIC = ("causal", "window")
+
+
+def normal(seed, *shape):
+  draws = np.random.default_rng(seed).normal(size=shape)
+  return jax.device_put(draws.astype(np.float32))
 
 
 class ReferenceAttendTest(absltest.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    keys = jax.random.split(jax.random.key(0), 4)
-    cls.q, cls.k, cls.v = (
-      jax.random.normal(key, (B, T, H, D)) for key in keys[:3]
-    )
-    cls.bias = jax.random.normal(keys[3], (1, H, T, T))
+    cls.q, cls.k, cls.v = (normal(i, B, T, H, D) for i in range(3))
+    cls.bias = normal(3, 1, H, T, T)
+
+  def attend(self, **arguments):
+    """The reference as one program, and as a NumPy array."""
+    static = {k: arguments.pop(k) for k in _STATIC if k in arguments}
+    attend = jax.jit(functools.partial(reference_attend, **static))
+    return np.array(attend(self.q, self.k, self.v, **arguments))
 
   def test_equals_jax_with_bias_window_and_causality(self):
     # Both are softmax(q k / sqrt d) v in float32.
@@ -37,41 +47,42 @@ class ReferenceAttendTest(absltest.TestCase):
       ({"window": 2}, {"local_window_size": 2}),
       ({"causal": True}, {"is_causal": True}),
     ):
+      expected = jax.jit(lambda *x, theirs=theirs: oracle(*x, **theirs))
       np.testing.assert_allclose(
-        reference_attend(self.q, self.k, self.v, **ours),
-        oracle(self.q, self.k, self.v, **theirs),
-        atol=1e-5,
+        self.attend(**ours), expected(self.q, self.k, self.v), atol=1e-5
       )
 
   def test_alibi_is_a_bias_by_distance(self):
-    slopes = jnp.array([0.5, 0.25, 0.125])
+    slopes = np.float32([0.5, 0.25, 0.125])
     distance = np.abs(np.subtract.outer(np.arange(T), np.arange(T)))
-    bias = -np.asarray(slopes)[None, :, None, None] * distance
+    bias = -slopes[None, :, None, None] * distance.astype(np.float32)
     np.testing.assert_allclose(
-      reference_attend(self.q, self.k, self.v, alibi_slopes=slopes),
-      reference_attend(self.q, self.k, self.v, bias=jnp.asarray(bias, "f4")),
+      self.attend(alibi_slopes=slopes),
+      self.attend(bias=bias),
       atol=1e-6,  # the same float32 sums
     )
 
   def test_a_query_with_no_visible_key_returns_zero(self):
-    ids = jnp.zeros((B, T), jnp.int32).at[0, 0].set(1)
-    out = reference_attend(self.q, self.k, self.v, segment_ids=ids)
+    ids = np.zeros((B, T), np.int32)
+    ids[0, 0] = 1
+    out = self.attend(segment_ids=ids)
     np.testing.assert_array_equal(out[:, 1:], 0.0)
-    np.testing.assert_allclose(out[0, 0], self.v[0, 0], atol=1e-6)
+    np.testing.assert_allclose(out[0, 0], np.array(self.v)[0, 0], atol=1e-6)
 
   def test_gradients_of_a_masked_row_are_finite(self):
-    ids = jnp.zeros((B, T), jnp.int32)
-    grads = jax.grad(
-      lambda q: reference_attend(q, self.k, self.v, segment_ids=ids).sum()
-    )(self.q)
+    grads = jax.jit(
+      jax.grad(
+        lambda q, ids: reference_attend(
+          q, self.k, self.v, segment_ids=ids
+        ).sum()
+      )
+    )(self.q, np.zeros((B, T), np.int32))
     np.testing.assert_array_equal(grads, 0.0)
 
   def test_a_block_mask_shows_whole_tiles(self):
-    tiles = jnp.array([[True, False], [True, True]])
-    mask = visible(T, T, block_mask=tiles)[0, 0]
-    np.testing.assert_array_equal(
-      mask, np.kron(np.asarray(tiles), np.ones((4, 4), bool))
-    )
+    tiles = np.array([[True, False], [True, True]])
+    mask = jax.jit(lambda tiles: visible(T, T, block_mask=tiles)[0, 0])(tiles)
+    np.testing.assert_array_equal(mask, np.kron(tiles, np.ones((4, 4), bool)))
     with self.assertRaisesRegex(ValueError, "does not tile"):
       visible(T, T, block_mask=jnp.ones((3, 3), bool))
 
@@ -80,12 +91,15 @@ class ReferenceAttendTest(absltest.TestCase):
       reference_attend(self.q, self.k, self.v, dropout_rate=0.1)
 
   def test_dropout_keeps_the_mean(self):
-    outs = jax.vmap(
+    drop = jax.vmap(
       lambda key: reference_attend(
         self.q, self.k, self.v, dropout_rate=0.2, dropout_seed=key
       )
-    )(jax.random.split(jax.random.key(0), 4000))
-    plain = reference_attend(self.q, self.k, self.v)
+    )
+    outs = np.array(
+      jax.jit(lambda key: drop(jax.random.split(key, 4000)))(jax.random.key(0))
+    )
+    plain = self.attend()
     # One output has a deviation of at most about 1 over 4000 draws: 5 sigma.
     np.testing.assert_allclose(outs.mean(0), plain, atol=0.08)
     self.assertGreater(float(outs.std(0).min()), 0.0)
@@ -100,9 +114,12 @@ class KeptTest(absltest.TestCase):
 
     kernel = layer(FlashAttend("blockwise", "bhdt", "counter"))
     dense = layer(reference_attend)
-    x = jax.random.normal(jax.random.key(0), (2, 128, 5))
-    params = kernel.init(jax.random.key(1), x, None, train=False)
-    params = jax.tree.map(lambda p: 30 * p, params)  # far from uniform weights
+    x = normal(0, 2, 128, 5)
+    params = jitted.init(kernel, jax.random.key(1), x, None, train=False)
+    # Far from uniform weights.
+    params = jax.jit(lambda params: jax.tree.map(lambda p: 30 * p, params))(
+      params
+    )
 
     def loss(layer, x):
       return (layer.apply(params, x, None, train=False) ** 2).sum()
@@ -115,7 +132,8 @@ class KeptTest(absltest.TestCase):
     self.assertEqual(shapes["attention_projections"], "2,24,128")
     self.assertEqual(shapes["flash_lse"], "1,8,128")
     # Sums over 128 positions in another order.
-    np.testing.assert_allclose(*(g(x) for g in grads), rtol=1e-4, atol=1e-4)
+    found, wanted = (jax.jit(g)(x) for g in grads)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,15 @@ from bertjax.objectives.base import total_loss
 from bertjax.optim.preconditioning.layers import find_layers
 from bertjax.parallel.mesh import make_mesh
 from bertjax.parallel.sharding import put_batch
+from tests import jitted
 
 _ROWS, _LENGTH, _MASKED, _VOCABULARY, _LAYERS = 8, 12, 3, 32, 2
 _PADDED = 5  # tokens of the one row that has padding
+
+
+def normal(seed, *shape):
+  draws = np.random.default_rng(seed).normal(size=shape)
+  return jax.device_put(draws.astype(np.float32))
 
 
 def _batch():
@@ -34,7 +40,7 @@ def _batch():
   )
   batch["labels"][:3, 1:] = -1  # microbatches weigh differently
   batch["segment_ids"][2, _LENGTH - _PADDED :] = 0
-  return {k: jnp.asarray(v, jnp.int32) for k, v in batch.items()}
+  return jax.device_put({k: v.astype(np.int32) for k, v in batch.items()})
 
 
 @functools.cache
@@ -61,12 +67,17 @@ def _spec(batch):
 
 @functools.cache
 def _params():
-  init = jax.jit(functools.partial(_objective().init, train=False))
-  variables = init({"params": jax.random.key(0)}, _batch())
-  params = nn.meta.unbox(variables["params"])
-  return jax.tree.map(
-    lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), params
+  @jax.jit
+  def init(key, batch):
+    variables = _objective().init({"params": key}, batch, train=False)
+    return nn.meta.unbox(variables["params"])
+
+  rng = np.random.default_rng(1)
+  shaken = jax.tree.map(
+    lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32),
+    jax.device_get(init(jax.random.key(0), _batch())),
   )
+  return jax.device_put(shaken)
 
 
 def _loss(objective, variables, batch, weights):
@@ -268,7 +279,7 @@ class StatisticsTest(parameterized.TestCase):
   def test_padding_is_left_out_where_rows_are_whole(self):
     found = _found(skip_padding=True, microbatches=2)
     path = "encoder/layers/mlp/up"
-    padding = _batch()["segment_ids"] == 0
+    padding = np.array(_batch()["segment_ids"]) == 0
     self.assertEqual(padding.sum(), _PADDED)
     np.testing.assert_array_equal(
       found[path]["token_count"].sum((1, 2)), _ROWS * _LENGTH - _PADDED
@@ -287,9 +298,11 @@ class StatisticsTest(parameterized.TestCase):
     names = {path: ("token_count", "input_sum")}
     wanted = statistics.Wanted(wanted.layers, names)
     grads = jax.tree.map(
-      lambda x: jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), _params()
+      lambda x: np.arange(x.size, dtype=x.dtype).reshape(x.shape), _params()
     )
-    found = wanted.collect({"params": grads})[path]["output_sum"]
+    found = wanted.collect({"params": jax.device_put(grads)})[path][
+      "output_sum"
+    ]
     np.testing.assert_array_equal(found, np.arange(2 * 16).reshape(2, 1, 1, 16))
 
   def test_another_order_of_axes_and_no_bias(self):
@@ -301,10 +314,9 @@ class StatisticsTest(parameterized.TestCase):
         return Linear("bhdt,hde->bte", (4,), (None,) * 3, use_bias=False,
                       name="second")(y)  # fmt: skip
 
-    x = jax.random.normal(jax.random.key(0), (2, 7, 5))
-    slope = jax.random.normal(jax.random.key(1), (2, 7, 4))
+    x, slope = normal(0, 2, 7, 5), normal(1, 2, 7, 4)
     model = Layers()
-    params = nn.meta.unbox(model.init(jax.random.key(2), x)["params"])
+    params = nn.meta.unbox(jitted.init(model, jax.random.key(2), x)["params"])
     summed = statistics.linear_layers(lambda: model.init(jax.random.key(2), x))
     self.assertEqual(summed, {"first": 1, "second": 2})
     layers = find_layers(params, lambda name, leaf: (), summed)
@@ -313,13 +325,18 @@ class StatisticsTest(parameterized.TestCase):
       {layer.path: ("input_sum", "output_sum") for layer in layers},
     )
 
-    def loss(variables):
-      with statistics.capture(wanted, {}):
-        return jnp.sum(slope * model.apply(variables, x))
+    @jax.jit
+    def collected(params):
+      def loss(variables):
+        with statistics.capture(wanted, {}):
+          return jnp.sum(slope * model.apply(variables, x))
 
-    found = wanted.collect(
-      jax.grad(loss)({"params": params} | wanted.probes(2))
-    )
+      return wanted.collect(
+        jax.grad(loss)({"params": params} | wanted.probes(2))
+      )
+
+    found, params = jax.device_get((collected(params), params))
+    x, slope = np.array(x), np.array(slope)
     first, second = params["first"]["kernel"], params["second"]["kernel"]
     y = np.einsum("bte,ehd->hd", x, first)
     back = np.einsum("bte,hde->hd", slope, second)
@@ -335,9 +352,8 @@ class StatisticsTest(parameterized.TestCase):
 
   def test_a_convolution_is_linear_in_its_patches(self):
     """As K-FAC sees one: every place is a token, its patch the input."""
-    images = jax.random.normal(jax.random.key(0), (2, 5, 7, 3))
-    kernel = jax.random.normal(jax.random.key(1), (3, 2, 3, 4))
-    slope = jax.random.normal(jax.random.key(2), (2, 3, 6, 4))
+    images, kernel = normal(0, 2, 5, 7, 3), normal(1, 3, 2, 3, 4)
+    slope = normal(2, 2, 3, 6, 4)
     axes = ("NHWC", "HWIO", "NHWC")
     layer = Linear("bhwp,po->bhwo", (4,), (None,) * 2, name="filters")
     wanted = statistics.Wanted(
@@ -354,8 +370,8 @@ class StatisticsTest(parameterized.TestCase):
         return layer.clone(parent=self, name="filters")(patches)
 
     # Patches list a channel's places together.
-    flat = kernel.transpose(2, 0, 1, 3).reshape(18, 4)
-    params = {"filters": {"kernel": flat, "bias": jnp.zeros(4)}}
+    flat = np.array(kernel).transpose(2, 0, 1, 3).reshape(18, 4)
+    params = {"filters": {"kernel": flat, "bias": np.zeros(4, np.float32)}}
     model = Convolution()
 
     @jax.jit
@@ -365,17 +381,19 @@ class StatisticsTest(parameterized.TestCase):
           y = model.apply(variables, images)
         return jnp.sum(slope * y), y
 
-      return jax.grad(loss, has_aux=True)({"params": params} | wanted.probes(2))
+      grads, y = jax.grad(loss, has_aux=True)(
+        {"params": params} | wanted.probes(2)
+      )
+      return wanted.collect(grads)["filters"], y
 
-    grads, y = run(params)
+    found, y = run(params)
     expected = jax.lax.conv_general_dilated(
       images, kernel, (1, 1), "VALID", dimension_numbers=axes
     )
     np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-4)
     windows = np.lib.stride_tricks.sliding_window_view(images, (3, 2), (1, 2))
     windows = windows.reshape(-1, 18)
-    found = wanted.collect(grads)["filters"]
-    self.assertEqual(found["token_count"].sum(), 2 * 3 * 6)
+    self.assertEqual(np.sum(found["token_count"]), 2 * 3 * 6)
     for name, value in (
       ("input_sum", windows.sum(0)),
       ("input_gram", windows.T @ windows),

@@ -11,24 +11,23 @@ STEPS = 10
 
 def unstacked(seed=0):
   """Three layers of very different scale, a bias, a zero tensor."""
-  keys = jax.random.split(jax.random.key(seed), 5)
+  rng = np.random.default_rng(seed)
+
+  def normal(scale, *shape):
+    return (scale * rng.normal(size=shape)).astype(np.float32)
+
   layers = {
-    f"layers_{i}": {
-      "kernel": scale * jax.random.normal(keys[i], (5, 7)),
-      "bias": scale * jax.random.normal(keys[i + 1], (7,)),
-    }
+    f"layers_{i}": {"kernel": normal(scale, 5, 7), "bias": normal(scale, 7)}
     for i, scale in enumerate((1.0, 10.0, 0.1))
   }
-  return {**layers, "embedding": jax.random.normal(keys[4], (11, 5))}
+  return jax.device_put({**layers, "embedding": normal(1.0, 11, 5)})
 
 
 def stack(tree):
   """The scanned twin of an unstacked tree."""
   layers = [tree[f"layers_{i}"] for i in range(3)]
-  return {
-    "layers": jax.tree.map(lambda *x: jnp.stack(x), *layers),
-    "embedding": tree["embedding"],
-  }
+  stacked = jax.tree.map(lambda *x: np.stack(x), *layers)
+  return {"layers": jax.device_put(stacked), "embedding": tree["embedding"]}
 
 
 def gradients(params, step):
@@ -44,11 +43,23 @@ def run(transform, params, steps=STEPS, grad_fn=gradients):
     updates, state = transform.update(grad_fn(params, step), state, params)
     return optax.apply_updates(params, updates), state
 
-  state, path = transform.init(params), [params]
+  state, path = jax.jit(transform.init)(params), [params]
   for step in range(steps):
     params, state = one(params, state, float(step))
     path.append(params)
   return path, state
+
+
+def first_update(transform, params, grads=None):
+  """Updates of the first step, and the state after it."""
+
+  @jax.jit
+  def one(params, grads):
+    if grads is None:
+      grads = gradients(params, 0.0)
+    return transform.update(grads, transform.init(params), params)
+
+  return one(params, grads)
 
 
 def assert_close(actual, expected, rtol, atol=0.0):
