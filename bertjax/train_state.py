@@ -47,8 +47,7 @@ def abstract_variables(
 ) -> Any:
   """Shapes of an objective's variables, boxed with their logical axes."""
   return jax.eval_shape(
-    functools.partial(_traced_once, objective, _items(batch_spec)),
-    jax.random.key(0),
+    functools.partial(_traced_once, objective, batch_spec), jax.random.key(0)
   )
 
 
@@ -58,15 +57,18 @@ def _initialised(objective, batch_spec, key):
   )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _traced_once(objective, batch_spec, key):
-  """`_initialised`, for shapes and for values."""
+  """`_initialised`, whose trace for shapes also serves for values."""
+  try:
+    hash(objective)
+  except TypeError:  # an attribute is an array or the like
+    return _initialised(objective, batch_spec, key)
+  return _jitted(objective, tuple(sorted(batch_spec.items())), key)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _jitted(objective, batch_spec, key):
   return _initialised(objective, dict(batch_spec), key)
-
-
-def _items(batch_spec):
-  """As `_traced_once` takes it: hashable."""
-  return tuple(sorted(batch_spec.items()))
 
 
 def linear_layers(
@@ -93,7 +95,7 @@ def init_variables(
 ) -> dict[str, Any]:
   """Parameters and other collections of an objective, without their boxes."""
   init_key = jax.random.split(key)[0]
-  return nn.meta.unbox(_traced_once(objective, _items(batch_spec), init_key))
+  return nn.meta.unbox(_traced_once(objective, batch_spec, init_key))
 
 
 def start(
