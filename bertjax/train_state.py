@@ -46,9 +46,13 @@ def abstract_variables(
   objective: nn.Module, batch_spec: Mapping[str, jax.ShapeDtypeStruct]
 ) -> Any:
   """Shapes of an objective's variables, boxed with their logical axes."""
-  return jax.eval_shape(
-    functools.partial(_traced_once, objective, batch_spec), jax.random.key(0)
-  )
+  # A key itself would need a device, and those of the mesh may not be here.
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return jax.eval_shape(functools.partial(_boxed, objective, batch_spec), key)
+
+
+def _boxed(objective, batch_spec, key):
+  return _traced_once(objective, batch_spec, jax.random.split(key)[0])
 
 
 def _initialised(objective, batch_spec, key):
@@ -94,8 +98,7 @@ def init_variables(
   key: jax.Array,
 ) -> dict[str, Any]:
   """Parameters and other collections of an objective, without their boxes."""
-  init_key = jax.random.split(key)[0]
-  return nn.meta.unbox(_traced_once(objective, batch_spec, init_key))
+  return nn.meta.unbox(_boxed(objective, batch_spec, key))
 
 
 def start(
