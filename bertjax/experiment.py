@@ -297,6 +297,7 @@ def build(
   objective = build_objective(settings, data)
   batch_spec = data.batch_spec(data.batch_size)
   _check_batch(settings, objective, batch_spec)
+  # On the mesh, as `Experiment.init`, which then need not trace again.
   with jax.set_mesh(mesh):
     params, axes = train_state.abstract_params(objective, batch_spec)
   optimizer = build_optimizer(

@@ -52,22 +52,19 @@ def abstract_variables(
 
 
 def _boxed(objective, batch_spec, key):
-  return _traced_once(objective, batch_spec, jax.random.split(key)[0])
+  """Variables of one trace, which serves for shapes and for values."""
+  key = jax.random.split(key)[0]
+  try:
+    hash(objective)
+  except TypeError:  # an attribute is an array or the like
+    return _initialised(objective, batch_spec, key)
+  return _jitted(objective, tuple(sorted(batch_spec.items())), key)
 
 
 def _initialised(objective, batch_spec, key):
   return objective.init(
     {"params": key, "dropout": key}, dummy_batch(batch_spec), train=False
   )
-
-
-def _traced_once(objective, batch_spec, key):
-  """`_initialised`, whose trace for shapes also serves for values."""
-  try:
-    hash(objective)
-  except TypeError:  # an attribute is an array or the like
-    return _initialised(objective, batch_spec, key)
-  return _jitted(objective, tuple(sorted(batch_spec.items())), key)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -1,6 +1,8 @@
 """A state is initialised alike in one program and in two, from one trace."""
 
 import functools
+import pathlib
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -9,8 +11,10 @@ import numpy as np
 import optax
 from absl.testing import absltest
 
-from bertjax import train_state
+from bertjax import experiment, train_state
+from bertjax.config import settings
 from bertjax.parallel.mesh import make_mesh
+from tests import tiny
 
 _SPEC = {"x": jax.ShapeDtypeStruct((4, 3), jnp.float32)}
 
@@ -60,6 +64,17 @@ class TrainStateTest(absltest.TestCase):
     Counted.traced.clear()
     self._assert_alike(Counted())
     self.assertEqual(Counted.traced, [False])
+
+  def test_a_run_traces_its_model_once_before_the_first_step(self):
+    folder = pathlib.Path(self.create_tempdir())
+    tiny.write_corpus(folder)
+    made = settings(tiny.config(folder, evals={}))
+    initialised = train_state._initialised
+    with mock.patch.object(
+      train_state, "_initialised", side_effect=initialised
+    ) as traced:
+      experiment.build(made).init()
+    self.assertEqual(traced.call_count, 1)
 
   def test_an_attribute_may_be_an_array(self):
     self._assert_alike(Counted(weights=np.arange(3, dtype=np.float32)[None]))

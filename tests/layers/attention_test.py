@@ -15,14 +15,10 @@ from bertjax.layers.attention import (
 )
 from bertjax.layers.flash import FlashAttend
 from tests import jitted
+from tests.draws import normal
 
 B, T, H, D = 2, 8, 3, 4
 _STATIC = ("causal", "window")
-
-
-def normal(seed, *shape):
-  draws = np.random.default_rng(seed).normal(size=shape)
-  return jax.device_put(draws.astype(np.float32))
 
 
 class ReferenceAttendTest(absltest.TestCase):

@@ -11,7 +11,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 from bertjax.layers import relative
 from bertjax.layers.attention import ATTENTION
 from kernels.flash_attention import flash_attention
-from tests.kernels.flash_attention.cases import normal
+from tests.draws import normal
 
 FAR = np.arange(-3000, 3001)
 

@@ -19,14 +19,10 @@ from bertjax.optim.preconditioning.layers import find_layers
 from bertjax.parallel.mesh import make_mesh
 from bertjax.parallel.sharding import put_batch
 from tests import jitted
+from tests.draws import normal
 
 _ROWS, _LENGTH, _MASKED, _VOCABULARY, _LAYERS = 8, 12, 3, 32, 2
 _PADDED = 5  # tokens of the one row that has padding
-
-
-def normal(seed, *shape):
-  draws = np.random.default_rng(seed).normal(size=shape)
-  return jax.device_put(draws.astype(np.float32))
 
 
 def _batch():

@@ -11,10 +11,10 @@ from jax.test_util import check_grads
 
 from kernels.flash_attention import BACKENDS, flash_attention
 from kernels.flash_attention.dropout import keep_mask, make_seed
+from tests.draws import normal
 from tests.kernels.flash_attention.cases import (
   CASES,
   DIFFERENTIABLE,
-  normal,
   qkv,
 )
 from tests.kernels.flash_attention.oracle import softmax_attention

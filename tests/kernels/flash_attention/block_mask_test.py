@@ -8,7 +8,7 @@ from absl.testing import absltest, parameterized
 from kernels.flash_attention import block_mask as bm
 from kernels.flash_attention import flash_attention
 from kernels.flash_attention.options import Extras, Options, Sizes, Unsupported
-from tests.kernels.flash_attention.cases import normal
+from tests.draws import normal
 from tests.kernels.flash_attention.oracle import softmax_attention
 
 N = 16

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.draws import normal
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -28,12 +30,6 @@ class Case:
   arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
   oracle: dict[str, Any] = dataclasses.field(default_factory=dict)
   traced: bool = False
-
-
-def normal(seed: int, *shape: int, dtype=jnp.float32) -> jnp.ndarray:
-  draws = np.random.default_rng(seed).normal(size=shape)
-  # NumPy rounds, by way of float32: JAX would compile it for every shape.
-  return jax.device_put(draws.astype(np.float32).astype(dtype))
 
 
 def qkv(sizes, dtype=jnp.float32):

@@ -10,7 +10,8 @@ from absl.testing import absltest, parameterized
 
 from kernels.flash_attention import Unsupported, flash_attention
 from tests import optimized
-from tests.kernels.flash_attention.cases import normal, qkv
+from tests.draws import normal
+from tests.kernels.flash_attention.cases import qkv
 
 B, T, S, H, D = 2, 6, 8, 4, 16
 Q, K, V = qkv((B, T, S, H, 2, D, D))[:3]

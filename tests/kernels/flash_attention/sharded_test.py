@@ -18,7 +18,8 @@ from kernels.flash_attention import (
 from kernels.flash_attention.options import Extras, Options, sizes
 from kernels.flash_attention.relative import Relative
 from kernels.flash_attention.ring import merge
-from tests.kernels.flash_attention.cases import DIFFERENTIABLE, normal
+from tests.draws import normal
+from tests.kernels.flash_attention.cases import DIFFERENTIABLE
 
 B, T, H, KV, D, DV = 4, 48, 4, 2, 8, 16
 AUTO = jax.sharding.AxisType.Auto

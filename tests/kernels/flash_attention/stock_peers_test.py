@@ -10,7 +10,7 @@ from absl.testing import absltest, parameterized
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 from kernels.flash_attention import flash_attention
-from tests.kernels.flash_attention.cases import normal
+from tests.draws import normal
 
 B, H, KV, D = 2, 4, 2, 16
 

@@ -23,7 +23,7 @@ from kernels.flash_attention import Unsupported, flash_attention, programs, tpu
 from kernels.flash_attention.options import Extras, Options
 from kernels.flash_attention.tpu import relative, schedule, scores, skew, tiles
 from kernels.flash_attention.tpu.problem import describe
-from tests.kernels.flash_attention.cases import normal
+from tests.draws import normal
 
 
 def problem(b, h, t, s, d=64, dtype=jnp.bfloat16, mask=None, **options):

@@ -6,7 +6,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from kernels.flash_attention import flash_attention, varlen
-from tests.kernels.flash_attention.cases import normal
+from tests.draws import normal
 
 LENGTHS = np.array([150, 3, 200, 40])
 H, KV, D, DV, TOTAL = 4, 2, 8, 12, 420  # 27 places are beyond the last
