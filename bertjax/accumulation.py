@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec
 from bertjax.layers import statistics
 from bertjax.objectives.base import Metrics
 from bertjax.optim import loss_scale
+from bertjax.parallel.sharding import by_hand
 
 Batch = Mapping[str, jax.Array]
 # (params, extra, batch, key) -> loss, gradients by collection, metrics, extra
@@ -113,7 +114,7 @@ def summed_once(
     own,
     in_specs=(whole, whole, PartitionSpec("data"), whole),
     out_specs=(whole, found, whole, whole),
-    axis_names={"data"},
+    axis_names=by_hand("data", jax.sharding.get_abstract_mesh()),
     # Sums are the same on every shard, which types can't show.
     check_vma=False,
   )

@@ -5,13 +5,14 @@ import json
 import pathlib
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from bertjax import garbage
 from bertjax.checkpoint import CheckpointError
 from bertjax.config import cache_path
 from bertjax.hardware import CompilerEnded, CompilerMissing
@@ -30,6 +31,15 @@ EXPECTED = (
   CompilerMissing,
   NonFiniteError,
 )
+
+
+def run(
+  main: Callable[[Sequence[str]], Any],
+  flags_parser: Callable[[Sequence[str]], list[str]] | None = None,
+) -> None:
+  """`app.run` of a command whose imports are done."""
+  garbage.spare_imports()
+  app.run(main, flags_parser=flags_parser or app.parse_flags_with_usage)
 
 
 @contextlib.contextmanager

@@ -225,4 +225,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
   _define_flags()
-  app.run(main, flags_parser=cli.parse_flags)
+  cli.run(main, flags_parser=cli.parse_flags)

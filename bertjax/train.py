@@ -247,4 +247,4 @@ def _show(result: Result) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=cli.parse_flags)
+  cli.run(main, flags_parser=cli.parse_flags)

@@ -19,7 +19,7 @@ from bertjax.optim import (
   loss_scale,
 )
 from bertjax.parallel.error_feedback import local_params
-from bertjax.parallel.sharding import batch_sharding, batch_shards
+from bertjax.parallel.sharding import batch_sharding, batch_shards, by_hand
 from bertjax.train_state import TrainState
 
 # What the compiler is asked for, by platform. TPU: a loop that fills a stack
@@ -237,7 +237,7 @@ def compile_step(
       mesh=mesh,
       in_specs=(specs, PartitionSpec("data")),
       out_specs=(specs, PartitionSpec()),
-      axis_names={"data"},
+      axis_names=by_hand("data", mesh),
       # The update is the same on every shard, which types can't show.
       check_vma=False,
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from bertjax import cli
+from bertjax import cli, garbage
 from experiments import outcome as outcome_lib
 from experiments import tables
 from experiments.arms import InterruptedRunError
@@ -45,6 +45,7 @@ def main(run: Experiment, arguments: Sequence[str] | None = None) -> None:
   options = parser.parse_args(arguments)
   workdir = options.workdir / options.variant
   cli.quiet()
+  garbage.spare_imports()
   # Runs that differ in seed and data alone share their compiled programs.
   jax.config.update("jax_compilation_cache_dir", str(workdir / "compiled"))
   with cli.clear_errors():

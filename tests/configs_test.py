@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 
 import jax
+import pytest
 from absl.testing import absltest, parameterized
 
 from bertjax import stopping, train
@@ -12,6 +13,8 @@ from bertjax.data.masking import Masking
 from bertjax.optim import build_optimizer
 from configs import lamb, onebit_adam
 from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 _CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 

@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import tempfile
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -88,6 +89,17 @@ def _few_programs():
     gc.collect()
 
 
+@pytest.fixture(scope="module")
+def one_device():
+  """Runs take one device instead of all eight.
+
+  To partition a program takes a third of the time to compile it, and is tested
+  where meshes are.
+  """
+  with mock.patch.object(jax, "devices", return_value=jax.devices()[:1]):
+    yield
+
+
 # Bytes that a worker grows to.
 _WORKER = 4e9
 
@@ -104,11 +116,10 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-  # Tracing makes millions of objects, and few that only the collector frees: it
-  # need not look at those of the libraries, nor at the others so often.
+  from bertjax import garbage  # later than `--jaxtyping-packages` looks
+
   gc.collect()
-  gc.freeze()
-  gc.set_threshold(20_000, 20, 10)
+  garbage.spare_imports()
 
 
 def pytest_unconfigure():

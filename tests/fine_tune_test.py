@@ -15,6 +15,7 @@ import sys
 import tempfile
 from unittest import mock
 
+import pytest
 from absl.testing import absltest, parameterized
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -38,6 +39,8 @@ from bertjax.config import merge, settings
 from bertjax.data.sources import SOURCES
 from bertjax.handover import initial_state
 from tests import processes, tiny
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 _ROOT = pathlib.Path(__file__).parents[1]
 _LABELS = ("animal", "bread")

@@ -18,9 +18,10 @@ import json, os, pathlib, sys
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", int(sys.argv[2]))
-from bertjax import train
+from bertjax import garbage, train
 from bertjax.parallel import hosts
 from tests import noted
+garbage.spare_imports()
 workdir = pathlib.Path(sys.argv[1])
 if "UNREPORTED" in os.environ:  # plots cost more than the steps
   train.report.write_report = lambda *args, **options: None

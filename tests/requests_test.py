@@ -8,6 +8,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import pytest
 from absl.testing import absltest
 
 from bertjax import requests, train
@@ -18,6 +19,8 @@ from bertjax.optim.freezing import PhaseState
 from bertjax.optim.preconditioning.switch import SwitchState
 from bertjax.parallel import agreement
 from tests import tiny
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 
 @dataclasses.dataclass

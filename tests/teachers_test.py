@@ -10,12 +10,15 @@ import tempfile
 
 import jax
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from bertjax import experiment, handover, resolve, teachers, train
 from bertjax.checkpoint import load_variables
 from bertjax.config import plain, settings, stage_configs
 from bertjax.objectives.frozen import frozen_variables
+
+pytestmark = pytest.mark.usefixtures("one_device")
 
 _CONFIG = pathlib.Path(__file__).parents[1] / "configs"
 

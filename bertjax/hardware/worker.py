@@ -10,6 +10,7 @@ import traceback
 
 import jax
 
+from bertjax import garbage
 from bertjax.hardware import compiling, topologies
 
 
@@ -23,6 +24,7 @@ def work(folder: pathlib.Path) -> None:
   try:
     request = (folder / compiling.REQUEST).read_bytes()
     topology, target, kwargs = pickle.loads(request)
+    garbage.spare_imports()
     lowered = target(topologies.devices(topology), **kwargs)
     if isinstance(lowered, tuple):
       lowered, info = lowered

@@ -187,15 +187,15 @@ class Workers:
       stacked=[self._depth(n, leaf, compression) for n, leaf in named],
       sum_axes=[self._sum_axes(n, leaf, compression) for n, leaf in named],
     )
-    others = self._other_axes()
-    if others:
+    if self._splits_workers():
+      mesh = jax.sharding.get_abstract_mesh()
       specs = self._local_specs(names, leaves, inputs)
       outputs = {k: specs[k] for k in inputs if k != "masks"}
       reduce = jax.shard_map(
         reduce,
         in_specs=(specs,),
         out_specs=outputs,
-        axis_names=set(others),
+        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
         # Scales are summed over these axes, which types can't show.
         check_vma=False,
       )
@@ -234,7 +234,7 @@ class Workers:
 
   def _local_specs(self, names, leaves, inputs):
     """Specs of `_reduce`'s inputs over the axes within a worker."""
-    whole = [_entries(self._spec(n), x.ndim) for n, x in zip(names, leaves)]
+    whole = [self._splits(n, x.ndim) for n, x in zip(names, leaves)]
     table = {
       "tensors": [PartitionSpec(*s) for s in whole],
       "masks": [PartitionSpec(*s) for s in whole],
@@ -243,15 +243,20 @@ class Workers:
     }
     return {key: table[key] for key in inputs}
 
+  def _splits(self, name: str, ndim: int) -> list[tuple[str, ...]]:
+    """By dimension, the mesh axes of more than one device that split it."""
+    return [
+      tuple(a for a in _axes(entry) if self.mesh.shape[a] > 1)
+      for entry in _entries(self._spec(name), ndim)
+    ]
+
   def _spec(self, name: str) -> PartitionSpec:
     return self.specs.get(name, PartitionSpec())
 
-  def _other_axes(self) -> tuple[str, ...]:
+  def _splits_workers(self) -> bool:
     if self.mesh is None:
-      return ()
-    sizes = self.mesh.shape
-    split = any(size > 1 for axis, size in sizes.items() if axis != AXIS)
-    return tuple(a for a in sizes if a != AXIS) if split else ()
+      return False
+    return any(n > 1 for axis, n in self.mesh.shape.items() if axis != AXIS)
 
   def _shards(self, name: str, ndim: int) -> tuple[int, ...]:
     return tuple(
@@ -275,9 +280,7 @@ class Workers:
     self, name: str, leaf: Any, compression: Compression
   ) -> tuple[str, ...]:
     depth = self._depth(name, leaf, compression)
-    entries = _entries(self._spec(name), leaf.ndim)[depth:]
-    axes = [a for entry in entries for a in _axes(entry)]
-    return tuple(a for a in axes if self.mesh.shape[a] > 1)
+    return sum(self._splits(name, leaf.ndim)[depth:], ())
 
 
 def shard(node: Any, by_name: Mapping[str, Any], replicated: Any) -> Any:

@@ -49,6 +49,8 @@ def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
   if mesh.empty:
     return x
   auto = set(mesh.axis_names) - set(mesh.manual_axes)
+  if not auto:
+    return x
 
   def keep(axes):
     axes = (axes,) if isinstance(axes, str) else axes or ()
@@ -79,6 +81,16 @@ def parts(
     divides = size % math.prod(mesh.shape[a] for a in axes) == 0
     entries.append(axes if divides else ())
   return tuple(entries)
+
+
+def by_hand(axis: str, mesh: Mesh | jax.sharding.AbstractMesh) -> set[str]:
+  """The `axis_names` of a `jax.shard_map` over one axis of a mesh.
+
+  With it go all that split nothing. Where any axis is left automatic, JAX
+  annotates every operation with a sharding of its own: a third of a step's
+  program, which takes as much longer to compile.
+  """
+  return {axis} | {name for name, size in mesh.shape.items() if size == 1}
 
 
 def split_by_hand(axis: str) -> bool:

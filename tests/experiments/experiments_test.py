@@ -12,6 +12,8 @@ from absl.testing import absltest, parameterized
 from bertjax import train
 from experiments import outcome, report
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 _FOLDER = pathlib.Path(report.__file__).parent
 _NAMES = [path.name for path in report.experiments(_FOLDER)]
 

@@ -24,7 +24,6 @@ machine.
 import functools
 import json
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -180,4 +179,4 @@ def _define_flags() -> None:
 
 if __name__ == "__main__":
   _define_flags()
-  sys.exit(app.run(main, flags_parser=cli.parse_flags))
+  cli.run(main, flags_parser=cli.parse_flags)
