@@ -79,6 +79,7 @@ LOGICAL = {
 }
 
 
+@jax.jit
 def gradients(params, step=0):
   return jax.tree.map(lambda p: jnp.sin(3.0 * p + step) + 0.1 * p, params)
 
@@ -93,6 +94,57 @@ def build(params, name, stacked=False, **options):
     logical_axes=LOGICAL if stacked else None,
   )
   return feed(optimizer) if optimizer.statistics else optimizer.transform
+
+
+class Optimizer:
+  """A transformation whose update is compiled once, whichever tests take it.
+
+  Attributes:
+    params: the first ones.
+    transform: the transformation itself.
+    update: (gradients, state, params) -> (updates, state).
+  """
+
+  def __init__(self, params, *arguments, **options):
+    self.params = params
+    self.transform = build(params, *arguments, **options)
+    self.init = self.transform.init
+    self.update = jax.jit(self.transform.update)
+
+  def run(self, steps=4):
+    """Parameters and state after as many steps."""
+    params, state = self.params, self.init(self.params)
+    for step in range(steps):
+      grads = gradients(params, float(step))
+      updates, state = self.update(grads, state, params)
+      params = _moved(params, updates)
+    return params, state
+
+
+_moved = jax.jit(optax.apply_updates)
+
+
+@functools.cache
+def _optimizer(name, stacked, options):
+  params = stack(unstacked()) if stacked else unstacked()
+  options = dict(options)
+  if "schedule" in options:
+    options["schedule"] = dict(options["schedule"])
+  return Optimizer(params, name, stacked=stacked, **options)
+
+
+def plain(name, **options):
+  """The optimizer of layers by themselves; options that can be hashed."""
+  return _optimizer(name, False, tuple(options.items()))
+
+
+def scanned(name, **options):
+  """The same of a stack of layers."""
+  return _optimizer(name, True, tuple(options.items()))
+
+
+def tearDownModule():
+  _optimizer.cache_clear()
 
 
 def feed(optimizer):
@@ -129,18 +181,6 @@ def _statistics(x, g, names):
   return {name: found[name] for name in (*names, "output_sum")}
 
 
-def run(transform, params, steps=4):
-  @jax.jit
-  def one(params, state, step):
-    updates, state = transform.update(gradients(params, step), state, params)
-    return optax.apply_updates(params, updates), state
-
-  state = transform.init(params)
-  for step in range(steps):
-    params, state = one(params, state, float(step))
-  return params, state
-
-
 def assert_close(actual, expected, rtol=1e-6, atol=1e-6):
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol),
@@ -154,21 +194,23 @@ def assert_same(actual, expected):
   jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
+# A rate that is 0 at first. Pairs, as `plain` takes options.
+_WARMUP = (("name", "linear"), ("warmup", 2), ("end_factor", 0.5))
+
+
 class BatteryTest(parameterized.TestCase):
   @parameterized.parameters(ROWS)
   def test_scanned_equals_unscanned(self, name):
-    alone, _ = run(build(unstacked(), name), unstacked())
-    params = stack(unstacked())
-    scanned, _ = run(build(params, name, stacked=True), params)
-    assert_close(scanned, stack(alone))  # other summation order
+    alone, _ = plain(name).run()
+    together, _ = scanned(name).run()
+    assert_close(together, stack(alone))  # other summation order
 
   @parameterized.parameters(ROWS)
   def test_jit_equals_eager_and_states_keep_their_types(self, name):
-    params = unstacked()
-    transform = build(params, name)
-    state = transform.init(params)
-    eager = transform.update(gradients(params), state, params)
-    jitted = jax.jit(transform.update)(gradients(params), state, params)
+    optimizer = plain(name)
+    params, state = optimizer.params, optimizer.init(optimizer.params)
+    eager = optimizer.transform.update(gradients(params), state, params)
+    jitted = optimizer.update(gradients(params), state, params)
     assert_close(jitted, eager)  # fusion reorders float32 operations
     describe = lambda tree: jax.tree.map(  # noqa: E731
       lambda x: (x.shape, x.dtype, getattr(x, "weak_type", False)), tree
@@ -177,12 +219,12 @@ class BatteryTest(parameterized.TestCase):
 
   @parameterized.parameters(ROWS)
   def test_accumulation_equals_the_big_batch(self, name):
-    params = unstacked()
-    grads = [gradients(params, step) for step in range(3)]
-    mean = jax.tree.map(lambda *g: sum(g) / 3, *grads)
-    transform = build(params, name)
-    updates, _ = transform.update(mean, transform.init(params), params)
-    steps = optax.MultiSteps(transform, every_k_schedule=3)
+    optimizer = plain(name)
+    params = optimizer.params
+    grads = [gradients(params, float(step)) for step in range(3)]
+    mean = jax.tree.map(lambda *g: np.mean(g, 0), *grads)
+    updates, _ = optimizer.update(mean, optimizer.init(params), params)
+    steps = optax.MultiSteps(optimizer.transform, every_k_schedule=3)
     state, update = steps.init(params), jax.jit(steps.update)
     for part in grads:
       accumulated, state = update(part, state, params)
@@ -194,12 +236,11 @@ class BatteryTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "embedding is .*; an optimizer"):
       build(params, name)
 
-  @parameterized.product(name=ROWS, freeze=((), ("embeddings", "layers_1")))
+  @parameterized.product(name=ROWS, freeze=((), ("embeddings", "layers_0/up")))
   def test_state_round_trips(self, name, freeze):
-    params = unstacked()
-    transform = build(params, name, freeze=freeze)
-    _, state = run(transform, params, steps=2)
-    fresh = transform.init(params)
+    optimizer = plain(name, freeze=freeze) if freeze else plain(name)
+    _, state = optimizer.run(steps=2)
+    fresh = optimizer.init(optimizer.params)
     encoded = flax.serialization.to_bytes(state)
     assert_same(flax.serialization.from_bytes(fresh, encoded), state)
     with (
@@ -218,7 +259,7 @@ class BatteryTest(parameterized.TestCase):
   def test_strict_promotion_and_empty_leaves(self, name):
     params = unstacked() | {"none": {}, "empty": jnp.zeros((0, 3))}
     with jax.numpy_dtype_promotion("strict"):
-      after, state = run(build(params, name), params, steps=2)
+      after, state = Optimizer(params, name).run(steps=2)
     self.assertTrue(all(np.isfinite(x).all() for x in jax.tree.leaves(after)))
     self.assertTrue(all(np.isfinite(x).all() for x in jax.tree.leaves(state)))
 
@@ -230,24 +271,19 @@ class BatteryTest(parameterized.TestCase):
 
   @parameterized.parameters(ROWS)
   def test_first_step_of_a_warm_up_moves_nothing(self, name):
-    params = unstacked()
-    schedule = dict(name="linear_reference", warmup=5)
-    transform = build(params, name, schedule=schedule)
-    after, _ = run(transform, params, steps=1)
-    assert_same(after, params)
+    after, _ = plain(name, schedule=_WARMUP).run(steps=1)
+    assert_same(after, unstacked())
 
   @parameterized.parameters(ROWS)
   def test_frozen_parameters_stay_and_have_no_state(self, name):
-    params = unstacked()
-    transform = build(params, name, freeze=["embeddings", "layers_0/up"])
-    after, state = run(transform, params)
+    after, state = plain(name, freeze=("embeddings", "layers_0/up")).run()
     for pick in (
       lambda t: t["encoder"]["embeddings"],
       lambda t: t["encoder"]["layers_0"]["up"],
     ):
-      assert_same(pick(after), pick(params))
+      assert_same(pick(after), pick(unstacked()))
     self.assertFalse(
-      np.array_equal(after["head"]["kernel"], params["head"]["kernel"])
+      np.array_equal(after["head"]["kernel"], unstacked()["head"]["kernel"])
     )
     paths = [
       jax.tree_util.keystr(path)
@@ -258,10 +294,9 @@ class BatteryTest(parameterized.TestCase):
   @parameterized.parameters(ROWS)
   def test_lowest_layers_freeze_alike_scanned_and_not(self, name):
     options = dict(freeze_lowest=1, layerwise_decay=0.9, clip_norm=0.5)
-    alone, alone_state = run(build(unstacked(), name, **options), unstacked())
-    params = stack(unstacked())
-    scanned, state = run(build(params, name, stacked=True, **options), params)
-    assert_close(scanned, stack(alone))
+    alone, alone_state = plain(name, **options).run()
+    together, state = scanned(name, **options).run()
+    assert_close(together, stack(alone))
     assert_same(
       alone["encoder"]["layers_0"], unstacked()["encoder"]["layers_0"]
     )
@@ -272,14 +307,12 @@ class BatteryTest(parameterized.TestCase):
 
   @parameterized.parameters(ROWS)
   def test_hand_over_restarts_the_schedule_and_keeps_moments(self, name):
-    params = unstacked()
-    transform = build(
-      params, name, schedule=dict(name="linear", warmup=2, end_factor=0.5)
-    )
-    _, old = run(transform, params, steps=3)
-    fresh = transform.init(params)
+    optimizer = plain(name, schedule=_WARMUP)
+    params = optimizer.params
+    _, old = optimizer.run(steps=3)
+    fresh = optimizer.init(params)
     handed = hand_over(old, fresh)
-    updates, _ = transform.update(gradients(params), handed, params)
+    updates, _ = optimizer.update(gradients(params), handed, params)
     self.assertTrue(all(not x.any() for x in jax.tree.leaves(updates)))
     same = hand_over(old, fresh, reset_schedule=False)
     assert_same(same, old)
@@ -296,12 +329,12 @@ class BatteryTest(parameterized.TestCase):
 class BuilderTest(parameterized.TestCase):
   def test_layerwise_decay_reaches_every_parameter(self):
     params = stack(unstacked())
-    plain = build(params, "sgd", stacked=True, clip_norm=None)
+    whole = build(params, "sgd", stacked=True, clip_norm=None)
     decayed = build(
       params, "sgd", stacked=True, clip_norm=None, layerwise_decay=0.5
     )
     grads = jax.tree.map(jnp.ones_like, params)
-    a, _ = plain.update(grads, plain.init(params), params)
+    a, _ = whole.update(grads, whole.init(params), params)
     b, _ = decayed.update(grads, decayed.init(params), params)
     factor = jax.tree.map(lambda x, y: y / x, a, b)
     encoder = factor["encoder"]
@@ -332,7 +365,9 @@ class BuilderTest(parameterized.TestCase):
     transform = build(
       params, "lamb", no_decay=["embeddings"], freeze=["embeddings"]
     )
-    _, state = run(transform, params, steps=1)
+    _, state = transform.update(
+      gradients(params), transform.init(params), params
+    )
     self.assertNotIn(
       "encoder/embeddings/token/embedding", layer_statistics(state)
     )

@@ -54,7 +54,7 @@ class _Runs(absltest.TestCase):
 
 
 class ProcessesTest(_Runs):
-  """Runs of one process, of two of which one is killed once, and of four."""
+  """Runs of one process, of two (one is killed once), of halves of the model."""
 
   @classmethod
   def setUpClass(cls):
@@ -76,13 +76,15 @@ class ProcessesTest(_Runs):
     group[1].kill()
     cls.left, cls.seconds = _ends(group)
     cls.ended = _finish(processes.start_together(config, cls.together, count=2))
-    cls.four = cls.root / "four"
+    cls.halves = cls.root / "halves"
     config = config | dict(
-      mesh=dict(data=2, model=2), samples=[], evals={}, stop=dict(steps=400)
+      mesh=dict(data=1, model=2), samples=[], evals={}, stop=dict(steps=400)
     )
-    group = processes.start_together(config, cls.four, count=4, UNREPORTED="1")
-    processes.wait_for_step(group[0], cls.four, 3)
-    group[2].send_signal(signal.SIGTERM)
+    group = processes.start_together(
+      config, cls.halves, count=2, UNREPORTED="1"
+    )
+    processes.wait_for_step(group[0], cls.halves, 3)
+    group[1].send_signal(signal.SIGTERM)
     cls.stopped = _finish(group)
 
   def test_the_process_that_is_left_ends_soon_and_says_why(self):
@@ -120,27 +122,26 @@ class ProcessesTest(_Runs):
         line, r"^(\[Gloo\]|Process 1 of 2 on .*: 1 of 2 devices)"
       )
 
-  def test_a_signal_to_one_of_four_stops_all_at_the_same_step(self):
+  def test_a_signal_to_one_stops_all_at_the_same_step(self):
     stop = int(re.search(r"Stopped at step (\d+): signal", self.stopped[0])[1])
     self.assertBetween(stop, 3, 399)
-    self.assertTrue((self.four / "checkpoints" / str(stop)).exists())
-    for process in range(4):
-      held = processes.held_rows(self.four, process)
+    self.assertTrue((self.halves / "checkpoints" / str(stop)).exists())
+    for process in range(2):
+      held = processes.held_rows(self.halves, process)
       self.assertEqual({step for step, *_ in held}, set(range(stop)))
 
-  def test_four_over_data_and_model_are_the_run_of_one(self):
-    stop = len(processes.rows(self.four))
+  def test_two_that_split_the_model_are_the_run_of_one(self):
+    stop = len(processes.rows(self.halves))
     expected = processes.held_rows(self.alone)
-    for process in range(4):
-      # Two of them hold half of the model each, for the same half of the rows.
-      first = process // 2 * 4
+    for process in range(2):
+      # They read the same rows, all of them.
       self.assertEqual(
-        [x for x in processes.held_rows(self.four, process) if x[0] < 24],
-        [x for x in expected if x[0] < stop and first <= x[1] < first + 4],
+        [x for x in processes.held_rows(self.halves, process) if x[0] < 24],
+        [x for x in expected if x[0] < stop],
       )
     losses, whole = (
       [float(row["loss"]) for row in processes.rows(folder)]
-      for folder in (self.four, self.alone)
+      for folder in (self.halves, self.alone)
     )
     count = min(stop, 5)  # after that training amplifies how sums are rounded
     np.testing.assert_allclose(losses[:count], whole[:count], rtol=1e-4)
