@@ -218,6 +218,18 @@ class BatteryTest(parameterized.TestCase):
     self.assertEqual(describe(jitted[1]), describe(state))
 
   @parameterized.parameters(ROWS)
+  def test_optax_accumulates_around_it(self, name):
+    optimizer = plain(name)
+    steps = optax.MultiSteps(optimizer.transform, every_k_schedule=3)
+    state = jax.eval_shape(steps.init, optimizer.params)
+    updates, after = jax.eval_shape(
+      steps.update, optimizer.params, state, optimizer.params
+    )
+    describe = functools.partial(jax.tree.map, lambda x: (x.shape, x.dtype))
+    self.assertEqual(describe(updates), describe(optimizer.params))
+    self.assertEqual(describe(after), describe(state))
+
+  @parameterized.parameters("lamb", "kfac+lamb")
   def test_accumulation_equals_the_big_batch(self, name):
     optimizer = plain(name)
     params = optimizer.params
