@@ -97,7 +97,7 @@ class ResumeTest(parameterized.TestCase):
     self.assertTrue((self.whole / "tokenizer").is_dir())
 
 
-class TrainTest(parameterized.TestCase):
+class _Configured(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -105,15 +105,25 @@ class TrainTest(parameterized.TestCase):
       cls.enterClassContext(tempfile.TemporaryDirectory())
     )
     tiny.write_corpus(cls.root)
+
+  def _config(self, **changes):
+    return tiny.small(self.root, **changes)
+
+
+class TrainTest(_Configured):
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
     cls.begun = cls.root / "begun"
+    # Partitioned programs take longer to compile; ResumeTest has some.
+    cls.enterClassContext(
+      mock.patch.object(jax, "devices", return_value=jax.devices()[:1])
+    )
     # Plots take longer than the steps; ResumeTest has one.
     cls.enterClassContext(mock.patch.object(train.report, "write_report"))
     cls.begun_result = train.train(
       tiny.small(cls.root, stop=dict(steps=2)), cls.begun
     )
-
-  def _config(self, **changes):
-    return tiny.small(self.root, **changes)
 
   def _begun(self):
     """A workdir of a run of two steps, to do with as one likes."""
@@ -306,6 +316,8 @@ class TrainTest(parameterized.TestCase):
       second.state.params,
     )
 
+
+class RefusalTest(_Configured):
   @parameterized.parameters(
     (dict(model=dict(max_positions=16)), "data.seq_len=32 exceeds .*=16"),
     (dict(model=dict(vocab_size=5)), "model.vocab_size=5 is smaller than"),
