@@ -7,6 +7,9 @@ import shutil
 import tempfile
 from unittest import mock
 
+# Imports and the search for tests leave nothing to collect.
+gc.disable()
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Whichever test imports TensorFlow first brings Keras along and fixes this.
@@ -118,8 +121,8 @@ def pytest_collection_modifyitems(items):
 def pytest_collection_finish():
   from bertjax import garbage  # later than `--jaxtyping-packages` looks
 
-  gc.collect()
   garbage.spare_imports()
+  gc.enable()
 
 
 def pytest_unconfigure():

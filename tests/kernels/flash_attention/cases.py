@@ -44,6 +44,17 @@ def qkv(sizes, dtype=jnp.float32):
   )
 
 
+def _both(one, other):
+  """A problem with the arguments of two, which share none."""
+  assert one.sizes == other.sizes and not one.oracle.keys() & other.oracle
+  return Case(
+    one.sizes,
+    one.arguments | other.arguments,
+    one.oracle | other.oracle,
+    one.traced or other.traced,
+  )
+
+
 def positions(t, s):
   return np.arange(t)[:, None] + s - t, np.arange(s)[None]
 
@@ -171,35 +182,45 @@ def _everything(sizes):
   )
 
 
+_MORE_KEYS, _MORE_QUERIES = (
+  (1, 127, 200, 2, 1, 16, 16),
+  (1, 200, 129, 2, 2, 16, 16),
+)
+_LENGTHS, _FULL = (3, 40, 129, 2, 1, 72, 96), (2, 33, 129, 4, 2, 16, 16)
+_BLOCKS = (3, 300, 200, 2, 1, 16, 16)
+
+# What no other argument changes the meaning of is tested together: a term in
+# the scores with what hides keys. Each is told apart by its own gradient.
 CASES = {
   "single_token": Case((2, 1, 1, 3, 3, 8, 8)),
   "plain": Case((2, 129, 200, 2, 2, 20, 12)),
-  "wide_head": Case((1, 33, 40, 1, 1, 72, 96)),
-  "causal_more_keys": _causal((1, 127, 200, 2, 1, 16, 16)),
-  "causal_more_queries": _causal((1, 200, 129, 2, 2, 16, 16)),
+  "causal_more_keys_alibi": _both(
+    _causal(_MORE_KEYS), _alibi(_MORE_KEYS, (2,))
+  ),
+  "causal_more_queries_bias_shared_capped": _both(
+    _causal(_MORE_QUERIES),
+    _bias(_MORE_QUERIES, (1, 1, 200, 129), logit_softcap=2.0),
+  ),
   "window_grouped_heads": _window((2, 129, 127, 4, 2, 16, 24), 30, 7),
   "segments": _segments((2, 127, 200, 2, 2, 16, 16)),
-  "lengths": _lengths((3, 40, 129, 2, 1, 16, 16), (129, 0, 65)),
-  "bias_full": _bias((2, 33, 129, 2, 2, 16, 16), (2, 2, 33, 129)),
-  "bias_per_key": _bias((2, 129, 127, 2, 2, 16, 16), (2, 1, 1, 127)),
-  "bias_per_head": _bias((3, 129, 40, 2, 1, 16, 16), (1, 2, 129, 40)),
-  "bias_shared_capped": _bias(
-    (2, 33, 129, 2, 2, 16, 16), (1, 1, 33, 129), logit_softcap=2.0
+  "lengths_bias_per_key": _both(
+    _lengths(_LENGTHS, (129, 0, 65)), _bias(_LENGTHS, (3, 1, 1, 129))
   ),
-  "alibi": _alibi((2, 129, 200, 2, 2, 16, 16), (2,)),
-  "alibi_per_example": _alibi((2, 127, 40, 4, 2, 16, 16), (2, 4)),
+  "bias_full_alibi_per_example": _both(
+    _bias(_FULL, (2, 4, 33, 129)), _alibi(_FULL, (2, 4))
+  ),
   "blocks": _blocks((1, 200, 300, 2, 2, 16, 16), (128, 128), 1),
-  "blocks_traced": _blocks((1, 300, 200, 2, 2, 16, 16), (128, 128), 1, True),
+  "blocks_traced_bias_per_head": _both(
+    _blocks(_BLOCKS, (128, 128), 1, True), _bias(_BLOCKS, (1, 2, 300, 200))
+  ),
   "blocks_per_head": _blocks(
     (2, 300, 300, 2, 1, 16, 16), (128, 128), 2, causal=True
   ),
   "relative_bias": _relative((2, 129, 200, 2, 2, 16, 12), bias=(1, 2)),
-  "relative_bias_per_example": _relative((2, 200, 127, 2, 1, 16, 16), (2, 1)),
-  "relative_keys": _relative((2, 40, 129, 4, 2, 16, 24), keys=2),
+  "relative_keys": _relative((2, 40, 129, 4, 2, 16, 24), keys=1),
   "relative_queries": _relative((2, 129, 33, 4, 2, 16, 24), queries=4),
-  "relative_shared": _relative((1, 130, 20, 2, 2, 16, 16), None, 1, 1),
   "relative_causal_capped": _relative_causal(
-    (2, 127, 200, 4, 2, 16, 24), bias=(1, 1), keys=2, queries=4
+    (2, 127, 200, 4, 2, 16, 24), bias=(2, 1), keys=2, queries=1
   ),
   "everything": _everything((2, 129, 200, 4, 2, 16, 24)),
 }
