@@ -101,14 +101,15 @@ def _run(direction, q, k, v, extras, options, *rest):
 
   # A static mask must not become an operand, which would make it traced.
   operands = extras._replace(block_mask=None) if static else extras
+  default = branch(OTHER)
+  branches = {name: branch(platform) for name, platform in PLATFORMS.items()}
+  # To trace another platform's kernels takes longer than a layer's rest.
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is not None and device.platform != "gpu":  # CUDA or ROCm
+    chosen = branches.get(device.platform, default)
+    return chosen(q, k, v, operands, *rest)
   return jax.lax.platform_dependent(
-    q,
-    k,
-    v,
-    operands,
-    *rest,
-    default=branch(OTHER),
-    **{name: branch(platform) for name, platform in PLATFORMS.items()},
+    q, k, v, operands, *rest, default=default, **branches
   )
 
 
