@@ -17,9 +17,14 @@ from tests.parallel import onebit_oracle
 
 _cut_servers = jax.jit(elastic.cut_servers, static_argnums=1)
 _joined_servers = jax.jit(elastic.joined_servers, static_argnums=1)
+_pack_signs, _unpack_signs = map(
+  jax.jit, (signs.pack_signs, signs.unpack_signs)
+)
 
 # No product of lengths is divisible by 2, 4 or 8; one scanned stack; a scalar.
 _SHAPES, _STACKED = ((5, 7), (3, 2, 6), ()), (0, 1, 0)
+_DEFAULT = Compression()
+_GRANULARITIES = ("buffer", "chunk", "tensor", "layer", "shard", 5)
 
 
 def _dyadic(rng, shape, bits=6):
@@ -53,6 +58,22 @@ def _reduce(workers, compression, stacked=None):
   )
 
 
+def _reduced(workers, compression, inputs, stacked=None):
+  """`_reduce` of inputs, in NumPy."""
+  return jax.device_get(_reduce(workers, compression, stacked)(*inputs))
+
+
+def _alone(x, worker, server, compression=_DEFAULT, **options):
+  """One worker's average, as one program."""
+
+  def run(*inputs):
+    return compressed.compressed_all_reduce(
+      *inputs, axis=None, compression=compression, **options
+    )
+
+  return jax.device_get(jax.jit(run)(x, worker, server))
+
+
 def _inputs(workers, compression, shapes=_SHAPES, stacked=_STACKED, make=None):
   rng = np.random.default_rng(workers)
   make = make or (lambda shape: rng.normal(size=shape).astype(np.float32))
@@ -60,9 +81,8 @@ def _inputs(workers, compression, shapes=_SHAPES, stacked=_STACKED, make=None):
   x, e = ([make((workers, *s)) for s in shapes] for _ in range(2))
   d = []
   for shape, grid in zip(shapes, grids):
-    whole = jnp.asarray(make(shape))
     wanted = (workers, *(1,) * len(shape), grid.rows, grid.piece)
-    cut = _cut_servers(whole, wanted)
+    cut = _cut_servers(make(shape), wanted)
     d.append(np.asarray(cut).reshape(workers, grid.rows, grid.piece))
   return x, e, d
 
@@ -81,21 +101,20 @@ class SignsTest(parameterized.TestCase):
   @parameterized.parameters(1, 31, 32, 33, 200)
   def test_packing_is_a_bit_per_sign_and_reversible(self, lines):
     positive = np.random.default_rng(lines).random((3, lines, 5)) > 0.5
-    words = signs.pack_signs(jnp.asarray(positive))
+    words = _pack_signs(positive)
     self.assertEqual(
       (words.dtype, words.shape), (np.uint32, (3, -(-lines // 32), 5))
     )
-    unpacked = signs.unpack_signs(words)
+    unpacked = np.asarray(_unpack_signs(words))
     np.testing.assert_array_equal(unpacked[:, :lines], positive)
     self.assertFalse(unpacked[:, lines:].any())
     # No sign is written twice: as many bits are set as there are.
     self.assertEqual(np.bitwise_count(np.asarray(words)).sum(), positive.sum())
 
   def test_known_vector(self):
-    x = [jnp.array([3.0, -1.0, 0.0, -4.0])]
-    zeros = [jnp.zeros(4)], [jnp.asarray(_no_server_errors(1, 4)[0])]
-    mean, worker, server = compressed.compressed_all_reduce(
-      x, *zeros, axis=None
+    x = np.float32([3.0, -1.0, 0.0, -4.0])
+    mean, worker, server = _alone(
+      [x], [np.zeros_like(x)], [_no_server_errors(1, 4)[0]]
     )
     # 8 / 4 = 2 for every sign, that of 0 being positive.
     np.testing.assert_array_equal(mean[0], [2, -2, 2, -2])
@@ -103,10 +122,8 @@ class SignsTest(parameterized.TestCase):
     self.assertFalse(server[0].any())
 
   def test_rms_of_a_known_vector(self):
-    x = [jnp.array([1.0, -1.0, 1.0, -5.0])]
-    mean, _, _ = compressed.compressed_all_reduce(
-      x, None, None, axis=None, compression=Compression("rms", "tensor", False)
-    )
+    x = [np.float32([1.0, -1.0, 1.0, -5.0])]
+    mean, _, _ = _alone(x, None, None, Compression("rms", "tensor", False))
     np.testing.assert_allclose(mean[0], np.sqrt(7) * np.array([1, -1, 1, -1]))
 
   @parameterized.parameters(
@@ -130,23 +147,22 @@ class SignsTest(parameterized.TestCase):
 
 
 class AllReduceTest(parameterized.TestCase):
-  @parameterized.product(
-    workers=(1, 2, 8),
-    granularity=("buffer", "chunk", "tensor", "layer", "shard", 5),
-    scale=("l1", "rms"),
+  @parameterized.parameters(
+    # Every pair of (workers, granularity, scale).
+    (workers, granularity, ("l1", "rms")[(i + j) % 2])
+    for i, workers in enumerate((1, 2, 8))
+    for j, granularity in enumerate(_GRANULARITIES)
   )
   def test_what_is_not_sent_stays(self, workers, granularity, scale):
     compression = Compression(scale, granularity)
-    x, e, d = _inputs(workers, compression)
-    mean, worker, server = _reduce(workers, compression, _STACKED)(x, e, d)
+    x, e, d = inputs = _inputs(workers, compression)
+    mean, worker, server = _reduced(workers, compression, inputs, _STACKED)
     for i, shape in enumerate(_SHAPES):
       # Bit for bit the same on every worker.
       np.testing.assert_array_equal(mean[i], np.broadcast_to(
         mean[i][:1], mean[i].shape))  # fmt: skip
       before = (x[i] + e[i]).mean(0) + _joined(d[i], shape)
-      after = (
-        mean[i][0] + worker[i].mean(0) + _joined(np.array(server[i]), shape)
-      )
+      after = mean[i][0] + worker[i].mean(0) + _joined(server[i], shape)
       np.testing.assert_allclose(after, before, atol=2e-6)  # float32
 
   def test_transmitted_and_left_are_the_sum_of_inputs_exactly(self):
@@ -161,10 +177,10 @@ class AllReduceTest(parameterized.TestCase):
     e, d = [0 * e[0]], [0 * d[0]]
     total, sent = 0, 0
     for step in range(6):
-      mean, e, d = _reduce(workers, compression)(x, e, d)
+      mean, e, d = _reduced(workers, compression, (x, e, d))
       total += x[0].mean(0)
       sent += mean[0][0]
-      left = np.asarray(e[0]).mean(0) + _joined(np.array(d[0]), (8, 4))
+      left = e[0].mean(0) + _joined(d[0], (8, 4))
       if step == 0:
         np.testing.assert_array_equal(sent + left, total)
     # A tenth of a unit in the last place of the largest sum, per step.
@@ -178,8 +194,8 @@ class AllReduceTest(parameterized.TestCase):
     x = _dyadic(rng, (workers, length), bits=4)
     e = _dyadic(rng, (workers, length), bits=4)
     d = _dyadic(rng, (workers, length // workers), bits=4)
-    mean, worker, server = _reduce(workers, Compression())(
-      [x], [e], [d[:, None]]
+    mean, worker, server = _reduced(
+      workers, Compression(), ([x], [e], [d[:, None]])
     )
     expected = onebit_oracle.all_reduce(x, e, d)
     np.testing.assert_array_equal(mean[0][0], expected[0].astype(np.float32))
@@ -197,20 +213,20 @@ class AllReduceTest(parameterized.TestCase):
     grid = grid_of(shape, workers, Compression())
     self.assertTrue(grid.alone)
     d = _dyadic(rng, (workers, 1, grid.piece), bits=4)
-    mean, worker, server = _reduce(workers, Compression())([x], [e], [d])
+    mean, worker, server = _reduced(workers, Compression(), ([x], [e], [d]))
 
     def flat(x):
       axes = (0, *(1 + axis for axis in order))
-      return np.asarray(x).transpose(axes).reshape(len(x), -1)
+      return x.transpose(axes).reshape(len(x), -1)
 
     expected = onebit_oracle.all_reduce(flat(x), flat(e), d[:, 0])
-    found = flat(mean[0])[0], flat(worker[0]), np.asarray(server[0])[:, 0]
+    found = flat(mean[0])[0], flat(worker[0]), server[0][:, 0]
     for one, other in zip(found, expected):
       # A server's sum of 4,096 numbers rounds; a sign out of place is 0.1.
       np.testing.assert_allclose(one, other, atol=1e-6)
 
   @parameterized.product(
-    granularity=("buffer", "chunk", "tensor", "layer", "shard", 5),
+    granularity=_GRANULARITIES,
     workers=(2, 3),
   )
   def test_what_is_not_sent_of_matrices_stays(self, granularity, workers):
@@ -218,21 +234,19 @@ class AllReduceTest(parameterized.TestCase):
     compression = Compression(granularity=granularity)
     shapes = ((190, 128), (2, 256, 12, 8), (7,), (128, 6))
     stacked = (0, 1, 0, 0)
-    x, e, d = _inputs(workers, compression, shapes, stacked)
-    mean, worker, server = _reduce(workers, compression, stacked)(x, e, d)
+    x, e, d = inputs = _inputs(workers, compression, shapes, stacked)
+    mean, worker, server = _reduced(workers, compression, inputs, stacked)
     for i, shape in enumerate(shapes):
       before = (x[i] + e[i]).mean(0) + _joined(d[i], shape)
-      after = (
-        mean[i][0] + worker[i].mean(0) + _joined(np.array(server[i]), shape)
-      )
+      after = mean[i][0] + worker[i].mean(0) + _joined(server[i], shape)
       np.testing.assert_allclose(after, before, atol=3e-6)  # float32
 
   def test_order_of_workers_does_not_matter(self):
     rng = np.random.default_rng(2)
     x, zero = _dyadic(rng, (4, 64)), np.zeros((4, 64), np.float32)
     d = [_no_server_errors(4, 64)]
-    one, _, _ = _reduce(4, Compression())([x], [zero], d)
-    other, _, _ = _reduce(4, Compression())([x[[2, 0, 3, 1]]], [zero], d)
+    one, _, _ = _reduced(4, Compression(), ([x], [zero], d))
+    other, _, _ = _reduced(4, Compression(), ([x[[2, 0, 3, 1]]], [zero], d))
     np.testing.assert_array_equal(one[0], other[0])
 
   def test_identical_workers_send_what_one_sends(self):
@@ -240,28 +254,27 @@ class AllReduceTest(parameterized.TestCase):
     row = _dyadic(rng, (1, 64))
     zero = np.zeros_like(row)
     d = [_no_server_errors(1, 64)]
-    alone, error, _ = _reduce(1, Compression())([row], [zero], d)
+    alone, error, _ = _reduced(1, Compression(), ([row], [zero], d))
     x = np.repeat(row, 4, 0)
-    mean, errors, _ = _reduce(4, Compression())(
-      [x], [0 * x], [_no_server_errors(4, 64)]
+    mean, errors, _ = _reduced(
+      4, Compression(), ([x], [0 * x], [_no_server_errors(4, 64)])
     )
     np.testing.assert_array_equal(mean[0][0], alone[0][0])
     np.testing.assert_array_equal(errors[0], np.repeat(error[0], 4, 0))
 
   def test_zeros_stay_zeros(self):
     x = np.zeros((2, 9), np.float32)
-    mean, e, d = _reduce(2, Compression())([x], [x], [_no_server_errors(2, 9)])
+    mean, e, d = _reduced(
+      2, Compression(), ([x], [x], [_no_server_errors(2, 9)])
+    )
     for found in (mean, e, d):
       self.assertFalse(np.any(found[0]))
 
   def test_masked_numbers_are_zero_and_touch_no_scale(self):
-    x = jnp.array([4.0, 100.0, -2.0, 7.0])
-    mask = jnp.array([True, False, True, False])
-    server = jnp.ones((1, LANES))
-    old = [jnp.array([0.0, 3.0, 0.0, 0.0])], [server]
-    mean, worker, server = compressed.compressed_all_reduce(
-      [x], *old, axis=None, masks=[mask]
-    )
+    x = np.float32([4.0, 100.0, -2.0, 7.0])
+    mask = np.array([True, False, True, False])
+    old = [np.float32([0.0, 3.0, 0.0, 0.0])], [np.ones((1, LANES), np.float32)]
+    mean, worker, server = _alone([x], *old, masks=[mask])
     # Scale 3; the server adds 1: 4 and -2, scale 3.
     np.testing.assert_array_equal(mean[0], [3, 0, -3, 0])
     np.testing.assert_array_equal(worker[0], [1, 0, 1, 0])
@@ -275,7 +288,7 @@ class AllReduceTest(parameterized.TestCase):
     x = np.ones((2, 2, 3), np.float32) * np.array([[1.0], [1e-3]], np.float32)
     stacked = (1,) if granularity == "layer" else (0, 0)
     tensors = [x] if granularity == "layer" else [x[:, 0], x[:, 1]]
-    mean, _, _ = _reduce(2, compression, stacked)(tensors, [], [])
+    mean, _, _ = _reduced(2, compression, (tensors, [], []), stacked)
     found = mean[0][0] if granularity == "layer" else [m[0] for m in mean]
     np.testing.assert_allclose(found, x[0], rtol=1e-6)
 
@@ -304,11 +317,9 @@ class AllReduceTest(parameterized.TestCase):
 
   def test_what_pads_a_block_touches_no_scale(self):
     # Seven numbers in blocks of at most three: three, three, one.
-    x = jnp.array([1.0, -1.0, 1.0, 2.0, 2.0, -2.0, 5.0])
+    x = np.float32([1.0, -1.0, 1.0, 2.0, 2.0, -2.0, 5.0])
     compression = Compression(granularity=3, error_feedback=False)
-    mean, _, _ = compressed.compressed_all_reduce(
-      [x], None, None, axis=None, compression=compression
-    )
+    mean, _, _ = _alone([x], None, None, compression)
     np.testing.assert_array_equal(mean[0], x)
 
   def test_what_is_owed_stays_bounded_over_1000_averages(self):
@@ -317,12 +328,17 @@ class AllReduceTest(parameterized.TestCase):
     owed = {}
     for feedback in (True, False):
       reduce = _reduce(4, Compression(error_feedback=feedback))
-      e, d = ([0 * x], [_no_server_errors(4, 40)]) if feedback else ([], [])
-      sent, gaps = 0, []
-      for step in range(1, 1001):
-        mean, e, d = reduce([x], e, d)
-        sent += np.asarray(mean[0][0], np.float64)
-        gaps.append(np.abs(sent - step * x.mean(0)).max())
+
+      def average(errors, _, reduce=reduce):
+        mean, *errors = reduce([x], *errors)
+        return errors, mean[0][0]
+
+      errors = [[0 * x], [_no_server_errors(4, 40)]] if feedback else [[], []]
+      means = jax.jit(lambda e: jax.lax.scan(average, e, length=1000)[1])(
+        errors
+      )
+      sent = np.cumsum(np.asarray(means, np.float64), 0)
+      gaps = np.abs(sent - np.arange(1, 1001)[:, None] * x.mean(0)).max(1)
       owed[feedback] = max(gaps[:100]), max(gaps[100:])
     # float32 rounds each error to 1e-7 of it.
     self.assertLess(owed[True][1], 1.5 * owed[True][0])
@@ -386,15 +402,18 @@ class OrderTest(parameterized.TestCase):
     whole = np.random.default_rng(6).normal(size=shape).astype(np.float32)
     grid = grid_of(shape, workers, compression, 1)
     wanted = (workers, 1, 1, 1, 1, grid.rows, grid.piece)
-    cut = _cut_servers(jnp.asarray(whole), wanted)
-    split = grid.split(jnp.asarray(whole), workers)
+    cut = _cut_servers(whole, wanted)
+    split = jax.jit(lambda x: grid.split(x, workers))(whole)
     np.testing.assert_array_equal(cut, split.reshape(wanted))
     np.testing.assert_array_equal(_joined_servers(cut, shape), whole)
 
 
 class ElasticTest(parameterized.TestCase):
-  @parameterized.product(
-    shards=((1, 1, 1), (1, 2, 3), (1, 4, 1)), rows=(1, 3), new=(1, 2, 5)
+  @parameterized.parameters(
+    # Every pair of (shards, rows, new).
+    (shards, (1, 3)[(i + j) % 2], new)
+    for i, shards in enumerate(((1, 1, 1), (1, 2, 3), (1, 4, 1)))
+    for j, new in enumerate((1, 2, 5))
   )
   def test_servers_errors_are_the_same_however_cut(self, shards, rows, new):
     whole = np.random.default_rng(0).normal(size=(3, 4, 6)).astype(np.float32)
@@ -402,7 +421,7 @@ class ElasticTest(parameterized.TestCase):
     def cut(workers, shards, rows):
       local = whole.size // int(np.prod(shards)) // rows
       piece = -(-local // workers)
-      return _cut_servers(jnp.asarray(whole), (workers, *shards, rows, piece))
+      return _cut_servers(whole, (workers, *shards, rows, piece))
 
     old = cut(4, shards, rows)
     np.testing.assert_array_equal(_joined_servers(old, whole.shape), whole)
