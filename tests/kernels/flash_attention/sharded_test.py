@@ -1,6 +1,7 @@
 """Attention split over 8 devices equals the whole one, with its gradients."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +36,6 @@ IDS = jnp.asarray(np.sort(np.random.default_rng(0).integers(0, 4, (B, T))))
 
 OPTIONS = {
   "plain": {},
-  "segments": {"segment_ids": IDS},
-  "bias_per_head": {"bias": normal(5, 1, H, T, T)},
   "bias_per_key": {"bias": normal(5, B, 1, 1, T)},
   "alibi_causal": {"alibi_slopes": jnp.arange(H) / 8, "causal": True},
   "relative_segments": {
@@ -49,8 +48,11 @@ OPTIONS = {
     "relative_queries": normal(7, H, 2 * T - 1, D),
     "causal": True,
   },
-  "causal_segments": {"causal": True, "segment_ids": IDS},
-  "causal_bias": {"causal": True, "bias": normal(5, 1, H, T, T)},
+  "causal_segments_bias": {
+    "causal": True,
+    "segment_ids": IDS,
+    "bias": normal(5, 1, H, T, T),
+  },
   "window_dropout": {
     "window": (9, 20),
     "dropout_rate": 0.3,
@@ -58,6 +60,16 @@ OPTIONS = {
     "segment_ids": IDS,
   },
 }
+# Every argument in one of two problems: each has its own gradient.
+ALL_ARGUMENTS = {
+  "window_dropout_segments_bias_per_key_alibi": OPTIONS["window_dropout"]
+  | OPTIONS["bias_per_key"]
+  | {"alibi_slopes": OPTIONS["alibi_causal"]["alibi_slopes"]},
+  "relative_causal_segments_bias_per_head": OPTIONS["relative_causal"]
+  | OPTIONS["causal_segments_bias"]
+  | {"relative_bias": OPTIONS["relative_segments"]["relative_bias"]},
+}
+PROBLEMS = {**OPTIONS, **ALL_ARGUMENTS}
 
 
 def solve(options, sharding, **more):
@@ -87,19 +99,26 @@ def solve(options, sharding, **more):
 
   with jax.set_mesh(MESH):
     grads, found = jax.jit(jax.grad(loss, has_aux=True))(diff)
-  return found, grads
+  return jax.device_get((found, grads))
 
 
 class ShardedTest(parameterized.TestCase):
-  @parameterized.product(
-    name=tuple(OPTIONS), sharding=(BATCH_AND_HEADS, RING, GATHER)
+  @parameterized.parameters(
+    # A ring splits examples and heads as well.
+    *((name, RING) for name in OPTIONS),
+    *itertools.product(("plain", *ALL_ARGUMENTS), (BATCH_AND_HEADS, GATHER)),
   )
   def test_equals_the_whole(self, name, sharding):
-    found = solve(OPTIONS[name], sharding)
-    want = solve(OPTIONS[name], None)
+    found = solve(PROBLEMS[name], sharding)
+    want = self.whole(name)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
-      scale = max(1.0, float(jnp.abs(b).max()))
+      scale = max(1.0, np.abs(b).max())
       np.testing.assert_allclose(a, b, atol=2e-5 * scale)
+
+  @staticmethod
+  @functools.cache
+  def whole(name):
+    return solve(PROBLEMS[name], None)
 
   def test_a_block_mask_per_head_follows_its_heads(self):
     mask = np.random.default_rng(1).random((H, 3, 3)) < 0.6
@@ -136,18 +155,32 @@ class ShardedTest(parameterized.TestCase):
     ):
       flash_attention(x, x, x, sharding=BATCH_AND_HEADS)
 
-  @parameterized.product(
-    sharding=(RING, GATHER), traced=(False, True), causal=(False, True)
+  @parameterized.parameters(
+    # Every pair of (sharding, traced, causal).
+    (RING, False, False),
+    (RING, True, True),
+    (GATHER, False, True),
+    (GATHER, True, False),
   )
   def test_a_block_mask_on_a_ring(self, sharding, traced, causal):
-    # Blocks of 8 x 12, six by four; the second half sees none of the first.
-    mask = np.random.default_rng(1).random((H, 6, 4)) < 0.6
-    mask[:, 3:, :2] = False
-    given = jnp.asarray(mask) if traced else mask
-    options = {"block_mask": given, "causal": causal}
-    found, want = solve(options, sharding), solve(options, None)
+    mask = self.block_mask()
+    given = jax.device_put(mask) if traced else mask
+    found = solve({"block_mask": given, "causal": causal}, sharding)
+    want = self.whole_under_a_block_mask(causal)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
       np.testing.assert_allclose(a, b, atol=1e-4)
+
+  @staticmethod
+  def block_mask():
+    """Blocks of 8 x 12, six by four; the second half sees none of the first."""
+    mask = np.random.default_rng(1).random((H, 6, 4)) < 0.6
+    mask[:, 3:, :2] = False
+    return mask
+
+  @classmethod
+  @functools.cache
+  def whole_under_a_block_mask(cls, causal):
+    return solve({"block_mask": cls.block_mask(), "causal": causal}, None)
 
   def test_turns_in_which_nobody_sees_anything_compute_nothing(self):
     diagonal = np.eye(8, dtype=bool)[None]
@@ -208,29 +241,26 @@ class ZigzagTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
     ("plain", {}),
-    ("segments", {"segment_ids": IDS}),
-    ("bias_per_head", {"bias": normal(5, 1, H, T, T)}),
-    ("bias_per_key", {"bias": normal(5, B, 1, 1, T)}),
-    ("capped", {"logit_softcap": 2.0}),
+    ("segments_bias_per_head", OPTIONS["causal_segments_bias"]),
+    (
+      "bias_per_key_capped_dropout",
+      {
+        **OPTIONS["bias_per_key"],
+        "logit_softcap": 2.0,
+        "dropout_rate": 0.3,
+        "dropout_seed": 3,
+      },
+    ),
   )
   def test_equals_the_whole_in_order(self, options):
     order = zigzag.zigzag_order(T, MESH.shape["seq"])
     # A causal mask of blocks of one position, in the order of the shards.
     mask = order[None, :] <= order[:, None]
     found = solve(options | {"causal": True}, ZIGZAG)
-    want = solve(options | {"block_mask": mask}, None)
+    want = solve(options | {"block_mask": mask, "causal": False}, None)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
-      scale = max(1.0, float(jnp.abs(b).max()))
+      scale = max(1.0, np.abs(b).max())
       np.testing.assert_allclose(a, b, atol=2e-5 * scale)
-
-  def test_dropout_draws_the_mask_of_the_whole(self):
-    order = zigzag.zigzag_order(T, MESH.shape["seq"])
-    mask = order[None, :] <= order[:, None]
-    drop = {"dropout_rate": 0.3, "dropout_seed": 3}
-    found = solve({"causal": True, **drop}, ZIGZAG)
-    want = solve({"block_mask": mask, **drop}, None)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
-      np.testing.assert_allclose(a, b, atol=1e-4)
 
   def work(self, sharding, count=4):
     """Products of a query and a key that each device computes, forward."""
