@@ -13,6 +13,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -66,7 +67,8 @@ def gradients(backend, arrays, diff, **arguments):
     seen = jnp.where(lse == -jnp.inf, 0.0, lse)
     return (out * weights).sum() + jnp.sin(seen).sum(), (out, seen)
 
-  return jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))(*x, diff)
+  solve = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True))
+  return jax.device_get(solve(*x, diff))
 
 
 class ScheduleTest(parameterized.TestCase):
@@ -74,7 +76,7 @@ class ScheduleTest(parameterized.TestCase):
     mask = np.random.default_rng(0).random((2, 5, 7)) < 0.4
     mask[0, 2], mask[1, :, 3] = False, False
     p = problem(1, 2, 640, 896, mask=mask, block_size=(128, 128), **options)
-    given = jnp.asarray(mask) if traced else mask
+    given = jax.device_put(mask) if traced else mask
     chosen = tiles.choose(p, by_column)
     plan = schedule.build(p, chosen, given, by_column=by_column, every=every)
     return mask, plan
@@ -186,15 +188,16 @@ STEPS = {
 class StepsTest(parameterized.TestCase):
   def check(self, sizes, diff=(), blocks=None, tiles=None, **arguments):
     arrays = qkv(*sizes)
-    diff = {n: abs(normal(4, *shape)) / 4 for n, shape in dict(diff).items()}
+    diff = {n: np.abs(normal(4, *shape)) / 4 for n, shape in dict(diff).items()}
     if blocks is not None:
       mask = np.random.default_rng(1).random(blocks) < 0.5
-      arguments["block_mask"] = jnp.asarray(mask) if blocks[0] > 1 else mask
+      traced = blocks[0] > 1
+      arguments["block_mask"] = jax.device_put(mask) if traced else mask
     found = gradients("tpu", arrays, diff, tiles=tiles, **arguments)
     want = gradients("reference", arrays, diff, **arguments)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
       # Sums of up to 1600 float32 terms; slopes weigh distances up to 1600.
-      scale = max(1.0, float(jnp.abs(b).max()))
+      scale = max(1.0, np.abs(b).max())
       np.testing.assert_allclose(a, b, atol=3e-5 * scale)
 
   @parameterized.product(name=tuple(STEPS))
@@ -217,7 +220,8 @@ class StepsTest(parameterized.TestCase):
     (
       "blocks_and_dropout",
       dict(
-        blocks=(1, 6, 2),
+        sizes=(2, 2, 1, 300, 200),
+        blocks=(1, 3, 2),
         block_size=(128, 128),
         dropout_rate=0.3,
         dropout_seed=1,
@@ -230,7 +234,7 @@ class StepsTest(parameterized.TestCase):
       mock.patch.object(tiles, "DQ_BYTES", 4 * 16 * 128),
       mock.patch.object(tpu, "_part_gradients", side_effect=solve) as parts,
     ):
-      self.check(sizes=(2, 2, 1, 700, 200), **arguments)
+      self.check(**{"sizes": (2, 2, 1, 700, 200), **arguments})
     self.assertGreater(parts.call_count, 1)
 
   def test_operands_by_tile_equal_operands_by_head(self):
@@ -361,11 +365,11 @@ class HardwareDropoutTest(absltest.TestCase):
     b, h, t, s, rate = 1, 2, 700, 1600, 0.3
     q, k, v, weights = qkv(b, h, h, t, s)
     run = dict(dropout_rate=rate, dropout_seed=3, dropout_generator="hardware")
-    eye = jnp.broadcast_to(jnp.eye(s), (b, h, s, s))
-    probs = flash_attention(
-      q, k, eye, layout="bhdt", backend="tpu", interpret=True, **run
+    eye = np.broadcast_to(np.eye(s, dtype=np.float32), (b, h, s, s))
+    attend = functools.partial(
+      flash_attention, layout="bhdt", backend="tpu", interpret=True, **run
     )
-    kept = probs != 0  # [b, h, s, t]
+    kept = np.array(jax.jit(attend)(q, k, eye)) != 0  # [b, h, s, t]
     self.assertAlmostEqual(float(kept.mean()), 1 - rate, delta=2e-3)
     # Independent items agree on 1 - 2 rate (1 - rate) of their weights.
     agree = float((kept[0, 0] == kept[0, 1]).mean())
@@ -380,9 +384,9 @@ class HardwareDropoutTest(absltest.TestCase):
       return (out * weights).sum() + jnp.sin(jax.nn.logsumexp(x, 2)).sum()
 
     _, found = gradients("tpu", (q, k, v, weights), {}, **run)
-    want = jax.jit(jax.grad(dense, (0, 1, 2)))(q, k, v)
+    want = jax.device_get(jax.jit(jax.grad(dense, (0, 1, 2)))(q, k, v))
     for a, b in zip(found[:3], want):
-      np.testing.assert_allclose(a, b, atol=3e-5 * float(jnp.abs(b).max()))
+      np.testing.assert_allclose(a, b, atol=3e-5 * np.abs(b).max())
 
   def test_seeds_differ_by_seed_example_head_and_place(self):
     def words(seed, *place):
@@ -422,11 +426,11 @@ class CompilerTest(parameterized.TestCase):
     ("v5e", "v5e:2x2", (2, 12, 128, 64), "bfloat16", BERT | dict(bias="key")),
     ("v5p", "v5p:2x2x1", (1, 2, 200, 80), "bfloat16", dict(causal=True)),
     # A v4 has no strided rotation.
-    ("v4_t5", "v4:2x2x1", (1, 1, 1024, 64), "bfloat16", BERT | T5),
+    ("v4_t5", "v4:2x2x1", (1, 1, 512, 64), "bfloat16", BERT | T5),
     ("v4_deberta", "v4:2x2x1", (1, 1, 256, 64), "float32", BERT | DEBERTA),
     ("v5e_deberta", "v5e:2x2", (1, 1, 512, 64), "bfloat16", DEBERTA),
     ("v5p_t5", "v5p:2x2x1", (1, 2, 200, 80), "bfloat16", T5),
-    ("v6e_deberta", "v6e:2x2", (1, 2, 200, 80), "bfloat16", DEBERTA),
+    ("v6e_deberta", "v6e:2x2", (1, 2, 100, 80), "bfloat16", DEBERTA),
     (
       "v6e",
       "v6e:2x2",
@@ -443,26 +447,32 @@ class CompilerTest(parameterized.TestCase):
 
   @parameterized.parameters({}, T5)
   def test_memory_is_linear_in_the_length(self, **options):
-    memory = {}
-    for t in (4096, 8192):
-      compiled = self.compiled("v5e:2x2", (1, 1, t, 64), options=options)
-      for dims in re.findall(r"\w+\[([\d,]+)\]", compiled.as_text()):
-        self.assertLess(dims.split(",").count(str(t)), 2)
-      memory[t] = compiled.memory_analysis().temp_size_in_bytes
-    # The output, its cotangent, and change.
-    self.assertLess(memory[8192], 4 * 8192 * 64 * 2)
-    self.assertLess(memory[8192], 2.2 * max(memory[4096], 1 << 20))
+    t = 8192
+    compiled = self.compiled("v5e:2x2", (1, 1, t, 64), options=options)
+    for dims in re.findall(r"\w+\[([\d,]+)\]", compiled.as_text()):
+      self.assertLess(dims.split(",").count(str(t)), 2)
+    # The output and its cotangent: less than an eighth of a byte per score.
+    self.assertLess(
+      compiled.memory_analysis().temp_size_in_bytes, 2 * t * 64 * 2
+    )
 
   @parameterized.parameters(
     # Whole gradients of stock flash attention with its best tiles take
-    # 1,334,522, with segment ids 1,386,649, and 284,067 cycles.
-    ((8, 16, 512, 64), {}, 370_000),
+    # 1,386,649 with segment ids, and 284,067 cycles.
     ((8, 16, 512, 64), dict(segment_ids=True), 400_000),
     ((16, 12, 128, 64), {}, 55_000),
     # A bias that is written out takes 615,383.
     ((8, 16, 512, 64), T5, 470_000),
   )
   def test_cycles_on_v5e(self, sizes, options, cycles):
+    self.check_cycles(sizes, options, cycles)
+
+  @pytest.mark.slow
+  def test_cycles_of_long_plain_rows_on_v5e(self):
+    # Segment ids add to them; stock flash attention takes 1,334,522.
+    self.check_cycles((8, 16, 512, 64), {}, 370_000)
+
+  def check_cycles(self, sizes, options, cycles):
     program = hardware.compile_for(
       "v5e:2x2", programs.lower, sizes=sizes, options=options
     )
