@@ -187,7 +187,7 @@ _MORE_KEYS, _MORE_QUERIES = (
   (1, 200, 129, 2, 2, 16, 16),
 )
 _LENGTHS, _FULL = (3, 40, 129, 2, 1, 72, 96), (2, 33, 129, 4, 2, 16, 16)
-_BLOCKS = (3, 300, 200, 2, 1, 16, 16)
+_BLOCKS = (2, 300, 200, 2, 1, 16, 16)
 
 # What no other argument changes the meaning of is tested together: a term in
 # the scores with what hides keys. Each is told apart by its own gradient.
