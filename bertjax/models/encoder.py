@@ -185,6 +185,9 @@ class Encoder(nn.Module):
         length=self.num_layers,
         unroll=self.unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
+        # Nothing is broadcast out of it, and to see that traces it again.
+        # That also draws keys: without, a seed's initial values would change.
+        check_constancy_invariants=self.is_initializing(),
       )(self.layers, x, rates)
     else:
       last, outputs = x, []
