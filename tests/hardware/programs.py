@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from bertjax.models.point_bert import MiniPointNet
-
 
 def _on_first(devices, shape, dtype=jnp.bfloat16):
   sharding = jax.sharding.SingleDeviceSharding(devices[0])
@@ -59,6 +57,9 @@ def layers(devices, *, count):
 
 def patches(devices, *, rows):
   """Vectors of the patches of clouds, as pre-training makes them."""
+  # No other process is to spend a second on importing models.
+  from bertjax.models.point_bert import MiniPointNet
+
   module = MiniPointNet()
   x = _on_first(devices, (rows, 64, 32, 3), jnp.float32)
   variables = jax.eval_shape(
