@@ -146,7 +146,7 @@ class CommandsTest(absltest.TestCase):
     program = (
       "import bertjax, bertjax.train, sys; "
       "print([m for m in ('tensorflow', 'torch', 'transformers', 'seqio',"
-      " 'matplotlib', 'sklearn') if m in sys.modules])"
+      " 'matplotlib', 'sklearn', 'scipy.spatial') if m in sys.modules])"
     )
     done = subprocess.run(
       [sys.executable, "-c", program],

@@ -7,9 +7,6 @@ import shutil
 import tempfile
 from unittest import mock
 
-# Imports and the search for tests leave nothing to collect.
-gc.disable()
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Whichever test imports TensorFlow first brings Keras along and fixes this.
@@ -43,6 +40,9 @@ from absl import flags
 
 # Named by `--jaxtyping-packages`, which imports no more than `tests`.
 import tests.typechecker  # noqa: F401
+
+# Imports and the search for tests leave nothing to collect.
+gc.disable()
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)

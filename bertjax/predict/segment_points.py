@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import spatial
 
 from bertjax.interop.heads import default_labels
 from bertjax.loading import LoadedModel
@@ -35,6 +34,8 @@ def segment_points(
   Raises:
     ValueError: another kind of model, no cloud, or an unknown category.
   """
+  from scipy import spatial  # would make all commands start later
+
   clouds_lib.check_clouds(model, clouds, "part_segmentation", "segment_points")
   spec = model.objective_spec
   names = spec.get("labels") or default_labels(len(spec["class_parts"]))
