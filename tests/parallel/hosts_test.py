@@ -54,7 +54,7 @@ class _Runs(absltest.TestCase):
 
 
 class ProcessesTest(_Runs):
-  """Runs of one process, of two of which one is killed, of halves of a model."""
+  """Runs of one process, of two of which one dies, and of halves of a model."""
 
   @classmethod
   def setUpClass(cls):
