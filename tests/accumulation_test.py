@@ -3,9 +3,11 @@
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
 from bertjax import hardware, train_step
+from bertjax.accumulation import accumulate
 from bertjax.hardware import hlo
 from bertjax.objectives.fine_tuning import Classification
 from bertjax.objectives.left_to_right import LeftToRightLM
@@ -39,6 +41,35 @@ class ExchangeTest(parameterized.TestCase):
     self.assertGreater(one, 4 * HIDDEN * OUTPUTS)
     # Some scalars more: weights and losses.
     self.assertLess(_sent(**options, microbatches=4), one + 64)
+
+
+class TracingTest(absltest.TestCase):
+  def test_a_gradient_is_traced_once(self):
+    traced = []
+
+    @jax.custom_vjp
+    def double(x):
+      return 2 * x
+
+    def backward(_, g):
+      traced.append(g)
+      return (2 * g,)
+
+    double.defvjp(lambda x: (2 * x, None), backward)
+
+    def loss(params, extra, batch, key):
+      del key
+      total = (double(params["params"]["w"]) * batch["x"]).sum()
+      return total, ({"total": total}, extra)
+
+    w, x = jnp.float32(3.0), jnp.arange(8.0)
+    total, grads, metrics, _ = accumulate(
+      loss, {"params": {"w": w}}, {}, {"x": x}, jax.random.key(0), 4
+    )
+    self.assertLen(traced, 1)
+    self.assertEqual(total, 6 * x.sum())
+    self.assertEqual(metrics["total"], total)
+    self.assertEqual(grads["params"]["w"], 2 * x.sum())
 
 
 class WhenTest(parameterized.TestCase):

@@ -296,6 +296,15 @@ class MeshTest(absltest.TestCase):
       sharding = mesh_sharding()
     self.assertEqual(sharding.axes, ("data", "model", "seq"))
 
+  def test_a_mesh_tells_whose_kernels_are_traced(self):
+    def traced():
+      x = jnp.zeros((1, 8, 2, 8), jnp.bfloat16)
+      return str(jax.make_jaxpr(lambda x: FlashAttend()(x, x, x))(x))
+
+    self.assertIn("pallas_call", traced())
+    with jax.set_mesh(make_mesh(devices=jax.devices()[:1])):
+      self.assertNotIn("pallas_call", traced())
+
   def test_a_sharded_encoder_equals_the_whole(self):
     dims = dict(vocab_size=V, emb_dim=32, num_heads=4, num_layers=1)
     batch = batch_of(PACKED)

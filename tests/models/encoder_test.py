@@ -195,6 +195,12 @@ class EncoderTest(parameterized.TestCase):
     self.assertIn(f"prevent_cse={barrier}", str(made))
     self.assertNotIn(f"prevent_cse={not barrier}", str(made))
 
+  def test_a_scanned_layer_is_traced_once(self):
+    attend = mock.Mock(side_effect=lambda q, k, v, **_: v, layout="bthd")
+    model = build(attend=attend)
+    jax.make_jaxpr(functools.partial(loss, model))(self.params, example())
+    self.assertEqual(attend.call_count, 1)
+
   @parameterized.named_parameters(
     ("remat", {"remat": "full"}),
     ("unscanned", {"scan": False}),

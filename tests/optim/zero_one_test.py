@@ -126,6 +126,11 @@ class ZeroOneAdamTest(parameterized.TestCase):
     full = wire.ring_bytes([*shapes.values()], 4, 32)
     self.assertEqual(sent, [full, compressed, 0, compressed])
 
+  def test_operations_are_not_annotated_one_by_one(self):
+    w = world(name="zero_one_adam", **_RARE)
+    with jax.set_mesh(w.mesh):
+      self.assertNotIn("sdy.sharding_constraint", w.lower().as_text())
+
   def test_it_learns(self):
     def final(**options):
       w = world(
