@@ -292,6 +292,13 @@ class AllReduceTest(parameterized.TestCase):
     found = mean[0][0] if granularity == "layer" else [m[0] for m in mean]
     np.testing.assert_allclose(found, x[0], rtol=1e-6)
 
+  def test_chunks_have_their_own_scales(self):
+    """Ones that one server averages, fives that the other does."""
+    compression = Compression(granularity="chunk", error_feedback=False)
+    x = np.repeat(np.float32([1, 5]), LANES) * np.ones((2, 1), np.float32)
+    mean, _, _ = _reduced(2, compression, ([x], [], []))
+    np.testing.assert_allclose(mean[0], x, rtol=1e-6)
+
   @parameterized.parameters(("tensor", 3.0), ("shard", None))
   def test_shards_share_a_scale_or_have_their_own(self, granularity, shared):
     """Halves of ones and of fives on two devices of each worker."""
