@@ -10,7 +10,6 @@ from unittest import mock
 
 import jax
 import numpy as np
-import pytest
 from absl.testing import absltest, parameterized
 
 from bertjax import experiment, train
@@ -23,8 +22,6 @@ from bertjax.loading import load_model
 from bertjax.predict import tokenize_points
 from tests import optimized
 from tests.configs_test import _CONFIGS, _load
-
-pytestmark = pytest.mark.usefixtures("one_device")
 
 
 def config(**changes):
