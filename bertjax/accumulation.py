@@ -73,7 +73,7 @@ def accumulate(
     return (extra, sums), rows
 
   first = jax.tree.map(lambda x: x[0], parts)
-  # Of the loss alone: to trace its gradient takes three times as long.
+  # Of the loss alone: its gradient, traced below, takes longer to trace.
   loss, (metrics, _) = jax.eval_shape(loss_fn, params, extra, first, key)
   grads = {k: v for k, v in params.items() if k != statistics.ROWS}
   zeros = jax.tree.map(
