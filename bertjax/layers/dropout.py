@@ -91,7 +91,7 @@ def _platform_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     draw,
     in_specs=PartitionSpec(),
     out_specs=PartitionSpec(*(axes or None for axes in parts)),
-    axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+    axis_names=set(mesh.auto_axes),
     check_vma=False,  # equal along the other axes, which types can't show
   )(key)
 

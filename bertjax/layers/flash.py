@@ -28,9 +28,7 @@ def mesh_sharding() -> Sharding | None:
   def axes(name):
     listed = rules[name]
     listed = (listed,) if isinstance(listed, str) else listed
-    return tuple(
-      a for a in listed if a not in mesh.manual_axes and mesh.shape[a] > 1
-    )
+    return tuple(a for a in listed if a in mesh.auto_axes and mesh.shape[a] > 1)
 
   return Sharding(
     batch=axes("batch"),

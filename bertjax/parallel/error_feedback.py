@@ -195,7 +195,7 @@ class Workers:
         reduce,
         in_specs=(specs,),
         out_specs=outputs,
-        axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
+        axis_names=set(mesh.auto_axes),
         # Scales are summed over these axes, which types can't show.
         check_vma=False,
       )

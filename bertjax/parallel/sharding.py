@@ -46,15 +46,12 @@ def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
   split by hand are left out.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return x
-  auto = set(mesh.axis_names) - set(mesh.manual_axes)
-  if not auto:
+  if not mesh.auto_axes:
     return x
 
   def keep(axes):
     axes = (axes,) if isinstance(axes, str) else axes or ()
-    return tuple(a for a in axes if a in auto) or None
+    return tuple(a for a in axes if a in mesh.auto_axes) or None
 
   partition = PartitionSpec(*map(keep, spec(names, RULES)))
   return jax.lax.with_sharding_constraint(x, partition)
@@ -73,11 +70,10 @@ def parts(
     names: logical names of its first dimensions.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  free = set(mesh.axis_names) - set(mesh.manual_axes)
   entries = []
   for size, axes in zip(shape, spec(names, RULES)):
     axes = (axes,) if isinstance(axes, str) else axes or ()
-    axes = tuple(a for a in axes if a in free and mesh.shape[a] > 1)
+    axes = tuple(a for a in axes if a in mesh.auto_axes and mesh.shape[a] > 1)
     divides = size % math.prod(mesh.shape[a] for a in axes) == 0
     entries.append(axes if divides else ())
   return tuple(entries)
@@ -132,8 +128,7 @@ def avoid_gathers() -> bool:
   if not split_by_hand("data"):
     return False
   mesh = jax.sharding.get_abstract_mesh()
-  free = set(mesh.axis_names) - set(mesh.manual_axes)
-  return sum(mesh.shape[axis] > 1 for axis in free) > 1
+  return sum(mesh.shape[axis] > 1 for axis in mesh.auto_axes) > 1
 
 
 def current_batch_shards() -> int:
@@ -142,11 +137,8 @@ def current_batch_shards() -> int:
   Inside `shard_map` only axes that are not split by hand count.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
-    return 1
-  axes = set(mesh.axis_names) - set(mesh.manual_axes)
   return math.prod(
-    mesh.shape[axis] for axis in dict(RULES)["batch"] if axis in axes
+    mesh.shape[axis] for axis in dict(RULES)["batch"] if axis in mesh.auto_axes
   )
 
 

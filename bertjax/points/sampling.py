@@ -84,12 +84,11 @@ def _by_kernel(
 ) -> Int[Array, "b g"]:
   """By the TPU's kernel, each device of the clouds that it has."""
   mesh = jax.sharding.get_abstract_mesh()
-  free = set(mesh.axis_names) - set(mesh.manual_axes)
 
   def local(rows, distances, first):
     return farthest_points.farthest_points(rows, distances, first, count)
 
-  if not free:
+  if not mesh.auto_axes:
     return local(rows, distances, first)
   (axes,) = parts(first.shape, ("batch",))
   clouds = PartitionSpec(axes or None)
@@ -98,6 +97,6 @@ def _by_kernel(
     in_specs=(PartitionSpec(None, axes or None), clouds, clouds),
     out_specs=clouds,
     # All axes: the partitioner must not get to see a kernel.
-    axis_names=free,
+    axis_names=set(mesh.auto_axes),
     check_vma=False,
   )(rows, distances, first)
