@@ -6,7 +6,8 @@
 #                   of a TPU (18 min); runs/bench.json, and a line in
 #                   benchmarks/history.jsonl
 # make bench-kernels  kernels against the stock ones, compiled, not run (30 min)
-PYTHON ?= python3.11
+PYTHON ?= $(firstword $(foreach version,3.11 3.12,\
+  $(shell command -v python$(version))) python3.11)
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 WORKDIR ?= runs/quickstart

@@ -82,7 +82,7 @@ setuptools.setup(
   long_description=pathlib.Path("README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
   license="Apache-2.0",
-  python_requires=">=3.11,<3.12",
+  python_requires=">=3.11,<3.13",
   packages=setuptools.find_packages(include=["bertjax*", "kernels*"]),
   install_requires=CORE,
   extras_require={

@@ -34,7 +34,7 @@ _CJK = (  # ideographs, each a word of its own; not Hangul, Hiragana, Katakana
 # Characters outside Mn that NFD may move past each other (a regex class).
 SORTED_BY_NFD = (
   "\u1715\u1734\u1b44\u1baa\u1bf2\u1bf3\u302e\u302f\ua953\ua9c0"
-  "\U000111c0\U00011235\U0001134d\U000116b6\U0001193d"
+  "\U000111c0\U00011235\U0001134d\U000116b6\U0001193d\U00011f41"
   "\U00016ff0\U00016ff1\U0001d15e-\U0001d172\U0001d1bb-\U0001d1c0"
 )
 
