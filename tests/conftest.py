@@ -2,6 +2,7 @@
 
 import collections
 import gc
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -40,6 +41,11 @@ from absl import flags
 
 # Named by `--jaxtyping-packages`, which imports no more than `tests`.
 import tests.typechecker  # noqa: F401
+
+# torch's compiler, part of its wheels for CUDA, crashes the process when
+# transformers imports it, if TensorFlow was there before.
+if importlib.util.find_spec("triton") is not None:
+  importlib.import_module("triton")
 
 # Imports and the search for tests leave nothing to collect.
 gc.disable()

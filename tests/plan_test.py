@@ -16,7 +16,7 @@ from bertjax.config import settings
 from bertjax.data.abstract import abstract_text
 from bertjax.parallel import wire
 from bertjax.plan import Plan, plan, stages
-from bertjax.planning import advice, links, page
+from bertjax.planning import advice, links, page, step
 from bertjax.planning.kinds import kinds
 from bertjax.planning.step import StepFacts, device_bytes, lower_step
 from tests import tiny
@@ -65,6 +65,17 @@ _VARIANTS = {
 }
 
 
+_VARIANTS_OF_CONFIGS = [
+  (name, variant)
+  for name, variants in _VARIANTS.items()
+  for variant in variants
+]
+
+
+def _path(name):
+  return next(path for path in _CONFIGS if path.stem == name)
+
+
 def _devices():
   """TPUs, whose kernels are more particular, if their compiler is here."""
   if importlib.util.find_spec("libtpu") is None:
@@ -102,13 +113,20 @@ class ConfigsTest(parameterized.TestCase):
   def test_every_config_has_its_variants_listed(self):
     self.assertEqual({path.stem for path in _CONFIGS}, {*_VARIANTS})
 
-  @parameterized.parameters(
-    (name, variant) for name, all_ in _VARIANTS.items() for variant in all_
-  )
+  @parameterized.parameters(_VARIANTS_OF_CONFIGS)
+  def test_variants_build_without_data(self, name, variant):
+    for _, stage, _ in stages(_load(_path(name), variant)):
+      size = _vocabulary(stage)
+      built = step.build(_devices(), settings=stage, vocab_size=size)
+      rows = next(iter(built.batch_spec.values())).shape[0]
+      self.assertEqual(rows, stage.data["batch_size"])
+      self.assertGreater(built.settings.stop["steps"], 0)
+
+  @parameterized.parameters(_VARIANTS_OF_CONFIGS)
+  @pytest.mark.slow
   def test_variants_lower_without_data(self, name, variant):
     """Its last stage, with the smallest encoder of text."""
-    path = next(p for p in _CONFIGS if p.stem == name)
-    *_, (_, stage, steps) = stages(_load(path, variant))
+    *_, (_, stage, _) = stages(_load(_path(name), variant))
     size = _vocabulary(stage)
     if size is not None:
       model = dict(stage.model) | {"size": "tiny"}
@@ -116,7 +134,6 @@ class ConfigsTest(parameterized.TestCase):
     _, facts = lower_step(_devices(), settings=stage, vocab_size=size)
     self.assertEqual(facts.batch_size, stage.data["batch_size"])
     self.assertEqual(facts.microbatches, stage.microbatches)
-    self.assertGreater(steps, 0)
 
   @parameterized.parameters(
     ("mkor", _FACTOR_BYTES),

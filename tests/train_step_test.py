@@ -4,6 +4,7 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from bertjax import optim, train_state, train_step
@@ -117,12 +118,19 @@ class TrainStepTest(parameterized.TestCase):
 
   @parameterized.named_parameters(
     ("data", dict(num_devices=8)),
-    ("fsdp", dict(num_devices=8, data=1, fsdp=8)),
-    ("tensor", dict(num_devices=4, data=1, model=4)),
     ("mixed", dict(num_devices=8, data=2, fsdp=2, model=2)),
     ("sequence", dict(num_devices=8, data=2, model=2, seq=2)),
   )
   def test_a_mesh_changes_nothing_dropout_included(self, layout):
+    self._assert_same(_run(dropout_rate=0.1), _run(dropout_rate=0.1, **layout))
+
+  @parameterized.named_parameters(
+    ("fsdp", dict(num_devices=8, data=1, fsdp=8)),
+    ("tensor", dict(num_devices=4, data=1, model=4)),
+  )
+  @pytest.mark.slow
+  def test_a_single_axis_changes_nothing_dropout_included(self, layout):
+    # "mixed" has both.
     self._assert_same(_run(dropout_rate=0.1), _run(dropout_rate=0.1, **layout))
 
   def test_accumulation_equals_the_big_batch(self):

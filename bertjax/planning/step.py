@@ -57,10 +57,10 @@ class StepFacts:
     return self.batch_size * self.seq_len
 
 
-def lower_step(
+def build(
   devices: Sequence[Any], *, settings: Settings, vocab_size: int | None = None
-) -> tuple[jax.stages.Lowered, StepFacts]:
-  """A target of `bertjax.hardware.compile_for`.
+) -> Experiment:
+  """A config's experiment, for whose shapes no data are read.
 
   Args:
     devices: for the mesh.
@@ -74,7 +74,14 @@ def lower_step(
   data, make = None, _ABSTRACT.get(settings.data.get("name", "text"))
   if make is not None:
     data = make(settings.data, vocab_size)
-  experiment = experiment_lib.build(settings, devices=devices, data=data)
+  return experiment_lib.build(settings, devices=devices, data=data)
+
+
+def lower_step(
+  devices: Sequence[Any], *, settings: Settings, vocab_size: int | None = None
+) -> tuple[jax.stages.Lowered, StepFacts]:
+  """A target of `bertjax.hardware.compile_for`; arguments of `build`."""
+  experiment = build(devices, settings=settings, vocab_size=vocab_size)
   batch = {
     name: jax.ShapeDtypeStruct(
       leaf.shape,

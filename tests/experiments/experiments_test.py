@@ -1,4 +1,4 @@
-"""Every experiment runs, as its tiny variant, and has committed its results."""
+"""Experiments run, as their tiny variants, and have committed their results."""
 
 import importlib
 import json
@@ -17,8 +17,9 @@ pytestmark = pytest.mark.usefixtures("one_device")
 _FOLDER = pathlib.Path(report.__file__).parent
 _NAMES = [path.name for path in report.experiments(_FOLDER)]
 
-# Compiles for pods; `scaling_test.py` and `plan_test.py` see its parts.
-_LONG = ("scaling",)
+# `full_scale_test.py` runs their loops and reports without training. "scaling"
+# compiles for pods; `scaling_test.py` and `plan_test.py` see its parts.
+_LONG = ("bert", "mkor", "onebit_adam", "point_bert", "scaling")
 
 
 def module(name):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import absltest, parameterized
 
 from bertjax.layers import flash
@@ -141,8 +142,14 @@ class BertTest(parameterized.TestCase):
     np.testing.assert_allclose(found, losses, rtol=1e-3)
     self.assertLess(losses[-1], losses[0])
 
-  @parameterized.parameters(("blockwise", "both"), ("tpu", "relative"))
-  def test_relative_positions_train_alike(self, kernel, positions):
+  def test_relative_positions_train_alike(self):
+    self._assert_relative_alike("tpu", "relative")
+
+  @pytest.mark.slow
+  def test_both_kinds_of_positions_train_alike(self):
+    self._assert_relative_alike("blockwise", "both")
+
+  def _assert_relative_alike(self, kernel, positions):
     more = dict(positions=positions, relative_buckets=8, relative_distance=20)
     found_grads, found = train(KERNELS[kernel], **more)
     grads, losses = train(REFERENCE, **more)

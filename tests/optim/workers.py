@@ -160,7 +160,13 @@ class World:
       abstract,
       shardings,
     )
-    self._shardings = shardings
+    make = functools.partial(
+      train_state.init_state,
+      self._objective,
+      self.optimizer.transform,
+      self._spec,
+    )
+    self._init = jax.jit(make, out_shardings=shardings)
     self.step = train_step.compile_step(
       self._objective,
       self.optimizer,
@@ -172,14 +178,8 @@ class World:
 
   def init(self):
     """A fresh state."""
-    make = functools.partial(
-      train_state.init_state,
-      self._objective,
-      self.optimizer.transform,
-      self._spec,
-    )
     with jax.set_mesh(self.mesh):
-      return jax.jit(make, out_shardings=self._shardings)(jax.random.key(0))
+      return self._init(jax.random.key(0))
 
   def run(self, state, start, stop, change=lambda step, batch: batch):
     """Steps [start, stop): the state and the losses."""

@@ -69,7 +69,9 @@ class ProcessesTest(_Runs):
       ),
     )
     cls.alone = cls.root / "alone"
-    processes.finish(processes.start(config, cls.alone, devices=2))
+    processes.finish(
+      processes.start(config, cls.alone, devices=2, UNREPORTED="1")
+    )
     cls.together = cls.root / "together"
     group = processes.start_together(config, cls.together, count=2)
     processes.wait_for_step(group[0], cls.together, 9)  # 4 is on disk
@@ -113,7 +115,7 @@ class ProcessesTest(_Runs):
   def test_process_0_alone_writes_and_talks(self):
     names = {p.name for p in self.together.iterdir()}
     alone = {p.name for p in self.alone.iterdir()}
-    self.assertEqual(names - alone, {"rows-1.txt"})
+    self.assertEqual(names - alone, {"rows-1.txt", "report"})
     report = (self.together / "report" / "report.md").read_text("utf-8")
     self.assertIn("[MASK]", report)
     self.assertIn("step 24/24", self.ended[0])
