@@ -502,9 +502,7 @@ class SelectionTest(FineTuningTestCase):
     )
     same(initial_state(start).params["pooler"], best["pooler"])
 
-  @pytest.mark.slow
   def test_a_killed_run_becomes_the_same_run(self):
-    # `train_test.py` kills pre-training; "in two parts" is this one stopped.
     workdir = self.root / "killed"
     process = processes.start(self.changed, workdir)
     processes.wait_for_step(process, workdir, 7)  # the best was at 3

@@ -24,6 +24,7 @@ class CompileTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ("everything", "bfloat16", 64, EVERYTHING),
     ("wide", "bfloat16", 128, {}),
+    ("widest", "float16", 256, {}),
     ("widest_causal", "bfloat16", 256, KEY_BIAS),
     ("widest_full_precision", "float32", 192, EVERYTHING),
   )
@@ -31,13 +32,13 @@ class CompileTest(parameterized.TestCase):
     self.check(dtype, width, options)
 
   @parameterized.named_parameters(
-    # Fewer registers than everything, in the same tiles.
+    # Less than everything, in the same tiles.
     ("bert", "bfloat16", 64, BERT),
-    ("widest", "float16", 256, {}),
+    # Less than its widest, which has everything.
     ("full_precision", "float32", 128, KEY_BIAS),
   )
   @pytest.mark.slow
-  def test_nothing_that_needs_less_spills(self, dtype, width, options):
+  def test_nothing_with_fewer_terms_spills(self, dtype, width, options):
     self.check(dtype, width, options)
 
   def check(self, dtype, width, options):

@@ -445,7 +445,7 @@ class CompilerTest(parameterized.TestCase):
     ("v6e_deberta", "v6e:2x2", (1, 2, 100, 80), "bfloat16", DEBERTA),
   )
   @pytest.mark.slow
-  def test_simpler_terms_compile_within_vmem(self, *case):
+  def test_further_chips_compile_within_vmem(self, *case):
     self.check_vmem(*case)
 
   def check_vmem(self, topology, sizes, dtype, options):
