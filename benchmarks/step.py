@@ -1,6 +1,6 @@
 """BERT-base on this machine's CPU, against PyTorch in the same run.
 
-  python -m benchmarks.step [--rounds=8]
+  python -m benchmarks.step [--rounds=8] [--dtype=bfloat16]
 
 A training step (batch 8 x 128, 20 masked positions a row) and a forward pass in
 turn, so that both see the same machine; `benchmarks/bert_base.py` says of what.
@@ -18,10 +18,17 @@ _ROWS, _LENGTH, _MASKED = 8, 128, 20
 
 
 def measure(
-  rounds: int, threads: int = 2, **options
+  rounds: int, threads: int = 2, dtype: str | None = None, **options
 ) -> dict[str, dict[str, float]]:
-  """Training and inference of both; options as `bert_base.ours`."""
-  dtype = bert_base.fastest_dtype(threads)
+  """Training and inference of both.
+
+  Args:
+    rounds: timed ones.
+    threads: PyTorch's.
+    dtype: of products on both sides; that which PyTorch is faster in if None.
+    **options: as `bert_base.ours`.
+  """
+  dtype = dtype or bert_base.fastest_dtype(threads)
   mine = bert_base.ours([_batch()], dtype=dtype, **options)
   other = bert_base.theirs([_padded()], threads, dtype)
   found = {}
@@ -61,13 +68,18 @@ def main() -> None:
   add = parser.add_argument
   add("--rounds", type=int, default=8, help="timed, after one warm-up")
   add("--threads", type=int, default=2, help="PyTorch's; XLA takes all cores")
+  add("--dtype", choices=[*bert_base.PASSES], help="default: PyTorch's faster")
   add("--scan", action="store_true", help="scanned stack")
   add("--prng", default="threefry2x32", help="generator of dropout")
   add("--json", help="file for all figures")
   options = parser.parse_args()
   print(f"BERT-base, {_ROWS} x {_LENGTH} tokens, against PyTorch:")
   found = measure(
-    options.rounds, options.threads, scan=options.scan, prng=options.prng
+    options.rounds,
+    options.threads,
+    options.dtype,
+    scan=options.scan,
+    prng=options.prng,
   )
   if options.json:
     pathlib.Path(options.json).write_text(json.dumps(found, indent=2))

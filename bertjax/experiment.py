@@ -20,8 +20,9 @@ from bertjax.data.text import TextData
 from bertjax.evals import EVALUATORS, Evaluator
 from bertjax.metrics import meters
 from bertjax.models import DTYPES, MODELS
-from bertjax.optim import Optimizer, build_optimizer, selection
+from bertjax.optim import Optimizer, selection
 from bertjax.parallel.mesh import make_mesh
+from bertjax.programs import Program, Recipe, program_of
 from bertjax.registry import lookup
 from bertjax.stopping import StopRules, build_stop
 from bertjax.tasks import TaskData
@@ -46,10 +47,9 @@ class Experiment:
     mesh: the device mesh.
     data: what is read.
     objective: what is minimised.
-    optimizer: how.
+    program: what is compiled for them.
     stop: when to end.
     batch_spec: shapes of the global batch.
-    abstract_state: shapes of the train state, with shardings.
     key: PRNG key of initialisation.
     step_key: PRNG key of dropout and whatever else a step draws.
   """
@@ -58,29 +58,26 @@ class Experiment:
   mesh: Mesh
   data: Data
   objective: nn.Module
-  optimizer: Optimizer
+  program: Program
   stop: StopRules
   batch_spec: dict[str, jax.ShapeDtypeStruct]
-  abstract_state: TrainState
   key: jax.Array
   step_key: jax.Array
 
-  @functools.cached_property
-  def shardings(self) -> TrainState:
-    """A NamedSharding for every leaf of the state."""
-    return jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+  @property
+  def optimizer(self) -> Optimizer:
+    """How the objective is minimised."""
+    return self.program.optimizer
+
+  @property
+  def abstract_state(self) -> TrainState:
+    """Shapes of the train state, with shardings."""
+    return self.program.abstract_state
 
   @functools.cached_property
   def step(self) -> train_step.Step:
     """The compiled training step."""
-    return train_step.compile_step(
-      self.objective,
-      self.optimizer,
-      self.mesh,
-      self.shardings,
-      self.batch_spec,
-      self.settings.microbatches,
-    )
+    return self.program.step()
 
   @functools.cached_property
   def stacked_axes(self) -> selection.AxesFn:
@@ -90,19 +87,7 @@ class Experiment:
 
   def init(self) -> TrainState:
     """A fresh state, created where it is sharded to."""
-    where = self.shardings
-    variables = functools.partial(
-      train_state.init_variables, self.objective, self.batch_spec
-    )
-    state = functools.partial(train_state.start, self.optimizer.transform)
-    # The first takes long to compile, and is the same with any optimizer.
-    with jax.set_mesh(self.mesh):
-      made = jax.jit(
-        variables, out_shardings={"params": where.params, **where.extra}
-      )(self.key)
-      return jax.jit(state, out_shardings=where, donate_argnums=0)(
-        made, self.step_key
-      )
+    return self.program.init(self.key, self.step_key)
 
   def evaluators(self) -> dict[str, tuple[int, Evaluator]]:
     """By name: steps between evaluations (0: only at the end), evaluator."""
@@ -297,40 +282,27 @@ def build(
   objective = build_objective(settings, data)
   batch_spec = data.batch_spec(data.batch_size)
   _check_batch(settings, objective, batch_spec)
-  # On the mesh, as `Experiment.init`, which then need not trace again.
-  with jax.set_mesh(mesh):
-    params, axes = train_state.abstract_params(objective, batch_spec)
-  optimizer = build_optimizer(
-    _optim(settings, mesh),
-    total_steps=settings.horizon or settings.stop["steps"],
-    params=params,
-    logical_axes=axes,
-    tokens_per_step=data.dataset().tokens_per_batch(data.batch_size),
-    mesh=mesh,
-    linear_layers=lambda: train_state.linear_layers(objective, batch_spec),
-  )
-  key = jax.random.key(settings.seed_of("init"), impl=INIT_GENERATOR)
-  step_key = jax.random.key(settings.seed_of("dropout"), impl=settings.prng)
-  with jax.set_mesh(mesh):
-    abstract, shardings = train_state.state_shardings(
-      objective, optimizer.transform, batch_spec, mesh, key, step_key
+  program = program_of(
+    Recipe(
+      objective=objective,
+      optim=_optim(settings, mesh),
+      mesh=mesh,
+      batch_spec=batch_spec,
+      microbatches=settings.microbatches,
+      total_steps=settings.horizon or settings.stop["steps"],
+      tokens_per_step=data.dataset().tokens_per_batch(data.batch_size),
+      init_generator=INIT_GENERATOR,
+      step_generator=settings.prng,
     )
-  abstract = jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=sharding
-    ),
-    abstract,
-    shardings,
   )
   return Experiment(
     settings=settings,
     mesh=mesh,
     data=data,
     objective=objective,
-    optimizer=optimizer,
+    program=program,
     stop=stop,
     batch_spec=batch_spec,
-    abstract_state=abstract,
-    key=key,
-    step_key=step_key,
+    key=jax.random.key(settings.seed_of("init"), impl=INIT_GENERATOR),
+    step_key=jax.random.key(settings.seed_of("dropout"), impl=settings.prng),
   )

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -199,18 +200,15 @@ def _over_data(sharding: NamedSharding) -> PartitionSpec:
   )
 
 
-def compile_step(
+def jit_step(
   objective: Objective,
   optimizer: Optimizer,
   mesh: Mesh,
   shardings: TrainState,
   batch_spec: Mapping[str, jax.ShapeDtypeStruct],
   microbatches: int = 1,
-) -> Step:
+) -> Any:
   """`train_step` jitted for the mesh; the state's buffers are donated.
-
-  Every `optimizer.compact_every` calls it lets the optimizer give up a part of
-  its state, and is then compiled anew.
 
   Args:
     objective: what is minimised.
@@ -242,7 +240,7 @@ def compile_step(
       check_vma=False,
     )
   batches = {k: batch_sharding(mesh, v.ndim) for k, v in batch_spec.items()}
-  jitted = jax.jit(
+  return jax.jit(
     step,
     donate_argnums=0,
     in_shardings=(shardings, batches),
@@ -250,6 +248,13 @@ def compile_step(
     compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
   )
 
+
+def runner(jitted: Any, optimizer: Optimizer, mesh: Mesh) -> Step:
+  """The steps of one run, from `jit_step`.
+
+  Every `optimizer.compact_every` calls they let the optimizer give up a part of
+  its state, and are then compiled anew.
+  """
   calls = itertools.count(1)
 
   def run(state, batch):
@@ -262,3 +267,15 @@ def compile_step(
 
   run.jitted = jitted
   return run
+
+
+def compile_step(
+  objective: Objective,
+  optimizer: Optimizer,
+  mesh: Mesh,
+  *args: Any,
+  **options: Any,
+) -> Step:
+  """`runner` of `jit_step`, whose arguments it takes."""
+  jitted = jit_step(objective, optimizer, mesh, *args, **options)
+  return runner(jitted, optimizer, mesh)

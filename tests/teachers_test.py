@@ -112,7 +112,10 @@ class StagesTest(parameterized.TestCase):
     stage = resolve.inherit(
       self.stage("2_pretrain", path=str(folder / "1_tokenizer"))
     )
-    stage = dataclasses.replace(stage, init_from=None, stop={"steps": 3})
+    # With the schedule of before, and so its program.
+    stage = dataclasses.replace(
+      stage, init_from=None, horizon=stage.stop["steps"], stop={"steps": 3}
+    )
     shutil.rmtree(folder / "1_tokenizer")
     result = train.run(stage, folder / "2_pretrain")
     self.assertEqual(result.step, 3)

@@ -71,8 +71,9 @@ def config(folder: pathlib.Path, **changes: Any) -> dict[str, Any]:
 def small(folder: pathlib.Path, **changes: Any) -> dict[str, Any]:
   """`config` with as little as possible to trace, for runs in processes."""
   less = dict(
-    model=dict(attend="reference"),
+    model=dict(num_layers=1, scan=False, attend="reference"),
     objective=dict(pair_task=None),
     data=dict(instances=dict(name="packed")),
+    optim=dict(name="adamw", learning_rate=1e-2, clip_norm=1.0),
   )
   return config(folder, **merge(less, changes))

@@ -106,8 +106,10 @@ class _Configured(parameterized.TestCase):
     )
     tiny.write_corpus(cls.root)
 
-  def _config(self, **changes):
-    return tiny.small(self.root, **changes)
+  @classmethod
+  def _config(cls, **changes):
+    # One schedule, and so one program, however many steps a run takes.
+    return tiny.small(cls.root, **{"horizon": 9, **changes})
 
 
 class TrainTest(_Configured):
@@ -121,9 +123,7 @@ class TrainTest(_Configured):
     )
     # Plots take longer than the steps; ResumeTest has one.
     cls.enterClassContext(mock.patch.object(train.report, "write_report"))
-    cls.begun_result = train.train(
-      tiny.small(cls.root, stop=dict(steps=2)), cls.begun
-    )
+    cls.begun_result = train.train(cls._config(stop=dict(steps=2)), cls.begun)
 
   def _begun(self):
     """A workdir of a run of two steps, to do with as one likes."""
@@ -230,8 +230,8 @@ class TrainTest(_Configured):
 
   @parameterized.parameters(
     (
-      dict(name="adamw", learning_rate=1e-2),
-      "optim.name=adamw, but .* with optim.name=lamb",
+      dict(name="lamb", learning_rate=1e-2),
+      "optim.name=lamb, but .* with optim.name=adamw",
     ),
     (
       dict(precondition=dict(name="mkor")),

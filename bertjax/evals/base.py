@@ -1,6 +1,7 @@
 """The contract of an evaluator, and how evaluation batches are read."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from bertjax.parallel.sharding import feed, put_batch
+from bertjax.reuse import kept
 
 Values = dict[str, float]
 
@@ -44,21 +46,33 @@ def read_batches(
   )
 
 
+@kept
+def _compiled(step, objective, mesh):
+  return jax.jit(
+    functools.partial(step, objective),
+    out_shardings=NamedSharding(mesh, PartitionSpec()),
+  )
+
+
 def gathered(
-  step: Callable[[Mapping[str, Any], Mapping[str, jax.Array]], Any], mesh: Mesh
+  step: Callable[[Any, Mapping[str, Any], Mapping[str, jax.Array]], Any],
+  objective: Any,
+  mesh: Mesh,
 ) -> Callable[[Mapping[str, Any], Mapping[str, Any]], Any]:
   """A compiled step whose outputs every process has whole, as NumPy arrays.
 
   They are fetched at once: many collectives in flight can stop a CPU mesh.
+  Evaluators of equal steps and objectives share what is compiled.
 
   Args:
-    step: of (variables, batch).
+    step: of (objective, variables, batch).
+    objective: the first of them.
     mesh: the device mesh.
 
   Returns:
     A function of the variables and of this process's slice of a batch.
   """
-  compiled = jax.jit(step, out_shardings=NamedSharding(mesh, PartitionSpec()))
+  compiled = _compiled(step, objective, mesh)
 
   def run(variables, batch):
     with jax.set_mesh(mesh):

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from bertjax.evals.base import Evaluator, gathered, read_batches
 from bertjax.registry import lookup
+from bertjax.reuse import Partial
 
 
 class Feature(NamedTuple):
@@ -37,6 +38,11 @@ FEATURES: dict[str, Feature] = {
   ),
   "contrast": Feature("project", lambda vectors: vectors, "contrasts"),
 }
+
+
+def _read(feature, objective, variables, batch):
+  found = objective.apply(variables, batch, method=feature.method)
+  return feature.pool(found).astype(jnp.float32), batch["labels"]
 
 
 def linear_probe(
@@ -79,12 +85,8 @@ def linear_probe(
       " contrasts clouds, such as 'masked_points'; probe 'cls'."
     )
   _check_labels(data.batch_spec(data.batch_size))
-
-  def run(variables, batch):
-    found = objective.apply(variables, batch, method=feature.method)
-    return feature.pool(found).astype(jnp.float32), batch["labels"]
-
-  run = gathered(run, mesh)  # every process fits to all rows
+  # Every process fits to all rows.
+  run = gathered(Partial(_read, feature), objective, mesh)
 
   def read(variables, name: str) -> tuple[np.ndarray, np.ndarray]:
     found = []

@@ -1,5 +1,6 @@
 """The objective's own metrics on held-out data, under masks that stay."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,7 +8,25 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from bertjax.evals.base import Evaluator, read_batches
+from bertjax.objectives.base import Metrics
 from bertjax.parallel.sharding import put_batch
+from bertjax.reuse import kept
+
+
+@kept
+def metrics(objective: Any) -> Callable[[Any, Any], Metrics]:
+  """The objective's metrics of (variables, batch), without dropout, jitted."""
+
+  @jax.jit
+  def metrics_of(variables, batch):
+    return objective.apply(variables, batch, train=False)[1]
+
+  return metrics_of
+
+
+@jax.jit
+def _add(a: Any, b: Any) -> Any:
+  return jax.tree.map(jnp.add, a, b)
 
 
 def objective_eval(
@@ -37,20 +56,15 @@ def objective_eval(
       f"num_batches={num_batches} must be at least 1; None reads the whole"
       " split."
     )
-
-  @jax.jit
-  def metrics_of(variables, batch):
-    return objective.apply(variables, batch, train=False)[1]
-
-  add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b))
+  metrics_of = metrics(objective)
 
   def evaluate(variables, key) -> dict[str, float]:
     del key
     total = None
     with jax.set_mesh(mesh):
       for batch in read_batches(data, mesh, split, num_batches, batch_size):
-        metrics = metrics_of(variables, put_batch(batch, mesh))
-        total = metrics if total is None else add(total, metrics)
+        found = metrics_of(variables, put_batch(batch, mesh))
+        total = found if total is None else _add(total, found)
     if total is None:
       raise ValueError(f"split={split!r} has no row to evaluate on.")
     return {

@@ -35,6 +35,17 @@ def shape_ious(
   return jnp.where(own, each, 0.0).sum(-1) / jnp.maximum(own.sum(-1), 1)
 
 
+def _ious(objective, variables, batch):
+  members = np.zeros((objective.num_categories, objective.num_parts), bool)
+  for category, parts in enumerate(objective.class_parts):
+    members[category, list(parts)] = True
+  logits = objective.apply(variables, batch, method="logits")
+  own = jnp.asarray(members)[batch["category"]]
+  ious = shape_ious(logits, batch["parts"], own)
+  # Rows that fill a batch have no part anywhere.
+  return ious, batch["category"], (batch["parts"] >= 0).any(1)
+
+
 def part_iou(
   *,
   objective: Any,
@@ -60,18 +71,7 @@ def part_iou(
       "evals: part_iou needs objective.name='part_segmentation', not"
       f" {type(objective).__name__}."
     )
-  members = np.zeros((objective.num_categories, objective.num_parts), bool)
-  for category, parts in enumerate(objective.class_parts):
-    members[category, list(parts)] = True
-
-  def run(variables, batch):
-    logits = objective.apply(variables, batch, method="logits")
-    own = jnp.asarray(members)[batch["category"]]
-    ious = shape_ious(logits, batch["parts"], own)
-    # Rows that fill a batch have no part anywhere.
-    return ious, batch["category"], (batch["parts"] >= 0).any(1)
-
-  run = gathered(run, mesh)
+  run = gathered(_ious, objective, mesh)
 
   def evaluate(variables, key) -> dict[str, float]:
     del key

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from bertjax.data.audit import original_tokens
 from bertjax.evals.base import Evaluator
+from bertjax.evals.objective import metrics
 from bertjax.objectives.masked_lm import MaskedLM
 from bertjax.parallel.sharding import feed, put_batch
 
@@ -91,11 +92,7 @@ def pseudo_perplexity(
       f" {type(objective).__name__}."
     )
   batch_size = batch_size or data.batch_size
-  alone = objective.clone(pair_task=None)
-
-  @jax.jit
-  def metrics_of(variables, batch):
-    return alone.apply(variables, batch, train=False)[1]["mlm_loss"]
+  metrics_of = metrics(objective.clone(pair_task=None))
 
   def rows() -> Iterator[dict[str, np.ndarray]]:
     # Every process reads all of the few rows, for how many copies they give is
@@ -120,7 +117,8 @@ def pseudo_perplexity(
     with jax.set_mesh(mesh):
       for batch in _rebatch(rows(), batch_size):
         batch = {name: x[mine] for name, x in batch.items()}
-        loss, count = metrics_of(variables, put_batch(batch, mesh))
+        found = metrics_of(variables, put_batch(batch, mesh))
+        loss, count = found["mlm_loss"]
         total, weight = total + float(loss), weight + float(count)
     mean = total / max(weight, 1.0)
     return {

@@ -14,6 +14,11 @@ from bertjax.objectives.point_reconstruction import (
 )
 
 
+def _measure(objective, variables, batch):
+  clouds, counts = objective.apply(variables, batch, method="measure")
+  return clouds, batch["labels"], counts
+
+
 def reconstruction(
   *,
   objective: Any,
@@ -48,24 +53,18 @@ def reconstruction(
       f" {type(objective).__name__}."
     )
 
-  def sums(variables, batch):
-    clouds, counts = objective.apply(variables, batch, method="measure")
-    # A row that fills a batch is of no class.
-    member = jax.nn.one_hot(batch["labels"], len(classes()), dtype=jnp.float32)
-    found = {name: x @ member for name, x in clouds.items()}
-    return found, member.sum(0), counts
-
-  run = gathered(sums, mesh)
-
-  def classes() -> tuple[str, ...]:
-    return data.dataset(split).clouds.classes
+  run = gathered(_measure, objective, mesh)
 
   def evaluate(variables, key) -> dict[str, float]:
     del key
-    total = None
+    total, classes = None, data.dataset(split).clouds.classes
     for batch in read_batches(data, mesh, split, num_batches, batch_size):
-      found = run(variables, batch)
-      total = jax.tree.map(np.add, total or _zeros(found), found)
+      found, labels, counts = run(variables, batch)
+      # A row that fills a batch is of no class.
+      member = np.equal.outer(labels, range(len(classes))).astype(np.float64)
+      sums = {name: x @ member for name, x in found.items()}
+      sums = sums, member.sum(0), counts.astype(np.float64)
+      total = sums if total is None else jax.tree.map(np.add, total, sums)
     if total is None:
       raise ValueError(f"split={split!r} has no cloud to evaluate on.")
     clouds, members, counts = total
@@ -78,13 +77,9 @@ def reconstruction(
       values |= {
         f"{name}/{label}": float(x[i] / members[i])
         for name, x in clouds.items()
-        for i, label in enumerate(classes())
+        for i, label in enumerate(classes)
         if members[i]
       }
     return values
 
   return Evaluator(evaluate)
-
-
-def _zeros(tree: Any) -> Any:
-  return jax.tree.map(lambda x: np.zeros(x.shape), tree)

@@ -8,6 +8,11 @@ from jax.sharding import Mesh
 from bertjax.evals.base import Evaluator, gathered, read_batches
 
 
+def _logits(objective, variables, batch):
+  logits = objective.apply(variables, batch, method="logits")
+  return logits, batch["index"]
+
+
 def task_metrics(
   *,
   objective: Any,
@@ -32,12 +37,8 @@ def task_metrics(
     raise ValueError(
       f"evals: task_metrics needs data.name='task', not {type(data).__name__}."
     )
-
-  def run(variables, batch):
-    logits = objective.apply(variables, batch, method="logits")
-    return logits, batch["index"]
-
-  run = gathered(run, mesh)  # every process scores the whole split
+  # Every process scores the whole split.
+  run = gathered(_logits, objective, mesh)
 
   def evaluate(variables, key) -> dict[str, float]:
     del key

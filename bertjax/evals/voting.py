@@ -16,6 +16,10 @@ from bertjax.evals.base import Evaluator, gathered
 from bertjax.parallel.sharding import feed
 
 
+def _logits(objective, variables, batch):
+  return objective.apply(variables, batch, method="logits"), batch["labels"]
+
+
 def voting(
   *,
   objective: Any,
@@ -45,11 +49,7 @@ def voting(
   reading = _reading(data, draw, augment)
   if views < 1:
     raise ValueError(f"evals: voting: views={views} must be at least 1.")
-
-  def run(variables, batch):
-    return objective.apply(variables, batch, method="logits"), batch["labels"]
-
-  run = gathered(run, mesh)
+  run = gathered(_logits, objective, mesh)
 
   def evaluate(variables, key) -> dict[str, float]:
     del key  # views are the same every time, as all rows of evaluations

@@ -21,6 +21,7 @@ from bertjax.layers.relative import RelativeBias
 from bertjax.models.checks import check_heads, check_rates
 from bertjax.models.encoder import Encoder, HeadStyle, remat_policy
 from bertjax.registry import lookup
+from bertjax.reuse import Partial
 
 # Layers, width and heads of the published sizes; f = 4 e and d = 64.
 SIZES: dict[str, dict[str, int]] = {
@@ -126,12 +127,12 @@ def bert(
   if isinstance(attend, str):
     attend = lookup(ATTENTION, attend, "model.attend")
   if causal:
-    attend = functools.partial(attend, causal=True)
+    attend = Partial(attend, causal=True)
   kind = lookup(POSITIONS, positions, "model.positions")
   act = lookup(ACTIVATIONS, activation, "model.activation")
-  make_norm = functools.partial(LayerNorm, epsilon=epsilon, dtype=dtype)
+  make_norm = Partial(LayerNorm, epsilon=epsilon, dtype=dtype)
   looped = scan and unroll < dims["num_layers"]
-  embeddings = functools.partial(
+  embeddings = Partial(
     Embeddings,
     vocab_size=vocab_size,
     emb_dim=dims["emb_dim"],
@@ -143,7 +144,7 @@ def bert(
     epsilon=epsilon,
     dtype=dtype,
   )
-  mixer = functools.partial(
+  mixer = Partial(
     SelfAttention,
     num_heads=dims["num_heads"],
     head_dim=dims["emb_dim"] // dims["num_heads"],
@@ -152,22 +153,22 @@ def bert(
     dtype=dtype,
     name="attention",
   )
-  feed_forward = functools.partial(
+  feed_forward = Partial(
     FeedForward,
     mlp_dim=mlp_dim or 4 * dims["emb_dim"],
     activation=act,
     dtype=dtype,
     name="mlp",
   )
-  block = functools.partial(
+  block = Partial(
     Block,
     mixer=mixer,
     feed_forward=feed_forward,
-    norm=functools.partial(make_norm, in_loop=looped),
+    norm=Partial(make_norm, in_loop=looped),
     residual=lookup(RESIDUALS, norm, "model.norm"),
     dropout_rate=dropout_rate,
   )
-  relative_bias = functools.partial(
+  relative_bias = Partial(
     RelativeBias,
     num_heads=dims["num_heads"],
     num_buckets=relative_buckets,

@@ -5,8 +5,6 @@ positions, a function of the patches' centres, enter every block anew; queries,
 keys and values have no bias; rows skip sublayers at random while training.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax.typing import Dtype
@@ -25,6 +23,7 @@ from bertjax.models.point_bert.inputs import (
 )
 from bertjax.models.point_bert.starts import STARTS, kernel_init
 from bertjax.registry import lookup
+from bertjax.reuse import Partial
 
 _EPSILON = 1e-5
 
@@ -137,8 +136,8 @@ def point_bert(
   if isinstance(attend, str):
     attend = lookup(ATTENTION, attend, "model.attend")
   values = lookup(STARTS, start, "model.start")
-  make_norm = functools.partial(LayerNorm, epsilon=_EPSILON, dtype=dtype)
-  mixer = functools.partial(
+  make_norm = Partial(LayerNorm, epsilon=_EPSILON, dtype=dtype)
+  mixer = Partial(
     SelfAttention,
     num_heads=num_heads,
     head_dim=emb_dim // num_heads,
@@ -149,7 +148,7 @@ def point_bert(
     kernel_init=kernel_init,
     name="attention",
   )
-  feed_forward = functools.partial(
+  feed_forward = Partial(
     FeedForward,
     mlp_dim=mlp_dim or 4 * emb_dim,
     activation=gelu,
@@ -157,24 +156,24 @@ def point_bert(
     kernel_init=kernel_init,
     name="mlp",
   )
-  block = functools.partial(
+  block = Partial(
     Block,
     mixer=mixer,
     feed_forward=feed_forward,
-    norm=functools.partial(make_norm, in_loop=scan and unroll < num_layers),
+    norm=Partial(make_norm, in_loop=scan and unroll < num_layers),
     residual=pre_norm,
     dropout_rate=dropout_rate,
   )
   inputs = dict(emb_dim=emb_dim, start=values, dtype=dtype)
   return PointEncoder(
-    make_embeddings=functools.partial(
+    make_embeddings=Partial(
       PatchEmbeddings, features=patch_features, shrink=shrink, **inputs
     ),
     make_block=block,
     num_layers=num_layers,
     style=HeadStyle(None, emb_dim, gelu, _EPSILON, dtype),
     make_final_norm=make_norm,
-    make_positions=functools.partial(CentrePositions, **inputs),
+    make_positions=Partial(CentrePositions, **inputs),
     patches=patches,
     patch_size=patch_size,
     skip_near_origin=skip_near_origin,

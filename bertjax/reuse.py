@@ -1,0 +1,48 @@
+"""What is made once for equal arguments, and what makes arguments equal."""
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+F = TypeVar("F", bound=Callable)
+
+# The programs of a stage and of the next, and of what they are compared with.
+_COUNT = 4
+
+
+def kept(function: F) -> F:
+  """`function`, which keeps its last results by their arguments.
+
+  For what takes long to trace or to compile and holds no numbers. Arguments
+  that have no hash, such as an objective with an array, are nobody's equal.
+  """
+  cached = functools.lru_cache(maxsize=_COUNT)(function)
+
+  @functools.wraps(function)
+  def call(*args):
+    try:
+      hash(args)
+    except TypeError:
+      return function(*args)
+    return cached(*args)
+
+  return call
+
+
+class Partial(functools.partial):
+  """A `functools.partial` that equals one of equal function and arguments.
+
+  Modules that hold it are equal if they were built alike, and share what was
+  compiled for one of them. The arguments must have a hash.
+  """
+
+  def __eq__(self, other):
+    if not isinstance(other, Partial):
+      return NotImplemented
+    return self._parts() == other._parts()
+
+  def __hash__(self):
+    return hash(self._parts())
+
+  def _parts(self):
+    return self.func, self.args, frozenset(self.keywords.items())
