@@ -70,7 +70,10 @@ def pretrained() -> pathlib.Path:
   tiny.write_corpus(root)
   write_task(root)
   with unreported():
-    train.train(tiny.config(root, stop=dict(steps=2)), root / "pretrained")
+    config = tiny.config(
+      root, stop=dict(steps=2), model=dict(attend="reference")
+    )
+    train.train(config, root / "pretrained")
   return root / "pretrained"
 
 
