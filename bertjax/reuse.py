@@ -8,6 +8,7 @@ F = TypeVar("F", bound=Callable)
 
 # The programs of a stage and of the next, and of what they are compared with.
 _COUNT = 4
+_forget: list[Callable[[], None]] = []
 
 
 def kept(function: F) -> F:
@@ -17,6 +18,7 @@ def kept(function: F) -> F:
   that have no hash, such as an objective with an array, are nobody's equal.
   """
   cached = functools.lru_cache(maxsize=_COUNT)(function)
+  _forget.append(cached.cache_clear)
 
   @functools.wraps(function)
   def call(*args):
@@ -27,6 +29,12 @@ def kept(function: F) -> F:
     return cached(*args)
 
   return call
+
+
+def forget() -> None:
+  """Makes everything anew from here on, for code that replaces functions."""
+  for clear in _forget:
+    clear()
 
 
 class Partial(functools.partial):

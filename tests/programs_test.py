@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from bertjax import experiment, programs, train, train_step
+from bertjax import experiment, programs, reuse, train, train_step
 from bertjax.config import settings
 from bertjax.models import MODELS
 from bertjax.reuse import Partial, kept
@@ -98,6 +98,8 @@ class KeptTest(absltest.TestCase):
     make = kept(lambda x: made.append(x) or len(made))
     self.assertEqual([make(1), make(1), make(2), make(1)], [1, 1, 2, 1])
     self.assertEqual([make([1]), make([1])], [3, 4])
+    reuse.forget()
+    self.assertEqual(make(1), 5)
 
 
 class PartialTest(parameterized.TestCase):

@@ -13,7 +13,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from bertjax import train_step
+from bertjax import reuse, train_step
 from bertjax.config import merge, settings, stage_configs
 from bertjax.layers import dropout, feed_forward, linear, norm
 from bertjax.optim import by_layer
@@ -124,6 +124,9 @@ def lower(
   }
   stage = merge(stage, changes)
   with contextlib.ExitStack() as replaced:
+    # What is traced with other functions in place is nobody else's.
+    reuse.forget()
+    replaced.callback(reuse.forget)
     for name in without:
       measure = MEASURES[name]
       stage = merge(stage, measure.without(seq_len))
