@@ -38,6 +38,8 @@ def _optimizer(config):
 # `experiments_test.py` trains the first one, `teachers_test.py` all stages of
 # the second.
 _ELSEWHERE = ("point_bert", "point_bert_transformer")
+# Their stages are those of "bert" with other optimizers.
+_LAST_STAGE = ("lamb", "onebit_adam")
 _TRAINED = tuple(p for p in _CONFIGS if p.stem not in _ELSEWHERE)
 
 
@@ -45,6 +47,9 @@ class ConfigsTest(parameterized.TestCase):
   @parameterized.named_parameters((p.stem, p) for p in _TRAINED)
   def test_tiny_variant_trains_two_steps(self, path):
     config = plain(_load(path, "tiny"))
+    if path.stem in _LAST_STAGE:
+      *_, config = stage_configs(config).values()
+      config.pop("init_from", None)
     folder = pathlib.Path(self.create_tempdir())
     if "splitter" in config["data"]:
       # The same run on a corpus that needs no scan of all installed packages.

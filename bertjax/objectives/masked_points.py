@@ -44,6 +44,7 @@ from bertjax.objectives.point_reconstruction import real
 from bertjax.objectives.step import current_step
 from bertjax.points import Patches
 from bertjax.registry import lookup
+from bertjax.reuse import Partial
 
 Batch = Mapping[str, Any]
 
@@ -405,6 +406,10 @@ def frequent(
   return counts.max(), asked.sum()
 
 
+def _itself(made):
+  return made
+
+
 def masked_points(
   *, encoder: PointEncoder, tokenizer: FrozenSpec, **options: Any
 ) -> MaskedPoints:
@@ -428,7 +433,7 @@ def masked_points(
     )
   return MaskedPoints(
     encoder,
-    lambda: made,  # an attribute that is a module would be trained
+    Partial(_itself, made),  # an attribute that is a module would be trained
     made.vocab_size,
     registry.call(Options, options, "objective"),
   )
