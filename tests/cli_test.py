@@ -19,7 +19,7 @@ from bertjax.config import new_config
 from tests import tiny
 def get_config():
   c = new_config()
-  c.update(tiny.config(pathlib.Path({!r}), model=dict(attend="flash")))
+  c.update(tiny.small(pathlib.Path({!r})))
   return c
 """
 

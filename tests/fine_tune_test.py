@@ -70,10 +70,7 @@ def pretrained() -> pathlib.Path:
   tiny.write_corpus(root)
   write_task(root)
   with unreported():
-    config = tiny.config(
-      root, stop=dict(steps=2), model=dict(attend="reference")
-    )
-    train.train(config, root / "pretrained")
+    train.train(tiny.config(root, stop=dict(steps=2)), root / "pretrained")
   return root / "pretrained"
 
 
