@@ -41,16 +41,20 @@ class Partial(functools.partial):
   """A `functools.partial` that equals one of equal function and arguments.
 
   Modules that hold it are equal if they were built alike, and share what was
-  compiled for one of them. The arguments must have a hash.
+  compiled for one of them. With an argument that has no hash it equals itself
+  alone.
   """
 
   def __eq__(self, other):
     if not isinstance(other, Partial):
       return NotImplemented
-    return self._parts() == other._parts()
+    return hash(self) == hash(other) and self._parts() == other._parts()
 
   def __hash__(self):
-    return hash(self._parts())
+    try:
+      return hash(self._parts())
+    except TypeError:
+      return id(self)
 
   def _parts(self):
-    return self.func, self.args, frozenset(self.keywords.items())
+    return self.func, self.args, tuple(sorted(self.keywords.items()))

@@ -112,6 +112,11 @@ class PartialTest(parameterized.TestCase):
     for other in (Partial(nn.Dense, 4), Partial(nn.Embed, 3), nn.Dense):
       self.assertNotEqual(Partial(nn.Dense, 3), other)
 
+  def test_an_argument_without_hash_equals_nothing_else(self):
+    first, second = (Partial(nn.Dense, features=[3]) for _ in range(2))
+    self.assertEqual(first, first)
+    self.assertLen({first, second}, 2)
+
   @parameterized.parameters(
     ("bert", dict(vocab_size=64)),
     ("roberta", dict(vocab_size=64)),
