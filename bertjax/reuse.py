@@ -7,6 +7,7 @@ from typing import TypeVar
 F = TypeVar("F", bound=Callable)
 
 # The programs of a stage and of the next, and of what they are compared with.
+# Of code: on a TPU BERT-base's step is 27 MiB.
 _COUNT = 4
 _forget: list[Callable[[], None]] = []
 
