@@ -1,7 +1,5 @@
 """What equal configs share in a process, and what they do not."""
 
-import pathlib
-import tempfile
 from unittest import mock
 
 import flax.linen as nn
@@ -20,15 +18,7 @@ from tests import tiny
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
-class ProgramsTest(parameterized.TestCase):
-  @classmethod
-  def setUpClass(cls):
-    super().setUpClass()
-    cls.root = pathlib.Path(
-      cls.enterClassContext(tempfile.TemporaryDirectory())
-    )
-    tiny.write_corpus(cls.root)
-
+class ProgramsTest(tiny.CorpusTestCase):
   def build(self, **changes):
     return experiment.build(settings(tiny.small(self.root, **changes)))
 

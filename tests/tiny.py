@@ -1,9 +1,11 @@
 """A tiny corpus and config, so that whole runs take seconds."""
 
 import pathlib
+import tempfile
 from typing import Any
 
 import numpy as np
+from absl.testing import parameterized
 
 from bertjax.config import merge
 
@@ -77,3 +79,15 @@ def small(folder: pathlib.Path, **changes: Any) -> dict[str, Any]:
     optim=dict(name="adamw", learning_rate=1e-2, clip_norm=1.0),
   )
   return config(folder, **merge(less, changes))
+
+
+class CorpusTestCase(parameterized.TestCase):
+  """Tests around runs on one corpus, in the folder `root`."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.root = pathlib.Path(
+      cls.enterClassContext(tempfile.TemporaryDirectory())
+    )
+    write_corpus(cls.root)

@@ -9,7 +9,6 @@ import pathlib
 import re
 import shutil
 import signal
-import tempfile
 from unittest import mock
 
 import jax
@@ -24,14 +23,10 @@ from bertjax.optim import Optimizer
 from tests import noted, processes, tiny
 
 
-class ResumeTest(parameterized.TestCase):
+class ResumeTest(tiny.CorpusTestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
-    cls.root = pathlib.Path(
-      cls.enterClassContext(tempfile.TemporaryDirectory())
-    )
-    tiny.write_corpus(cls.root)
     cls.config = tiny.small(
       cls.root,
       stop=dict(steps=40),
@@ -97,15 +92,7 @@ class ResumeTest(parameterized.TestCase):
     self.assertTrue((self.whole / "tokenizer").is_dir())
 
 
-class _Configured(parameterized.TestCase):
-  @classmethod
-  def setUpClass(cls):
-    super().setUpClass()
-    cls.root = pathlib.Path(
-      cls.enterClassContext(tempfile.TemporaryDirectory())
-    )
-    tiny.write_corpus(cls.root)
-
+class _Configured(tiny.CorpusTestCase):
   @classmethod
   def _config(cls, **changes):
     # One schedule, and so one program, however many steps a run takes.

@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from unittest import mock
 
@@ -39,15 +38,7 @@ def _ends(group):
   return errors, time.monotonic() - begin
 
 
-class _Runs(absltest.TestCase):
-  @classmethod
-  def setUpClass(cls):
-    super().setUpClass()
-    cls.root = pathlib.Path(
-      cls.enterClassContext(tempfile.TemporaryDirectory())
-    )
-    tiny.write_corpus(cls.root)
-
+class _Runs(tiny.CorpusTestCase):
   @classmethod
   def config_of(cls, **changes):
     return tiny.small(cls.root, **changes)
