@@ -1,6 +1,7 @@
 """From pre-training to an exported classifier, as a user goes about it."""
 
 import atexit
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -9,7 +10,6 @@ import os
 import pathlib
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +30,7 @@ from bertjax import (
   evaluate,
   experiment,
   loading,
+  loop,
   predict,
   registry,
   train,
@@ -77,6 +78,23 @@ def pretrained() -> pathlib.Path:
 def unreported():
   """No plots, which take longer than the steps; EndToEndTest has some."""
   return mock.patch.object(train.report, "write_report")
+
+
+@contextlib.contextmanager
+def breaking_at(last):
+  """Runs end by an error as soon as they have logged this step."""
+  fit = loop.fit
+
+  def breaking(*arguments, log, **options):
+    def log_or_break(step, metrics):
+      log(step, metrics)
+      if step + 1 == last:
+        raise OSError("no power")
+
+    return fit(*arguments, log=log_or_break, **options)
+
+  with mock.patch.object(loop, "fit", breaking):
+    yield
 
 
 def fine_tuning(folder: pathlib.Path, **changes):
@@ -451,7 +469,7 @@ class PreprocessTest(FineTuningTestCase):
 
 
 class SelectionTest(FineTuningTestCase):
-  """Early stopping, the best checkpoint, grids, and runs that are killed.
+  """Early stopping, the best checkpoint, grids, and runs that break.
 
   The worst loss is what is looked for: it is sure to come first.
   """
@@ -477,8 +495,7 @@ class SelectionTest(FineTuningTestCase):
       dev=dict(name="objective", every=3), test=dict(name="task_metrics"),
     )  # fmt: skip
     cls.workdir = cls.root / "selected"
-    # In a process, as what is compared with it: on one device.
-    processes.finish(processes.start(cls.changed, cls.workdir, UNREPORTED="1"))
+    train.train(cls.changed, cls.workdir)
 
   def test_the_run_ends_after_the_evaluations_that_brought_nothing(self):
     rows = processes.rows(self.workdir)
@@ -502,14 +519,13 @@ class SelectionTest(FineTuningTestCase):
     )
     same(initial_state(start).params["pooler"], best["pooler"])
 
-  def test_a_killed_run_becomes_the_same_run(self):
-    workdir = self.root / "killed"
-    process = processes.start(self.changed, workdir)
-    processes.wait_for_step(process, workdir, 7)  # the best was at 3
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    self.assertLess(int(float(processes.rows(workdir)[-1]["step"])), 12)
-    processes.finish(processes.start(self.changed, workdir, UNREPORTED="1"))
+  def test_a_run_that_broke_becomes_the_same_run(self):
+    workdir = self.root / "broken"
+    # The best was at 3, the last checkpoint at 4, an evaluation at 6.
+    with breaking_at(7), self.assertRaisesRegex(OSError, "power"):
+      train.train(self.changed, workdir)
+    self.assertEqual(int(float(processes.rows(workdir)[-1]["step"])), 7)
+    train.train(self.changed, workdir)
     self.assertEqual(processes.values(workdir), processes.values(self.workdir))
     for step in (3, 12):
       jax.tree.map(

@@ -17,9 +17,18 @@ pytestmark = pytest.mark.usefixtures("one_device")
 _FOLDER = pathlib.Path(report.__file__).parent
 _NAMES = [path.name for path in report.experiments(_FOLDER)]
 
-# `full_scale_test.py` runs their loops and reports without training. "scaling"
-# compiles for pods; `scaling_test.py` and `plan_test.py` see its parts.
-_LONG = ("bert", "mkor", "onebit_adam", "point_bert", "scaling")
+# `full_scale_test.py` runs their loops and reports without training and without
+# compiling for TPUs. "scaling" compiles for pods; `scaling_test.py` and
+# `plan_test.py` see its parts.
+_LONG = (
+  "bert",
+  "flash_attention",
+  "lamb",
+  "mkor",
+  "onebit_adam",
+  "point_bert",
+  "scaling",
+)
 
 
 def module(name):

@@ -1,22 +1,24 @@
-"""What experiments would train at full scale, with training left out."""
+"""What experiments would do at full scale, training and TPUs left out."""
 
 import csv
 import dataclasses
 import json
 import os
 import pathlib
+import types
 from unittest import mock
 
 import jax
 import numpy as np
 from absl.testing import absltest
 
-from bertjax import train
+from bertjax import hardware, train
 from bertjax.config import settings
 from bertjax.planning import step
 from bertjax.records import write_json
 from experiments import command, outcome
 from experiments.bert import run as bert
+from experiments.flash_attention import run as flash_attention
 from experiments.lamb import run as lamb
 from experiments.mkor import run as mkor
 from experiments.onebit_adam import run as onebit_adam
@@ -98,6 +100,12 @@ def pod(folder, topology, size):
   return row | sent
 
 
+# Of a program for a TPU.
+_MEMORY = types.SimpleNamespace(temporaries=10**6, total=10**7)
+_PROGRAM = types.SimpleNamespace(memory=_MEMORY)
+_COST = types.SimpleNamespace(cycles=10**6, hbm_bytes=10**8)
+
+
 def norms(*, config):
   """Of `variance.norms`: |v|_1 of gradients that stay as they are."""
   steps = config["stop"]["steps"]
@@ -137,6 +145,20 @@ class FullScaleTest(absltest.TestCase):
     found = self._run(bert, packages=("absl-py", "grain"), sentences=100)
     self._assert_committed(bert, found)
     self.assertEqual(self.training.built, 1 + 4 + 2 * 2 * 2)
+
+  def test_flash_attention(self):
+    for name, value in (("compile_for", _PROGRAM), ("price", _COST)):
+      self.enterContext(
+        mock.patch.object(hardware, name, return_value=value)
+      )
+    found = self._run(
+      flash_attention,
+      exact=(1, 1, 32, 16),
+      memory_lengths=(256, 512),
+      crossover_lengths=(16, 32),
+      repeats=1,
+    )
+    self._assert_committed(flash_attention, found)
 
   def test_lamb(self):
     found = self._run(lamb)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl import logging
 from absl.testing import absltest, parameterized
 from jax.sharding import PartitionSpec as P
@@ -91,13 +92,24 @@ class OneBitAdamTest(parameterized.TestCase):
     # Both axes hold both single ones: those take turns.
     ("buffer", (("fsdp", 2), ("model", 2))),
     ("tensor", (("fsdp", 2), ("model", 2))),
-    ("tensor", (("model", 4),)),
     ("layer", (("fsdp", 2), ("model", 2))),
-    ("layer", (("fsdp", 2),)),
   )
   def test_workers_of_several_devices_are_workers_of_one(
     self, granularity, axes
   ):
+    self._assert_as_of_one(granularity, axes)
+
+  @parameterized.parameters(
+    ("tensor", (("model", 4),)),
+    ("layer", (("fsdp", 2),)),
+  )
+  @pytest.mark.slow
+  def test_workers_along_a_single_axis_are_workers_of_one(
+    self, granularity, axes
+  ):
+    self._assert_as_of_one(granularity, axes)
+
+  def _assert_as_of_one(self, granularity, axes):
     """Shards are of the last axis, so chunks and scales are the same."""
     params, losses, debt = self.of_one_device(granularity)
     split = world(
