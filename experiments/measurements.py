@@ -10,6 +10,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 
+_ROOT = pathlib.Path(__file__).parents[1]
+# All that the compiled step of a config may be made of.
+LIBRARY = tuple(_ROOT / name for name in ("bertjax", "configs", "kernels"))
+
+
 def fingerprint(sources: Iterable[str | os.PathLike]) -> str:
   """A hash of Python files, all those of a folder, and of JAX's version."""
   digest = hashlib.sha256(importlib.metadata.version("jax").encode())

@@ -14,7 +14,7 @@ from bertjax.hardware.traffic import custom_call_target
 # asynchronous one, or in another fusion.
 _ALONE, _BEGIN, _END, _FUSED = "alone", "begin", "end", "fused"
 
-# What a device of a ring of n sends, as a share of its operand.
+# What a device of n sends, as a share of its operand; three kinds in a ring.
 _SENT = {
   "all-reduce": lambda n: 2 * (n - 1) / n,
   "reduce-scatter": lambda n: (n - 1) / n,
@@ -77,7 +77,7 @@ class Collective:
 
   @property
   def sent_bytes(self) -> float:
-    """What one device sends in all runs by the ring algorithm."""
+    """What one device sends in all runs; reductions and gathers go in rings."""
     share = _SENT[self.kind](self.group_size)
     return self.times * self.operand_bytes * share
 

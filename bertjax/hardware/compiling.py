@@ -24,6 +24,7 @@ from absl import logging
 
 from bertjax.hardware import bundles, gpu, hlo, topologies
 from bertjax.hardware.bundles import Schedule
+from bertjax.hardware.chips import Chip
 from bertjax.hardware.topologies import Topology
 
 REQUEST, RESULT = "request.pickle", "result.pickle"
@@ -147,10 +148,13 @@ def compile_for(
     request = topology, _importable(target), kwargs
     (folder / REQUEST).write_bytes(pickle.dumps(request))
     _run_worker(folder, _environment(topology, dump), timeout_s)
-    text, memory, info = _load(folder / RESULT)
+    text, sizes, info = _load(folder / RESULT)
+    memory = Memory(**sizes)
+    if topology.chip.platform == "cuda":
+      _check_room(memory, topology.chip, info)
     if keep_dump is not None:
       shutil.copytree(dump, keep_dump, dirs_exist_ok=True)
-    program = Program(topology, text, Memory(**memory), info)
+    program = Program(topology, text, memory, info)
     if topology.chip.platform == "cuda":
       return dataclasses.replace(program, kernels=gpu.read_kernels(dump))
     schedules = bundles.read_dump(dump, topology.chip)
@@ -270,12 +274,22 @@ _NEEDED = (
 )
 
 
+def _check_room(memory: Memory, chip: Chip, info: Any) -> None:
+  """What XLA's compiler for GPUs leaves to their allocator."""
+  if memory.total > chip.hbm_bytes:
+    raise _lack(memory.total, chip.hbm_bytes, info)
+
+
 def _out_of_memory(message: str, info: Any) -> OutOfMemory:
   match = next(filter(None, (p.search(message) for p in _NEEDED)), None)
   if match is None:
     return OutOfMemory(message.split("\n")[0], info=info)
   needed = float(match[1]) * _UNITS[match[2]]
   available = float(match[3]) * _UNITS[match[4]]
+  return _lack(needed, available, info)
+
+
+def _lack(needed: float, available: float, info: Any) -> OutOfMemory:
   return OutOfMemory(
     f"The program needs {needed / 2**30:.2f} GiB of HBM per device;"
     f" {available / 2**30:.2f} GiB are available.",

@@ -52,8 +52,8 @@ def kinds(
     work: of the program.
 
   Returns:
-    At least one, the longest first (nothing hidden); what stands outside of
-    conditionals is in each.
+    At least one, the longest first; what stands outside of conditionals is in
+    each.
   """
   branches = {collective.branch for collective in collectives}
   last = [
@@ -69,7 +69,9 @@ def kinds(
   return sorted(found, key=_seconds, reverse=True)
 
 
-def _seconds(kind: Kind) -> float:
+def _seconds(kind: Kind) -> tuple[float, float]:
+  """Of a step, and of one in which nothing hides."""
   if kind.exchange_s is None:
-    return math.inf
-  return (kind.compute_s or 0.0) + kind.exchange_s
+    return math.inf, math.inf
+  compute = kind.compute_s or 0.0
+  return max(compute, kind.exchange_s), compute + kind.exchange_s

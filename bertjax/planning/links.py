@@ -31,8 +31,9 @@ def seconds(
 ) -> float | None:
   """What the exchanges of a step take, one after the other, on rings.
 
-  Inside a slice a ring has two links of a chip to itself; what crosses slices
-  shares the network that a chip has. Neither waits for anything else.
+  Inside a slice a ring has two links of a chip to itself, one each way; what
+  crosses slices shares the network that a chip has. Neither waits for anything
+  else.
 
   Args:
     topology: of the devices.
@@ -47,8 +48,25 @@ def seconds(
     if collective.slices > 1:
       across += collective.sent_bytes
     else:
-      inside += collective.sent_bytes
+      inside += _on_rings(collective, topology)
   if across and not chip.network_bandwidth:
     return None
   between = across / chip.network_bandwidth if across else 0
   return inside / chip.ring_bandwidth + between
+
+
+def _on_rings(collective: Collective, topology: Topology) -> float:
+  """Bytes that pass the two links of a chip, others' on their way included.
+
+  The switch between GPUs takes every byte once.
+  """
+  if topology.chip.platform != "tpu":
+    return collective.sent_bytes
+  if collective.kind == "collective-permute":
+    return 2 * collective.sent_bytes  # one way, so over one link of the two
+  if collective.kind == "all-to-all":
+    # On average a byte goes a quarter of the way around. In a group of several
+    # dimensions of the torus the longest one has the most to carry.
+    around = min(collective.group_size, max(topology.shape))
+    return collective.times * collective.operand_bytes * around / 4
+  return collective.sent_bytes

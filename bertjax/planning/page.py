@@ -47,7 +47,11 @@ def figures(plan: Plan) -> dict[str, Any]:
       "compute_s": plan.compute_s,
       "step_s": plan.step_s,
       "kinds": [
-        {"compute_s": kind.compute_s, "exchange_s": kind.exchange_s}
+        {
+          "compute_s": kind.compute_s,
+          "exchange_s": kind.exchange_s,
+          "step_s": kind.step_s,
+        }
         for kind in plan.kinds
       ],
       "tokens_per_s_per_chip": plan.tokens_per_s_per_chip,
@@ -212,7 +216,8 @@ def _speed_lines(plan: Plan) -> list[str]:
       f"step         {units.duration(plan.step_s)} if the shorter of the two"
       f" hides; {together} if it does not",
       *(
-        f"other steps  compute {units.duration(kind.compute_s)}, exchange"
+        f"other steps  {units.duration(kind.step_s)}: compute"
+        f" {units.duration(kind.compute_s)}, exchange"
         f" {units.duration(kind.exchange_s)}"
         for kind in plan.kinds[1:]
       ),
@@ -230,9 +235,10 @@ def _speed_lines(plan: Plan) -> list[str]:
       f" ({plan.facts.model_flops:.3g} model FLOP a step, all chips)"
     )
   if plan.steps:
+    most = "at most " if len(plan.kinds) > 1 else ""
     lines.append(
-      f"whole run    {units.plural(plan.steps, 'step')} in"
-      f" {units.span(plan.hours * 3600)}, {units.digits(plan.chip_hours)}"
+      f"whole run    {units.plural(plan.steps, 'step')} in {most}"
+      f"{units.span(plan.hours * 3600)}, {units.digits(plan.chip_hours)}"
       " chip-hours"
     )
   else:

@@ -16,7 +16,8 @@ def digits(value: float) -> str:
 
 def size(count: float) -> str:
   """Bytes, as "12.08 MiB"."""
-  for unit, name in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+  names = "TiB", "GiB", "MiB", "KiB"
+  for unit, name in zip((2**40, 2**30, 2**20, 2**10), names):
     if count >= unit:
       return f"{count / unit:.2f} {name}"
   return f"{count:.0f} B"

@@ -4,7 +4,7 @@
 
 Every step is compiled for its pod (a minute or two each); nothing runs. (a) How
 much of a chip's speed is left on a pod, by mesh; (b) how long LAMB's recipe and
-MLPerf's take; (c) where a bit instead of sixteen per number pays.
+MLPerf's take; (c) where a bit per number instead of thirty-two or sixteen pays.
 """
 
 import dataclasses
@@ -14,29 +14,10 @@ from typing import Any
 
 from bertjax.registry import lookup
 from experiments import command
-from experiments.measurements import Measurements, fingerprint
+from experiments.measurements import LIBRARY, Measurements, fingerprint
 from experiments.outcome import Outcome
 from experiments.scaling import findings, measure
 
-_ROOT = pathlib.Path(__file__).parents[2]
-# What a compiled step is made of.
-_SOURCES = [
-  *(
-    _ROOT / "bertjax" / name
-    for name in (
-      "hardware",
-      "layers",
-      "models",
-      "objectives",
-      "optim",
-      "parallel",
-      "planning",
-      "train_step.py",
-    )
-  ),
-  _ROOT / "kernels" / "flash_attention",
-  pathlib.Path(measure.__file__),
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +50,12 @@ SCALES = {
         for model in ("base", "large")
         for chip in ("v5e:1x1", "v5p:1x1x1")
       ),
-      *(("base", pod, {}, "lamb") for pod in _PODS),
-      *(("large", pod, mesh, "lamb") for pod in _PODS for mesh in _MESHES),
+      *(
+        (model, pod, mesh, "lamb")
+        for model in ("base", "large")
+        for pod in _PODS
+        for mesh in _MESHES
+      ),
       ("large", "v5e:16x16", {}, "onebit_lamb"),
       ("large", "4xv5e:16x16", {}, "lamb"),
     ),
@@ -105,7 +90,7 @@ def run(workdir: pathlib.Path, variant: str = command.FULL) -> Outcome:
     CompilerMissing: `libtpu` is not installed.
   """
   scale = lookup(SCALES, variant, "variant")
-  made = Measurements(workdir, fingerprint(_SOURCES))
+  made = Measurements(workdir, fingerprint([*LIBRARY, measure.__file__]))
   rows = []
   for part, function, arguments in _plan(scale):
     found = made.get(function, **arguments)

@@ -13,26 +13,12 @@ from typing import Any
 
 from bertjax.registry import lookup
 from experiments import command
-from experiments.measurements import Measurements, fingerprint
+from experiments.measurements import LIBRARY, Measurements, fingerprint
 from experiments.outcome import Outcome
 from experiments.training_step import findings, measure, step
 
-_HOME = pathlib.Path(__file__).parent
-_ROOT = _HOME.parents[1]
 # What a step is made of; a change there is another step.
-SOURCES = (
-  _ROOT / "bertjax" / "hardware",
-  _ROOT / "bertjax" / "layers",
-  _ROOT / "bertjax" / "models",
-  _ROOT / "bertjax" / "objectives" / "masked_lm.py",
-  _ROOT / "bertjax" / "optim" / "by_layer.py",
-  _ROOT / "bertjax" / "optim" / "lamb.py",
-  _ROOT / "bertjax" / "optim" / "trust_ratio.py",
-  _ROOT / "bertjax" / "train_step.py",
-  _ROOT / "kernels" / "flash_attention",
-  _HOME / "measure.py",
-  _HOME / "step.py",
-)
+SOURCES = (*LIBRARY, measure.__file__, step.__file__)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -109,8 +109,14 @@ class FindingsTest(absltest.TestCase):
 
   def test_signs_are_counted_without_their_warm_up(self):
     # 40 MB of gradients and 0.08 s against 20 MB of signs and 0.1 s.
-    for bandwidth, gain in ((1e9, 0.12 / 0.12), (1e8, 0.48 / 0.3)):
-      found = findings.onebit_speedup(self.weak, bandwidth)
+    for bandwidth, bits, gain in (
+      (1e9, 32, 0.12 / 0.12),
+      (1e8, 32, 0.48 / 0.3),
+      (1e8, 16, 0.28 / 0.3),
+      (None, 32, 0.12 / 0.12),  # a ring's own exchange: 0.04 and 0.02 s
+      (None, 16, 0.1 / 0.12),
+    ):
+      found = findings.onebit_speedup(self.weak, bandwidth, bits)
       self.assertAlmostEqual(found, gain)
 
 
