@@ -121,8 +121,8 @@ def record(
   workdir: pathlib.Path,
   results: Sequence[tuple[Point, Mapping[str, float]]],
   best: Point,
-) -> None:
-  """Writes grid.csv, a row a run, and the link `best`."""
+) -> pathlib.Path:
+  """Writes grid.csv, a row a run, and the link `best`; gives the table's path."""
   columns = dict.fromkeys(name for _, m in results for name in m)
   partial = workdir / f"{CSV}.partial"
   with partial.open("w", newline="") as file:
@@ -131,11 +131,12 @@ def record(
     for point, metrics in results:
       cells = [metrics.get(name, "") for name in columns]
       writer.writerow([*point.values.values(), int(point == best), *cells])
-  partial.replace(workdir / CSV)
+  table = partial.replace(workdir / CSV)
   link = workdir / f"{BEST}.partial"
   link.unlink(missing_ok=True)
   link.symlink_to(best.name, target_is_directory=True)
   link.replace(workdir / BEST)
+  return table
 
 
 def _axes(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from bertjax import registry
 from bertjax.adaptation import reinitialise, vocabulary
-from bertjax.checkpoint import Checkpointer
+from bertjax.checkpoint import Checkpointer, selected_step
 from bertjax.data.textual import TextualData
 from bertjax.data.tokenizers import load_tokenizer
 from bertjax.experiment import Experiment
@@ -35,7 +35,8 @@ class InitFrom:
   Attributes:
     path: a workdir or a published folder; the previous stage by default.
     carry: "params", or "optimizer" to keep the optimizer's moments as well
-      (from a workdir with the same optimizer).
+      (from a workdir with the same optimizer). Both are those of the best
+      checkpoint by the other run's `keep.best_metric`, or else of the newest.
     reset_schedule: whether the schedule's counter restarts. Without it the step
       count goes on too, as in BERT's second phase.
     renames: `[(regex, replacement)]` from the other's parameter names to ours.
@@ -93,10 +94,10 @@ def initial_state(experiment: Experiment) -> TrainState:
     return with_teachers(state, experiment)
   source = registry.call(InitFrom, spec, "init_from")
   if source.carry == "optimizer":
-    checkpoint = Checkpointer(source.path).restore(
-      experiment.abstract_state, adapt=adapt
-    )
-    old = checkpoint.state
+    with Checkpointer(source.path) as checkpointer:
+      old = checkpointer.restore(
+        experiment.abstract_state, selected_step(source.path), adapt=adapt
+      ).state
     opt_state = hand_over(
       old.opt_state, state.opt_state, reset_schedule=source.reset_schedule
     )

@@ -6,6 +6,7 @@ exactly what a checkpoint must hold. When something runs is an object of its
 own, `when(step) -> bool`, separate from what runs.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import os
@@ -138,7 +139,7 @@ class EvaluationHook:
 
 
 class CheckpointHook:
-  """Saves the run; place it after the evaluations whose values it stores."""
+  """Saves the run."""
 
   def __init__(
     self,
@@ -149,6 +150,9 @@ class CheckpointHook:
     config: Mapping[str, Any],
     metrics: Callable[[int], Mapping[str, float]] = lambda step: {},
     before: Callable[[], None] = lambda: None,
+    pause: Callable[[], contextlib.AbstractContextManager] = (
+      contextlib.nullcontext
+    ),
   ):
     """Waits for `when`.
 
@@ -160,6 +164,7 @@ class CheckpointHook:
       metrics: `step -> values`, for the best checkpoint.
       before: called before each save, such as `TrainLogger.flush`; raises if
         the state is not worth saving (a non-finite loss).
+      pause: makes the context to save in, such as `Throughput.pause`.
     """
     self._when = when
     self._checkpointer = checkpointer
@@ -167,6 +172,7 @@ class CheckpointHook:
     self._config = config
     self._metrics = metrics
     self._before = before
+    self._pause = pause
 
   def __call__(self, step: int, state: Any) -> None:
     """Saves when due; raises the error of a background save that failed."""
@@ -177,13 +183,14 @@ class CheckpointHook:
   def save(self, step: int, state: Any) -> None:
     """Saves now, whatever `when` says; for the last step and for SIGTERM."""
     self._before()
-    self._checkpointer.save(
-      step,
-      state,
-      iterator_state=self._iterator_state(),
-      config=self._config,
-      metrics=self._metrics(step),
-    )
+    with self._pause():
+      self._checkpointer.save(
+        step,
+        state,
+        iterator_state=self._iterator_state(),
+        config=self._config,
+        metrics=self._metrics(step),
+      )
 
   def close(self) -> None:
     """Waits until everything is on disk."""

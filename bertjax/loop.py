@@ -16,11 +16,13 @@ def fit(
   stop: Callable[[int], str | None],
   hooks: Sequence[Hook],
   log: Callable[[int, Metrics], None],
+  save: Hook | None = None,
   amend: Callable[[int, Any], Any] = lambda step, state: state,
 ) -> tuple[Any, int, str]:
   """Steps from `start` until `stop` gives a reason.
 
-  Hooks see the state before `next`, so a checkpoint's iterator is exact.
+  Hooks see the state before `next`, so a checkpoint's iterator is exact. The
+  last state is for the caller to save, who may measure more of it first.
 
   Args:
     state: what `train_step` carries.
@@ -30,6 +32,7 @@ def fit(
     stop: asked with the steps taken; a reason ends the loop.
     hooks: called in order as `hook(step, state)`.
     log: called with each step's index and metrics, still on the device.
+    save: called as a hook once it is known that there is another step.
     amend: `(step, state) -> state`, before the hooks: what was asked of the run
       from outside.
 
@@ -43,6 +46,8 @@ def fit(
       hook(step, state)
     if reason := stop(step):
       return state, step, reason
+    if save is not None:
+      save(step, state)
     state, metrics = train_step(state, next(batches))
     log(step, metrics)
     step += 1

@@ -34,7 +34,7 @@ def record(experiment: Experiment, workdir: pathlib.Path) -> None:
 
 
 def config_changes(experiment: Experiment, workdir: pathlib.Path) -> list[str]:
-  """Fields that differ from the config this workdir was started with.
+  """Fields that differ from the config this workdir was last started with.
 
   Returns:
     Lines such as `optim.learning_rate: 0.001 -> 0.002`; none for a fresh

@@ -23,6 +23,9 @@ from bertjax.health import (
 )
 from bertjax.metrics.writers import read_csv
 
+# What writers='csv' writes in a workdir.
+CURVES = "metrics.csv"
+
 
 def write_report(
   workdir: str | pathlib.Path,
@@ -43,9 +46,10 @@ def write_report(
 
   Raises:
     FileNotFoundError: no `metrics.csv`, or no reference at the path given.
+    ValueError: the reference has no curve of the loss.
   """
   workdir = pathlib.Path(workdir)
-  source = workdir / "metrics.csv"
+  source = workdir / CURVES
   if not source.exists():
     raise FileNotFoundError(
       f"{source} does not exist; the report needs a workdir in which"
@@ -54,7 +58,7 @@ def write_report(
   table = read_csv(source)
   health = _json(workdir / "health.json")
   config = _json(workdir / "config.json")
-  known = None if reference is None else read_csv(reference)
+  known = None if reference is None else read_reference(reference)
   checks = data_checks(health) + curve_checks(
     table,
     initial_loss=health.get("initial_loss"),
@@ -65,7 +69,7 @@ def write_report(
   )
   folder = workdir / "report"
   folder.mkdir(exist_ok=True)
-  shutil.copyfile(source, folder / "metrics.csv")
+  shutil.copyfile(source, folder / CURVES)
   _plot(folder / "curves.png", table, health, known)
   report = folder / "report.md"
   report.write_text(
@@ -84,6 +88,27 @@ def write_report(
     + "\n"
   )
   return report
+
+
+def read_reference(path: str | pathlib.Path) -> Table:
+  """The curve of a run known to be good, from a CSV of `step,loss`.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it has other columns.
+  """
+  if not pathlib.Path(path).is_file():
+    raise FileNotFoundError(
+      f"reference_curve={str(path)!r} is not there; name a CSV with the columns"
+      " step and loss, as the metrics.csv of another run."
+    )
+  table = read_csv(path)
+  if not {"step", "loss"} <= set(table):
+    raise ValueError(
+      f"reference_curve={str(path)!r} has the columns {', '.join(table)}; it"
+      " needs step and loss."
+    )
+  return table
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:

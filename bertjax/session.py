@@ -30,7 +30,8 @@ class Session:
     state: the train state that the run starts from.
     start: optimizer steps already taken.
     log: for the loop.
-    hooks: for the loop: evaluations, saving, profiler.
+    hooks: for the loop: evaluations, profiler.
+    saving: for the loop, too.
     amend: for the loop: what files in the workdir ask for.
   """
 
@@ -97,15 +98,16 @@ class Session:
       throughput=self._throughput,
       progress=self._bar,
       tokens_seen=position.get("tokens_seen", 0),
+      latest=position.get("training", {}),
     )
     self._best = settings.keep.get("best_metric")
     self._evaluations = {
       self._evaluation(name, every, evaluator): every
       for name, (every, evaluator) in experiment.evaluators().items()
     }
-    self._saving = self._checkpoint_hook()
-    self.hooks = [*self._evaluations, self._saving, *self._profiler()]
-    for hook in self.hooks:
+    self.saving = self._checkpoint_hook()
+    self.hooks = [*self._evaluations, *self._profiler()]
+    for hook in (self.saving, *self.hooks):
       stack.callback(hook.close)
     self.amend = Requests(
       hooks_lib.Every(settings.every["log"]), workdir, self.state.opt_state
@@ -149,7 +151,7 @@ class Session:
     self.log.flush()
     if reason == INTERRUPTED:
       reason = f"signal {self._guard.received or 'on another process'}"
-      self._saving.save(step, state)
+      self.saving.save(step, state)
       self._bar.note(f"Stopped at step {step}: {reason}.")
       return state, reason
     paced = [hook for hook, every in self._evaluations.items() if every]
@@ -158,7 +160,7 @@ class Session:
     if not self._best:
       for hook in self._evaluations:
         hook.run(step, state)
-    self._saving.save(step, state)
+    self.saving.save(step, state)
     self._bar.note(f"Stopped at step {step}: {reason}.")
     if self._best:
       state = self._select(step, state)
@@ -198,7 +200,7 @@ class Session:
     self.state = state.replace(opt_state=resumed)
     hosts.say(f"Resuming at step {self.start}.")
     for line in records.config_changes(experiment, self._workdir):
-      hosts.say(f"Changed since the run began: {line}")
+      hosts.say(f"Changed since the last start: {line}")
     position = restored.iterator_state
     self._batches.set_state(position["data"])
     return position
@@ -217,7 +219,12 @@ class Session:
       self._bar.note(f"step {step}  {shown}")
 
     when = hooks_lib.Every(every) if every else hooks_lib.AtSteps(())
-    return hooks_lib.EvaluationHook(when, evaluate, write, prefix=f"{name}/")
+    prefix = f"{name}/"
+    hook = hooks_lib.EvaluationHook(when, evaluate, write, prefix=prefix)
+    for _, values in sorted(self._history.items()):
+      mine = {k: v for k, v in values.items() if k.startswith(prefix)}
+      hook.latest = mine or hook.latest
+    return hook
 
   def _checkpoint_hook(self) -> hooks_lib.CheckpointHook:
     settings = self._experiment.settings
@@ -231,6 +238,7 @@ class Session:
         "data": self._batches.get_state(),
         "tokens_seen": self.log.tokens_seen,
         "elapsed_s": self._watch.elapsed_s(),
+        "training": self.log.latest,
         "evaluations": sorted(self._history.items()),
       },
       config=settings.to_json(),
@@ -238,6 +246,7 @@ class Session:
       # A resumed run has the same rows over the same windows of steps, and a
       # loss that is not finite is found before it is saved.
       before=self.log.flush,
+      pause=self._throughput.pause,
     )
 
   def _measured(self, step: int) -> dict[str, float]:

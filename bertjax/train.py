@@ -47,6 +47,7 @@ class Result:
     metrics: the last training values, and the evaluation values of `state`.
     interrupted: whether a signal ended it early.
     elapsed_s: seconds of the (last) stage, over all resumes.
+    report: of the (last) stage, or the table of a grid, if process 0 wrote one.
   """
 
   state: Any
@@ -55,6 +56,7 @@ class Result:
   metrics: dict[str, float]
   interrupted: bool = False
   elapsed_s: float = 0.0
+  report: pathlib.Path | None = None
 
 
 def train(
@@ -104,10 +106,11 @@ def _train_grid(
     results[point.name] = dataclasses.replace(result, state=None)
     metrics.append((point, result.metrics))
   best = grid.best_of(metrics, by)
+  table = None
   if hosts.is_first():
-    grid.record(workdir, metrics, best)
+    table = grid.record(workdir, metrics, best)
   hosts.say(f"Best by {by.metric}: {best.name}.")
-  return results[best.name]
+  return dataclasses.replace(results[best.name], report=table)
 
 
 def _train_stages(
@@ -143,6 +146,7 @@ def run(
   """
   watch = Stopwatch()  # building a vocabulary is part of a budget
   experiment = experiment_lib.build(stage)
+  _check_report(experiment)
   _check_together(experiment, workdir)
   with contextlib.ExitStack() as stack, hosts.failing_together():
     session = Session(experiment, workdir, stack, watch, limit=limit)
@@ -155,15 +159,19 @@ def run(
       stop=session.stop,
       hooks=session.hooks,
       log=session.log,
+      save=session.saving,
       amend=session.amend,
     )
     state, reason = session.finish(state, step, end)
     metrics = session.latest() | baseline
   interrupted = end == INTERRUPTED
+  written = None
   if not interrupted:
-    _report(experiment, workdir, state)
+    written = _report(experiment, workdir, state)
   agreement.wait_for_all()  # the next stage reads what process 0 wrote
-  return Result(state, step, reason, metrics, interrupted, watch.elapsed_s())
+  return Result(
+    state, step, reason, metrics, interrupted, watch.elapsed_s(), written
+  )
 
 
 def _check_together(experiment: Experiment, workdir: pathlib.Path) -> None:
@@ -171,6 +179,16 @@ def _check_together(experiment: Experiment, workdir: pathlib.Path) -> None:
   agreement.agree("config", dict(flat(experiment.settings.to_json())))
   agreement.agree("data", experiment.data.identity())
   agreement.check_shared(workdir)
+
+
+def _check_report(experiment: Experiment) -> None:
+  """Refuses now what the report would refuse when all is done."""
+  asked = experiment.settings
+  if asked.reference_curve:
+    report.read_reference(asked.reference_curve)
+  if asked.samples:
+    name = asked.objective["name"]
+    predict.check_samples(name, experiment.data.tokenizer, asked.samples)
 
 
 def _health(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float]:
@@ -189,11 +207,17 @@ def _health(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float]:
   return baselines
 
 
-def _report(experiment: Experiment, workdir: pathlib.Path, state: Any) -> None:
+def _report(
+  experiment: Experiment, workdir: pathlib.Path, state: Any
+) -> pathlib.Path | None:
+  """Writes the report, on process 0 and if there are curves for it."""
   texts, samples = list(experiment.settings.samples), []
   params = hosts.whole(state.params) if texts else None
   if not hosts.is_first():
-    return
+    return None
+  if not (workdir / report.CURVES).exists():
+    hosts.say("There is no report: it is drawn from what writers='csv' writes.")
+    return None
   if texts:
     model = loading.in_memory(
       experiment.objective,
@@ -202,17 +226,11 @@ def _report(experiment: Experiment, workdir: pathlib.Path, state: Any) -> None:
       experiment.settings.to_json(),
     )
     samples = predict.samples(model, texts)
-  report.write_report(
+  return report.write_report(
     workdir,
     reference=experiment.settings.reference_curve or None,
     samples=samples,
   )
-
-
-def _report_of(workdir: pathlib.Path) -> pathlib.Path:
-  """Where the report of a run, or the table of a grid, is."""
-  table = workdir / grid.CSV
-  return table if table.exists() else workdir / "report" / "report.md"
 
 
 cli.define_config()
@@ -242,8 +260,8 @@ def _show(result: Result) -> None:
   """Prints the values, and where the report is."""
   for name, value in sorted(result.metrics.items()):
     print(f"{name:32s} {value:.6g}")
-  if not _DRY_RUN.value and not result.interrupted:
-    print(f"Report: {_report_of(pathlib.Path(_WORKDIR.value))}")
+  if not _DRY_RUN.value and result.report is not None:
+    print(f"Report: {result.report}")
 
 
 if __name__ == "__main__":

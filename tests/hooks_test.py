@@ -1,5 +1,6 @@
 """When hooks run, what they leave behind, and why a run stops."""
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -98,6 +100,29 @@ class HookTest(absltest.TestCase):
         restored = reader.restore(state, step)
         self.assertEqual(restored.iterator_state, {"next": step})
         self.assertEqual(restored.state["params"]["w"].tolist(), [step] * 3)
+
+  def test_saving_is_a_pause(self):
+    inside = []
+
+    @contextlib.contextmanager
+    def pause():
+      inside.append("begin")
+      yield
+      inside.append("end")
+
+    checkpointer = mock.Mock()
+    checkpointer.save.side_effect = lambda *_, **__: inside.append("save")
+    hook = hooks.CheckpointHook(
+      hooks.Every(2),
+      checkpointer,
+      iterator_state=dict,
+      config={},
+      before=lambda: inside.append("before"),
+      pause=pause,
+    )
+    for step in range(3):
+      hook(step, None)
+    self.assertEqual(inside, ["before", "begin", "save", "end"])
 
   def test_state_that_is_not_worth_saving_is_not_saved(self):
     workdir = temporary(self)

@@ -18,6 +18,7 @@ from absl.testing import absltest, parameterized
 from bertjax import experiment, train
 from bertjax.checkpoint import load_params
 from bertjax.config import settings
+from bertjax.handover import initial_state
 from bertjax.metrics.accumulator import NonFiniteError
 from bertjax.optim import Optimizer
 from tests import noted, processes, tiny
@@ -142,6 +143,79 @@ class TrainTest(_Configured):
       result = train.train(config, folder)
       self.assertEqual(result.step, 3)
       self.assertRegex(result.reason, "heldout/mlm_accuracy = .* reached")
+
+  def test_a_training_value_as_target_goes_no_further_either(self):
+    folder = self.create_tempdir().full_path
+    target = dict(metric="loss", value=1e9, mode="min")
+    for _ in range(2):
+      result = train.train(self._config(stop=dict(target=target)), folder)
+      self.assertEqual(result.step, 1)
+      self.assertIn("loss", result.metrics)
+
+  def test_a_finished_grid_selects_by_a_training_value_again(self):
+    folder = pathlib.Path(self.create_tempdir())
+    config = self._config(
+      grid=dict(seed=[3]), keep=dict(best_metric="loss"), stop=dict(steps=1)
+    )
+    found = [train.train(config, folder) for _ in range(2)]
+    self.assertEqual(found[0].metrics["loss"], found[1].metrics["loss"])
+    self.assertEqual(found[1].report, folder / "grid.csv")
+
+  def test_the_last_evaluation_counts_beside_a_checkpoint_that_is_due(self):
+    config = self._config(
+      stop=dict(steps=4),  # checkpoints at 2 and 4, evaluations at 3 and here
+      keep=dict(best_metric="heldout/mlm_loss", best_mode="max", keep=9),
+    )
+    folder = pathlib.Path(self.create_tempdir())
+    result = train.train(config, folder)
+    metas = {
+      step: json.loads(
+        (folder / "checkpoints" / str(step) / "meta.json").read_text()
+      )
+      for step in (2, 3, 4)
+    }
+    scores = {
+      step: meta["metrics"].get("heldout/mlm_loss")
+      for step, meta in metas.items()
+    }
+    self.assertIsNone(scores[2])
+    self.assertGreater(scores[3], scores[4])  # the model learns
+    self.assertEqual(result.metrics["heldout/mlm_loss"], scores[3])
+    # The worst one was selected, and is what the next stage begins with.
+    carried = self._config(
+      init_from=dict(path=str(folder), carry="optimizer"), keep={}
+    )
+    begun = initial_state(experiment.build(settings(carried)))
+    jax.tree.map(
+      np.testing.assert_array_equal, begun.params, load_params(folder, 3)[0]
+    )
+
+  def test_without_curves_there_is_no_report(self):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+      result = train.train(
+        self._config(writers=(), stop=dict(steps=1)),
+        self.create_tempdir().full_path,
+      )
+    self.assertIsNone(result.report)
+    self.assertIn("There is no report", said.getvalue())
+
+  @parameterized.parameters(
+    (dict(samples=("no mask",)), "samples: 'no mask' has no .MASK."),
+    (dict(reference_curve="/nope.csv"), "='/nope.csv' is not there; name a"),
+    (dict(reference_curve="CSV"), "has the columns step, accuracy; it needs"),
+  )
+  def test_what_a_report_cannot_show_is_refused_before_training(
+    self, changes, message
+  ):
+    table = self.root / "other.csv"
+    table.write_text("step,accuracy\n1,0.5\n")
+    if changes.get("reference_curve") == "CSV":
+      changes = dict(reference_curve=str(table))
+    folder = pathlib.Path(self.create_tempdir()) / "run"
+    with self.assertRaisesRegex((ValueError, FileNotFoundError), message):
+      train.train(self._config(**changes), folder)
+    self.assertFalse(folder.exists())
 
   def test_warm_up_in_tokens_knows_the_batch(self):
     warmup = dict(tokens=4 * 8 * 32)  # steps of 8 rows of 32
@@ -273,6 +347,9 @@ class TrainTest(_Configured):
     )
     result = train.train(config, folder)
     self.assertEqual(result.step, 5)
+    train.report.write_report.assert_called_with(
+      folder / "two", reference=None, samples=[]
+    )
     rates = [
       float(r["learning_rate"])
       for name in ("one", "two")

@@ -17,7 +17,11 @@ checkpoint, says so, and leaves the damaged one where it is.
 
 from bertjax.checkpoint.checkpointer import Checkpointer, Restored
 from bertjax.checkpoint.disk import CheckpointError, DamagedError, verify
-from bertjax.checkpoint.parameters import load_params, load_variables
+from bertjax.checkpoint.parameters import (
+  load_params,
+  load_variables,
+  selected_step,
+)
 
 __all__ = [
   "CheckpointError",
@@ -26,5 +30,6 @@ __all__ = [
   "Restored",
   "load_params",
   "load_variables",
+  "selected_step",
   "verify",
 ]

@@ -1,6 +1,5 @@
 """The parameters in a checkpoint, for who has neither its model nor a mesh."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -47,8 +46,8 @@ def load_variables(
   workdir = path.parent if path.name == "checkpoints" else path
   folder = workdir / "checkpoints"
   steps = disk.committed_steps(folder)[::-1]
-  if step is None and steps:
-    step = _selected_step(folder, steps)
+  if step is None:
+    step = selected_step(workdir)
   if step is not None:
     steps = tuple(s for s in steps if s == step)
   if not steps:
@@ -78,9 +77,13 @@ def load_variables(
   return {"params": tree["params"], **tree.get(_EXTRA, {})}, meta["config"]
 
 
-def _selected_step(folder: epath.Path, steps: Iterable[int]) -> int | None:
-  """The best step by the config in the newest readable checkpoint."""
-  for step in steps:
+def selected_step(workdir: epath.PathLike) -> int | None:
+  """The best step by `keep.best_metric` in the newest readable checkpoint.
+
+  None if that run did not select, or has no checkpoint.
+  """
+  folder = disk.absolute(workdir) / "checkpoints"
+  for step in disk.committed_steps(folder)[::-1]:
     try:
       meta = disk.read_json(folder / str(step) / disk.META)
     except disk.DamagedError:

@@ -1,6 +1,6 @@
 """The loop's `log(step, metrics)`: accumulate, check, write, show."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 
@@ -32,6 +32,7 @@ class TrainLogger:
     progress: Progress,
     accumulator: MetricAccumulator | None = None,
     tokens_seen: float = 0,
+    latest: Mapping[str, float] | None = None,
   ):
     """Silent until the first step.
 
@@ -43,6 +44,7 @@ class TrainLogger:
       progress: what a person sees.
       accumulator: by default one that refuses a non-finite loss or gradient.
       tokens_seen: of the restored run.
+      latest: values of its last reading.
     """
     self._when = when
     self._writer = writer
@@ -52,7 +54,7 @@ class TrainLogger:
     self._sums = accumulator or MetricAccumulator()
     self._untimed = 0
     self.tokens_seen = tokens_seen
-    self.latest: dict[str, float] = {}
+    self.latest = dict(latest or {})
 
   def __call__(self, step: int, metrics: Sums) -> None:
     """Takes the metrics of the step with index `step` (0 is the first).

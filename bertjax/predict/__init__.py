@@ -11,7 +11,7 @@ from bertjax.predict.answers import answer, choose, classify, tag
 from bertjax.predict.classify_points import classify_points
 from bertjax.predict.embed import POOLING, embed
 from bertjax.predict.fill_mask import Guess, fill_mask
-from bertjax.predict.samples import SAMPLERS, samples
+from bertjax.predict.samples import SAMPLERS, check_samples, samples
 from bertjax.predict.segment_points import segment_points
 from bertjax.predict.tokenize_points import PointTokens, tokenize_points
 
@@ -21,6 +21,7 @@ __all__ = [
   "Guess",
   "PointTokens",
   "answer",
+  "check_samples",
   "choose",
   "classify",
   "classify_points",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from bertjax.data.tokenizers import Tokenizer
 from bertjax.interop.heads import default_labels
 from bertjax.loading import LoadedModel
 from bertjax.predict.answers import classify, tag
@@ -47,6 +48,20 @@ SAMPLERS: dict[str, Callable[[LoadedModel, Sequence[str]], list[str]]] = {
   "classification": _classified,
   "token_classification": _tagged,
 }
+
+
+def check_samples(
+  objective: str, tokenizer: Tokenizer, texts: Sequence[str]
+) -> None:
+  """Refuses texts of which a model of this objective would say nothing.
+
+  Raises:
+    ValueError: a text for a masked LM without a mask.
+  """
+  mask = tokenizer.specials.mask
+  for text in texts if objective == "masked_lm" else ():
+    if mask not in text:
+      raise ValueError(f"samples: {text!r} has no {mask}; mark what to guess.")
 
 
 def samples(model: LoadedModel, texts: Sequence[str]) -> list[tuple[str, str]]:
