@@ -272,6 +272,12 @@ class CheckpointTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "'opt_state/.*differs"):
       saver(self.workdir).restore(abstract(other, 1))
 
+  def test_another_generator_is_named_as_the_config_would(self):
+    save(saver(self.workdir), 2)
+    other = make_state(2).replace(key=jax.random.key(2, impl="threefry2x32"))
+    with self.assertRaisesRegex(ValueError, r"go on with --config\.prng=rbg\."):
+      saver(self.workdir).restore(abstract(other, 1))
+
   def test_nothing_to_restore(self):
     checkpointer = saver(self.workdir)
     self.assertIsNone(checkpointer.latest_step())

@@ -39,6 +39,12 @@ def refuse_foreign(
   for name in ordered:
     if have.get(name) == want.get(name):
       continue
+    if generator := _other_generator(have.get(name), want.get(name)):
+      raise ValueError(
+        f"{path} was written with another generator of random numbers, as"
+        " 'auto' chooses by platform; go on with"
+        f" --config.prng={generator}. Nothing was changed."
+      )
     if name not in have:
       shape, dtype = want[name]
       detail = f"this model has it as {dtype}{list(shape)}, the checkpoint not"
@@ -54,6 +60,23 @@ def refuse_foreign(
       f"{path} belongs to another model: {name!r} differs ({detail})."
       " Use the config of that run, or another workdir. Nothing was changed."
     )
+
+
+# Of `config.prng`, by how the dtype of a key says it.
+_GENERATORS = {
+  "key<fry>": "threefry2x32",
+  "key<rbg>": "rbg",
+  "key<urbg>": "unsafe_rbg",
+}
+
+
+def _other_generator(
+  saved: tuple[Any, str] | None, wanted: tuple[Any, str] | None
+) -> str | None:
+  """The generator of a saved key, if the wanted one is a key of another."""
+  if saved is None or wanted is None or wanted[1] not in _GENERATORS:
+    return None
+  return _GENERATORS.get(saved[1])
 
 
 def placed(leaf: Any) -> jax.ShapeDtypeStruct:
