@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, Float, Int
 from bertjax.models.encoder import Encoder
 from bertjax.objectives.base import BatchSpec, Metrics, Terms
 from bertjax.objectives.masked_lm import (
-  MaskedLM,
   MaskedLMHead,
   cross_entropy,
   gather_positions,
@@ -55,7 +54,12 @@ class LeftToRightLM(nn.Module):
 
   encoder: Encoder
   fresh: ClassVar[tuple[str, ...]] = ()
-  reads: ClassVar[tuple[str, ...]] = MaskedLM.reads
+  reads: ClassVar[tuple[str, ...]] = (
+    "tokens",
+    "segment_ids",
+    "masked_positions",
+    "labels",
+  )
   independent_rows: ClassVar[bool] = True
 
   @property

@@ -61,6 +61,13 @@ class LeftToRightLMTest(absltest.TestCase):
     objective = objective or self.objective
     return jitted.apply(objective, self.variables, batch, train=False)
 
+  def test_it_needs_no_more_than_it_says_that_it_reads(self):
+    whole = masked(tokens(), np.ones((B, 1), int))
+    batch = {name: whole[name] for name in self.objective.reads}
+    jax.eval_shape(
+      lambda: self.objective.init(jax.random.key(0), batch, train=False)
+    )
+
   def test_unmasked_restores_the_tokens_and_ignores_empty_slots(self):
     original = tokens()
     labelled = np.array([[1, 0, 1], [0, 0, 0], [1, 1, 0]], bool)
