@@ -198,6 +198,7 @@ def bert(
     unroll=unroll,
     remat=remat,
     keep_layers=keep_layers,
+    causal=causal,
   )
 
 

@@ -103,5 +103,14 @@ class LeftToRightLM(nn.Module):
 
 
 def left_to_right_lm(*, encoder: Encoder) -> LeftToRightLM:
-  """See `LeftToRightLM`."""
+  """Builds the objective; see `LeftToRightLM`.
+
+  Raises:
+    ValueError: the encoder is not causal.
+  """
+  if not encoder.causal:
+    raise ValueError(
+      "objective.name='left_to_right_lm' needs an encoder that sees no later"
+      " token; set model.name='left_to_right_bert'."
+    )
   return LeftToRightLM(encoder)
