@@ -15,7 +15,7 @@ from ml_collections import config_flags
 from bertjax import garbage
 from bertjax.checkpoint import CheckpointError
 from bertjax.config import cache_path
-from bertjax.hardware import CompilerEnded, CompilerMissing
+from bertjax.hardware import CompilerEnded
 from bertjax.metrics.accumulator import NonFiniteError
 from bertjax.parallel import hosts
 
@@ -23,12 +23,12 @@ EXPECTED = (
   ValueError,
   FileExistsError,
   FileNotFoundError,
+  ImportError,  # the message names the package to install
   IsADirectoryError,
   NotADirectoryError,
   PermissionError,
   CheckpointError,
   CompilerEnded,
-  CompilerMissing,
   NonFiniteError,
 )
 

@@ -14,6 +14,7 @@ from absl.testing import absltest, parameterized
 from ml_collections import config_flags
 
 from bertjax import cli, evals, expressions, train
+from bertjax.metrics import writers
 from bertjax.predict.requests import requests_of
 
 
@@ -140,6 +141,17 @@ class MessagesTest(parameterized.TestCase):
     ):
       with self.assertRaisesRegex(SystemExit, "1"), cli.clear_errors():
         act()
+
+  def test_a_package_that_is_not_there_is_one_line(self):
+    told = io.StringIO()
+    with (
+      mock.patch.dict(sys.modules, {"wandb": None}),
+      contextlib.redirect_stderr(told),
+      self.assertRaisesRegex(SystemExit, "1"),
+      cli.clear_errors(),
+    ):
+      writers.open_writers(self.root, ["wandb"])
+    self.assertRegex(told.getvalue(), r"\AError: .* pip install wandb\.\n\Z")
 
 
 if __name__ == "__main__":

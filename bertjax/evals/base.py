@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,18 +32,35 @@ class Evaluator:
     return self.measure(variables, key)
 
 
+def check_counts(**counts: int | None) -> None:
+  """Raises ValueError for a count, by its option, below 1; None passes."""
+  for name, count in counts.items():
+    if count is not None and count < 1:
+      raise ValueError(
+        f"evals: {name}={count} must be at least 1, or left out."
+      )
+
+
 def read_batches(
   data: Any,
   mesh: Mesh,
   split: str,
   num_batches: int | None,
   batch_size: int | None,
-) -> Iterable[Mapping[str, Any]]:
-  """This process's slices of a split's evaluation batches."""
+) -> Iterator[Mapping[str, Any]]:
+  """This process's slices of a split's evaluation batches.
+
+  Raises:
+    ValueError: there are none.
+  """
   index, count = feed(mesh)
-  return data.dataset(split).evaluation_batches(
+  batch = None
+  for batch in data.dataset(split).evaluation_batches(
     batch_size or data.batch_size, num_batches, index, count
-  )
+  ):
+    yield batch
+  if batch is None:
+    raise ValueError(f"split={split!r} has no row to evaluate on.")
 
 
 @kept

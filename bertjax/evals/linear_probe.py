@@ -8,7 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from bertjax.evals.base import Evaluator, gathered, read_batches
+from bertjax.evals.base import (
+  Evaluator,
+  check_counts,
+  gathered,
+  read_batches,
+)
 from bertjax.registry import lookup
 from bertjax.reuse import Partial
 
@@ -75,8 +80,9 @@ def linear_probe(
     batch_size: of the global batch; that of training by default.
 
   Raises:
-    ValueError: data without such labels, features that the objective does not
-      have, or, when it is called, labels of one class.
+    ValueError: data without such labels, a count below 1, features that the
+      objective does not have, or, when it is called, labels of one class or
+      none.
   """
   feature = lookup(FEATURES, features, "features")
   if feature.condition and not getattr(objective, feature.condition, False):
@@ -84,6 +90,7 @@ def linear_probe(
       f"evals: linear_probe: features={features!r} needs an objective that"
       " contrasts clouds, such as 'masked_points'; probe 'cls'."
     )
+  check_counts(num_batches=num_batches, batch_size=batch_size)
   _check_labels(data.batch_spec(data.batch_size))
   # Every process fits to all rows.
   run = gathered(Partial(_read, feature), objective, mesh)
@@ -94,6 +101,8 @@ def linear_probe(
       x, labels = run(variables, batch)
       found.append((x[labels >= 0], labels[labels >= 0]))
     x, labels = (np.concatenate(parts) for parts in zip(*found))
+    if not len(labels):
+      raise ValueError(f"split={name!r} has no labelled row to evaluate on.")
     return x, labels
 
   def evaluate(variables, key) -> dict[str, float]:

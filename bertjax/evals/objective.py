@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from bertjax.evals.base import Evaluator, read_batches
+from bertjax.evals.base import Evaluator, check_counts, read_batches
 from bertjax.objectives.base import Metrics
 from bertjax.parallel.sharding import put_batch
 from bertjax.reuse import kept
@@ -40,6 +40,8 @@ def objective_eval(
 ) -> Evaluator:
   """Metrics of `objective` over a split, each weighted by its own count.
 
+  A metric whose weight is 0 is left out.
+
   Args:
     objective: what is evaluated, without dropout.
     data: the experiment's data.
@@ -51,11 +53,7 @@ def objective_eval(
   Raises:
     ValueError: no batch at all, asked for or found when it is called.
   """
-  if num_batches is not None and num_batches < 1:
-    raise ValueError(
-      f"num_batches={num_batches} must be at least 1; None reads the whole"
-      " split."
-    )
+  check_counts(num_batches=num_batches, batch_size=batch_size)
   metrics_of = metrics(objective)
 
   def evaluate(variables, key) -> dict[str, float]:
@@ -65,11 +63,10 @@ def objective_eval(
       for batch in read_batches(data, mesh, split, num_batches, batch_size):
         found = metrics_of(variables, put_batch(batch, mesh))
         total = found if total is None else _add(total, found)
-    if total is None:
-      raise ValueError(f"split={split!r} has no row to evaluate on.")
     return {
-      name: float(value) / max(float(weight), 1.0)
+      name: float(value) / float(weight)
       for name, (value, weight) in jax.device_get(total).items()
+      if weight != 0
     }
 
   return Evaluator(evaluate, lambda: data.baseline(split, num_batches))

@@ -7,7 +7,12 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from bertjax.evals.base import Evaluator, gathered, read_batches
+from bertjax.evals.base import (
+  Evaluator,
+  check_counts,
+  gathered,
+  read_batches,
+)
 
 
 def shape_ious(
@@ -64,13 +69,15 @@ def part_iou(
     batch_size: of the global batch; that of training by default.
 
   Raises:
-    ValueError: another objective.
+    ValueError: another objective, a batch size below 1 or, when it is called,
+      no labelled row.
   """
   if not getattr(objective, "class_parts", ()):
     raise ValueError(
       "evals: part_iou needs objective.name='part_segmentation', not"
       f" {type(objective).__name__}."
     )
+  check_counts(batch_size=batch_size)
   run = gathered(_ious, objective, mesh)
 
   def evaluate(variables, key) -> dict[str, float]:
@@ -80,6 +87,8 @@ def part_iou(
       ious, category, valid = run(variables, batch)
       found.append((ious[valid], category[valid]))
     ious, category = (np.concatenate(parts) for parts in zip(*found))
+    if not len(ious):
+      raise ValueError(f"split={split!r} has no labelled row to evaluate on.")
     means = [ious[category == c].mean() for c in np.unique(category)]
     return {
       "instance_miou": float(ious.mean()),

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bertjax.data.audit import original_tokens
-from bertjax.evals.base import Evaluator
+from bertjax.evals.base import Evaluator, check_counts
 from bertjax.evals.objective import metrics
 from bertjax.objectives.masked_lm import MaskedLM
 from bertjax.parallel.sharding import feed, put_batch
@@ -84,13 +84,15 @@ def pseudo_perplexity(
     batch_size: masked copies per pass; the batch size of training by default.
 
   Raises:
-    ValueError: the objective has no masked-token head.
+    ValueError: the objective has no masked-token head, a count below 1 or, when
+      it is called, no token to score.
   """
   if not isinstance(objective, MaskedLM):
     raise ValueError(
       f"evals: pseudo_perplexity needs objective.name='masked_lm', not"
       f" {type(objective).__name__}."
     )
+  check_counts(num_rows=num_rows, batch_size=batch_size)
   batch_size = batch_size or data.batch_size
   metrics_of = metrics(objective.clone(pair_task=None))
 
@@ -120,7 +122,9 @@ def pseudo_perplexity(
         found = metrics_of(variables, put_batch(batch, mesh))
         loss, count = found["mlm_loss"]
         total, weight = total + float(loss), weight + float(count)
-    mean = total / max(weight, 1.0)
+    if not weight:
+      raise ValueError(f"split={split!r} has no token to score.")
+    mean = total / weight
     return {
       "pseudo_log_likelihood": -mean,
       "pseudo_perplexity": math.exp(min(mean, 700.0)),

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from bertjax.evals.base import Evaluator, gathered, read_batches
+from bertjax.evals.base import (
+  Evaluator,
+  check_counts,
+  gathered,
+  read_batches,
+)
 from bertjax.objectives.point_reconstruction import (
   PointReconstruction,
   perplexity,
@@ -45,14 +50,15 @@ def reconstruction(
     by_class: also average over each class alone.
 
   Raises:
-    ValueError: another objective; when called, a split without clouds.
+    ValueError: another objective or a count below 1; when called, a split
+      without clouds.
   """
   if not isinstance(objective, PointReconstruction):
     raise ValueError(
       "evals: reconstruction needs objective.name='point_reconstruction', not"
       f" {type(objective).__name__}."
     )
-
+  check_counts(num_batches=num_batches, batch_size=batch_size)
   run = gathered(_measure, objective, mesh)
 
   def evaluate(variables, key) -> dict[str, float]:
@@ -65,8 +71,6 @@ def reconstruction(
       sums = {name: x @ member for name, x in found.items()}
       sums = sums, member.sum(0), counts.astype(np.float64)
       total = sums if total is None else jax.tree.map(np.add, total, sums)
-    if total is None:
-      raise ValueError(f"split={split!r} has no cloud to evaluate on.")
     clouds, members, counts = total
     values = {
       name: float(x.sum() / members.sum()) for name, x in clouds.items()

@@ -5,7 +5,12 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from bertjax.evals.base import Evaluator, gathered, read_batches
+from bertjax.evals.base import (
+  Evaluator,
+  check_counts,
+  gathered,
+  read_batches,
+)
 
 
 def _logits(objective, variables, batch):
@@ -31,12 +36,14 @@ def task_metrics(
     batch_size: of the global batch; that of training by default.
 
   Raises:
-    ValueError: the data are no task's.
+    ValueError: the data are no task's, a batch size below 1 or, when it is
+      called, a split without rows.
   """
   if not hasattr(data, "task"):
     raise ValueError(
       f"evals: task_metrics needs data.name='task', not {type(data).__name__}."
     )
+  check_counts(batch_size=batch_size)
   # Every process scores the whole split.
   run = gathered(_logits, objective, mesh)
 

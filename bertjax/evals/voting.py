@@ -12,7 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from bertjax.data.shapes.dataset import Reading
-from bertjax.evals.base import Evaluator, gathered
+from bertjax.evals.base import Evaluator, check_counts, gathered
 from bertjax.parallel.sharding import feed
 
 
@@ -44,11 +44,11 @@ def voting(
     batch_size: of the global batch; that of training by default.
 
   Raises:
-    ValueError: data without clouds, no view, or views that are all alike.
+    ValueError: data without clouds, a count below 1, or views that are all
+      alike.
   """
   reading = _reading(data, draw, augment)
-  if views < 1:
-    raise ValueError(f"evals: voting: views={views} must be at least 1.")
+  check_counts(views=views, batch_size=batch_size)
   run = gathered(_logits, objective, mesh)
 
   def evaluate(variables, key) -> dict[str, float]:

@@ -42,10 +42,11 @@ class Embed(nn.Module):
     )
 
   def __call__(self, ids: jax.Array) -> jax.Array:
-    """Rows of `ids`; an id beyond the table gives NaN, never a wrong row."""
+    """Rows of `ids`; an id outside the table gives NaN, never a wrong row."""
     table = self._gathered()
     if self.num_embeddings > _SELECTED_ROWS:
-      return jnp.take(table, ids, axis=0, mode="fill")
+      # Negative ids would count from the table's end; unsigned they are huge.
+      return jnp.take(table, ids.astype(jnp.uint32), axis=0, mode="fill")
     rows = jnp.full((*ids.shape, self.emb_dim), jnp.nan, table.dtype)
     wide = (1,) * ids.ndim + (self.emb_dim,)
     for i in range(self.num_embeddings):

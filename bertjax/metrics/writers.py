@@ -1,14 +1,16 @@
 """Where metrics are written: CSV, TensorBoard, Weights & Biases.
 
 `step` counts finished optimizer steps. Every writer is told the step that the
-run resumes from and forgets what an interrupted run wrote after it, so that a
-resumed run has each step once.
+run resumes from, so that a resumed run has each step once: the files forget
+what an interrupted run wrote after it, Weights & Biases ignores what comes
+again.
 """
 
 import csv
 import io
 import os
 import pathlib
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
@@ -146,18 +148,37 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-  """A Weights & Biases run named after the workdir; continues on resume."""
+  """A Weights & Biases run named after the workdir, grouped by its parent.
 
-  def __init__(self, workdir: str | os.PathLike, *, project: str = "bertjax"):
+  Its id is kept in the workdir, by which a resumed run continues it. A run that
+  begins at step 0 is a new one. What was written is not rewound: the server
+  refuses that for a run that was killed, and where the preview is not enabled.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike,
+    *,
+    resume_from: int = 0,
+    project: str = "bertjax",
+  ):
     try:
       import wandb
     except ImportError as err:
       raise ImportError(
         "The wandb writer needs the package: pip install wandb."
       ) from err
-    name = pathlib.Path(workdir).resolve().name
+    folder = pathlib.Path(workdir).resolve()
+    known = folder / "wandb_id"
+    if not resume_from or not known.exists():
+      known.write_text(secrets.token_hex(8))
     self._run = wandb.init(
-      project=project, id=name, dir=os.fspath(workdir), resume="allow"
+      project=project,
+      id=known.read_text(),
+      name=folder.name,
+      group=folder.parent.name,
+      dir=os.fspath(folder),
+      resume="allow",
     )
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -189,7 +210,9 @@ WRITERS = {
   "tensorboard": lambda workdir, resume_from: TensorBoardWriter(
     pathlib.Path(workdir) / "events", resume_from=resume_from
   ),
-  "wandb": lambda workdir, resume_from: WandbWriter(workdir),
+  "wandb": lambda workdir, resume_from: WandbWriter(
+    workdir, resume_from=resume_from
+  ),
 }
 
 
@@ -208,6 +231,7 @@ def open_writers(
 
   Raises:
     ValueError: an unknown name.
+    ImportError: of a writer whose package is not installed.
   """
   builders = [registry.lookup(WRITERS, name, "writers") for name in names]
   if jax.process_index() != 0:

@@ -18,7 +18,7 @@ from bertjax.layers.embeddings import Embeddings
 from bertjax.layers.feed_forward import ACTIVATIONS, FeedForward
 from bertjax.layers.norm import LayerNorm
 from bertjax.layers.relative import RelativeBias
-from bertjax.models.checks import check_heads, check_rates
+from bertjax.models.checks import check_at_least, check_heads, check_rates
 from bertjax.models.encoder import Encoder, HeadStyle, remat_policy
 from bertjax.registry import lookup
 from bertjax.reuse import Partial
@@ -111,13 +111,24 @@ def bert(
     causal: no token sees a later one.
 
   Raises:
-    ValueError: an unknown name, or heads that do not divide the width.
+    ValueError: an unknown name, a number or rate out of range, or heads that do
+      not divide the width.
   """
   dims = _dimensions(
     size, num_layers=num_layers, emb_dim=emb_dim, num_heads=num_heads
   )
+  if mlp_dim is None:
+    mlp_dim = 4 * dims["emb_dim"]
   if attention_dropout_rate is None:
     attention_dropout_rate = dropout_rate
+  check_at_least(
+    1,
+    vocab_size=vocab_size,
+    mlp_dim=mlp_dim,
+    max_positions=max_positions,
+    unroll=unroll,
+  )
+  check_at_least(0, num_types=num_types, position_offset=position_offset)
   check_rates(
     dropout_rate=dropout_rate,
     attention_dropout_rate=attention_dropout_rate,
@@ -155,7 +166,7 @@ def bert(
   )
   feed_forward = Partial(
     FeedForward,
-    mlp_dim=mlp_dim or 4 * dims["emb_dim"],
+    mlp_dim=mlp_dim,
     activation=act,
     dtype=dtype,
     name="mlp",
@@ -187,6 +198,7 @@ def bert(
     unroll=unroll,
     remat=remat,
     keep_layers=keep_layers,
+    causal=causal,
   )
 
 
@@ -194,6 +206,7 @@ def _dimensions(size: str, **given: int | None) -> dict[str, int]:
   """Those of a published size, but for what is given."""
   dims = lookup(SIZES, size, "model.size")
   dims = dims | {k: v for k, v in given.items() if v is not None}
+  check_at_least(1, **dims)
   check_heads(dims["num_heads"], dims["emb_dim"])
   return dims
 

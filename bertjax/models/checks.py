@@ -16,8 +16,8 @@ def check_heads(num_heads: int, emb_dim: int) -> None:
     )
 
 
-def check_positive(**numbers: int) -> None:
-  """Raises ValueError for a number, by its field, below 1."""
+def check_at_least(least: int, **numbers: int) -> None:
+  """Raises ValueError for a number, by its field, below `least`."""
   for name, number in numbers.items():
-    if number < 1:
-      raise ValueError(f"model.{name}={number} must be at least 1.")
+    if number < least:
+      raise ValueError(f"model.{name}={number} must be at least {least}.")

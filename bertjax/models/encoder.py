@@ -109,6 +109,8 @@ class Encoder(nn.Module):
       slower part, else "none".
     unroll: layers per scan iteration.
     keep_layers: also return every block's output.
+    causal: whether the blocks let no position see a later one, for objectives
+      that depend on it.
   """
 
   make_embeddings: Callable[[], nn.Module]
@@ -123,6 +125,7 @@ class Encoder(nn.Module):
   remat: str = "auto"
   unroll: int = 1
   keep_layers: bool = False
+  causal: bool = False
 
   @property
   def vocab_size(self) -> int:

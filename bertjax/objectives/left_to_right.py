@@ -18,7 +18,6 @@ from jaxtyping import Array, Bool, Float, Int
 from bertjax.models.encoder import Encoder
 from bertjax.objectives.base import BatchSpec, Metrics, Terms
 from bertjax.objectives.masked_lm import (
-  MaskedLM,
   MaskedLMHead,
   cross_entropy,
   gather_positions,
@@ -55,7 +54,12 @@ class LeftToRightLM(nn.Module):
 
   encoder: Encoder
   fresh: ClassVar[tuple[str, ...]] = ()
-  reads: ClassVar[tuple[str, ...]] = MaskedLM.reads
+  reads: ClassVar[tuple[str, ...]] = (
+    "tokens",
+    "segment_ids",
+    "masked_positions",
+    "labels",
+  )
   independent_rows: ClassVar[bool] = True
 
   @property
@@ -99,5 +103,14 @@ class LeftToRightLM(nn.Module):
 
 
 def left_to_right_lm(*, encoder: Encoder) -> LeftToRightLM:
-  """See `LeftToRightLM`."""
+  """Builds the objective; see `LeftToRightLM`.
+
+  Raises:
+    ValueError: the encoder is not causal.
+  """
+  if not encoder.causal:
+    raise ValueError(
+      "objective.name='left_to_right_lm' needs an encoder that sees no later"
+      " token; set model.name='left_to_right_bert'."
+    )
   return LeftToRightLM(encoder)

@@ -117,8 +117,12 @@ class MaskedLM(nn.Module):
   encoder: Encoder
   pair_task: str | None = None
   fresh: ClassVar[tuple[str, ...]] = ()
-  reads: ClassVar[tuple[str, ...]] = ("tokens", "masked_positions", "labels")
   independent_rows: ClassVar[bool] = True
+
+  @property
+  def reads(self) -> tuple[str, ...]:
+    names = ("tokens", "masked_positions", "labels")
+    return (*names, "pair_labels") if self.pair_task else names
 
   @property
   def coefficients(self) -> dict[str, float]:

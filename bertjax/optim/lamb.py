@@ -35,7 +35,7 @@ def lamb(
   grad_averaging: bool = True,
   nesterov: Literal["none", "first", "both"] = "none",
   pre_norm: Literal["none", "clip", "divide"] = "none",
-  max_grad_norm: float = 1.0,
+  max_grad_norm: float | None = None,
   adapt: bool = True,
   skip_undecayed: bool = False,
   phi_clip: tuple[float, float] | None = None,
@@ -70,7 +70,7 @@ def lamb(
     nesterov: "first" is N-LAMB, "both" NN-LAMB.
     pre_norm: what happens to the gradient before the moments: "divide" by its
       global norm, "clip" that norm to `max_grad_norm`, or "none".
-    max_grad_norm: for `pre_norm="clip"`.
+    max_grad_norm: for `pre_norm="clip"` alone; None is the published 1.
     adapt: False forces q = 1, which is AdamW.
     skip_undecayed: True forces q = 1 where there is no weight decay (apex).
     phi_clip: bounds on |w| in the ratio's numerator.
@@ -139,12 +139,18 @@ def lamb(
 
 def _pre_norm(
   form: str,
-  max_grad_norm: float,
+  max_grad_norm: float | None,
   global_norm_axes: trust_ratio.MeshAxesFn | None,
 ) -> list[optax.GradientTransformation]:
   """What stands before the moments; see `lamb`."""
   if form == "clip":
-    return [clip.clip_by_global_norm(max_grad_norm, global_norm_axes)]
+    max_norm = 1.0 if max_grad_norm is None else max_grad_norm
+    return [clip.clip_by_global_norm(max_norm, global_norm_axes)]
+  if max_grad_norm is not None:
+    raise ValueError(
+      f"optim.max_grad_norm={max_grad_norm} goes with optim.pre_norm='clip',"
+      f" not {form!r}."
+    )
   if form == "divide":
     return [clip.normalize_by_global_norm(global_norm_axes)]
   if form == "none":

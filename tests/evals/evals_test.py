@@ -2,11 +2,12 @@
 
 import math
 import types
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
 from bertjax.data.unigram import unigram_baseline
 from bertjax.evals import objective_eval, pseudo_perplexity
@@ -48,7 +49,7 @@ class _Data:
       yield {k: v[start : start + batch_size] for k, v in self.rows.items()}
 
 
-class EvaluatorsTest(absltest.TestCase):
+class EvaluatorsTest(parameterized.TestCase):
   @classmethod
   def setUpClass(cls):
     super().setUpClass()
@@ -90,6 +91,39 @@ class EvaluatorsTest(absltest.TestCase):
     self.assertLen(losses, 5)
     # float32 sums over a batch of another size.
     self.assertAlmostEqual(values["mlm_loss"], np.mean(losses), places=5)
+
+  def test_a_metric_is_divided_by_its_weight_and_left_out_without_one(self):
+    class Fixed:
+      def apply(self, variables, batch, train):
+        return None, {"half": (jnp.ones(()), 0.5), "none": (jnp.zeros(()), 0)}
+
+    evaluate = objective_eval(objective=Fixed(), data=self.data, mesh=self.mesh)
+    with mock.patch.object(_Data, "evaluation_batches", return_value=[{}]):
+      self.assertEqual(evaluate({}, jax.random.key(0)), {"half": 2.0})
+
+  @parameterized.parameters(
+    (objective_eval, "no row to evaluate on"),
+    (pseudo_perplexity, "no token to score"),
+  )
+  def test_an_empty_split_has_no_value(self, evaluator, message):
+    evaluate = evaluator(
+      objective=self.objective, data=self.data, mesh=self.mesh
+    )
+    with (
+      mock.patch.object(_Data, "evaluation_batches", return_value=[]),
+      self.assertRaisesRegex(ValueError, f"split='validation' has {message}"),
+    ):
+      evaluate(self.variables, jax.random.key(0))
+
+  @parameterized.product(option=("num_rows", "batch_size"), count=(0, -1))
+  def test_pseudo_perplexity_needs_a_row(self, option, count):
+    with self.assertRaisesRegex(ValueError, f"{option}={count} must be at le"):
+      pseudo_perplexity(
+        objective=self.objective,
+        data=self.data,
+        mesh=self.mesh,
+        **{option: count},
+      )
 
   def test_pseudo_perplexity_masks_each_token_in_turn(self):
     evaluate = pseudo_perplexity(

@@ -170,6 +170,25 @@ class EvaluatorsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "features='first' is unknown"):
       linear_probe(data=Rows(train=lonely), features="first", **self.shared)
 
+  @parameterized.parameters(
+    (slice(0), "has no row to evaluate on"),
+    (slice(-2, None), "has no labelled row to evaluate on"),
+  )
+  def test_a_split_with_nothing_to_read_has_no_value(self, part, message):
+    rows = {name: x[part] for name, x in clouds(8, 0).items()}
+    rows["category"] = np.zeros_like(rows["labels"])
+    rows["parts"] = np.full(rows["points"].shape[:2], -1, np.int32)
+    shared = dict(data=Rows(train=clouds(8, 0), validation=rows), **self.shared)
+    shared |= dict(mesh=make_mesh(devices=jax.devices()[:1]))
+    for evaluator in (linear_probe, part_iou):
+      with self.assertRaisesRegex(ValueError, f"split='validation' {message}"):
+        evaluator(**shared)({"parts": jnp.ones((3, 5))}, jax.random.key(0))
+
+  def test_a_probe_of_no_batch_is_refused(self):
+    data = Rows(train=clouds(8, 0))
+    with self.assertRaisesRegex(ValueError, "num_batches=0 must be at least 1"):
+      linear_probe(data=data, num_batches=0, **self.shared)
+
   def test_votes_are_of_all_views_and_none_of_fillings(self):
     data = PointRows(clouds(40, 0, noise=0.5))
     evaluator = voting(data=data, views=4, **self.shared)

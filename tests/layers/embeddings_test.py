@@ -77,11 +77,12 @@ class ShortTableTest(parameterized.TestCase):
     made = str(jax.make_jaxpr(jax.grad(lambda t: look_up(t).sum()))(table))
     self.assertEqual("scatter" in made, num > 4)
 
-  def test_an_id_beyond_a_short_table_gives_nan(self):
-    embed = Embed(2, 3, "types")
-    table = jnp.ones((2, 3))
-    found = embed.apply({"params": {"embedding": table}}, jnp.array([1, 2]))
-    np.testing.assert_array_equal(jnp.isnan(found).all(1), [False, True])
+  @parameterized.parameters(2, 5)
+  def test_an_id_outside_a_table_gives_nan(self, num):
+    embed = Embed(num, 3, "types")
+    variables = {"params": {"embedding": jnp.ones((num, 3))}}
+    found = embed.apply(variables, jnp.array([num - 1, num, -1, -num - 1]))
+    np.testing.assert_array_equal(jnp.isnan(found).all(1), [False] + 3 * [True])
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import io
 import math
 import pathlib
 import shutil
+import sys
 import tempfile
 from unittest import mock
 
@@ -144,6 +145,24 @@ class WritersTest(absltest.TestCase):
     self.assertLen(events.Scalars("loss"), 4)
     table = writers.read_csv(workdir / "metrics.csv")
     self.assertEqual(table["loss"], [0.25, 0.5, 0.75, 9.0])
+
+  def test_a_wandb_run_is_its_workdirs_and_continues_on_resume(self):
+    wandb, root = mock.Mock(), temporary(self)
+
+    def opened(name, **options):
+      (root / name).mkdir(parents=True, exist_ok=True)
+      writers.open_writers(root / name, ["wandb"], **options)
+      given = wandb.init.call_args.kwargs
+      self.assertEqual(f"{given['group']}/{given['name']}", name)
+      return given["id"]
+
+    with mock.patch.dict(sys.modules, {"wandb": wandb}):
+      first, other = opened("a/seed=0"), opened("b/seed=0")
+      self.assertNotEqual(first, other)
+      self.assertEqual(opened("a/seed=0", resume_from=3), first)
+      self.assertEqual(opened("b/seed=0", resume_from=3), other)
+      self.assertNotEqual(opened("a/seed=0"), first)  # begins anew
+      opened("c/phase2", resume_from=3)  # begins with the step of another run
 
   def test_unknown_writer_is_refused(self):
     with self.assertRaisesRegex(ValueError, "'cvs' is unknown.*'csv'"):

@@ -312,6 +312,20 @@ class EncoderTest(parameterized.TestCase):
     ("positions", dict(positions="t5"), "model.positions='t5' is unknown"),
     ("activation", dict(activation="gelo"), "Did you mean 'gelu'"),
     ("dropout", dict(dropout_rate=1.0), "dropout_rate=1.0 must lie in"),
+    *(
+      (f"least_{name}", {name: n}, f"model.{name}={n} must be at least {n + 1}")
+      for name, n in (
+        ("num_layers", 0),
+        ("emb_dim", 0),
+        ("num_heads", 0),
+        ("mlp_dim", 0),
+        ("vocab_size", 0),
+        ("max_positions", 0),
+        ("unroll", 0),
+        ("num_types", -1),
+        ("position_offset", -1),
+      )
+    ),
   )
   def test_bad_options_are_named(self, options, message):
     with self.assertRaisesRegex(ValueError, message):

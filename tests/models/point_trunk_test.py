@@ -190,6 +190,8 @@ class TrunkTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ("patches", dict(patches=41), "patches=41 of model.patch_size=5 .* of 40"),
     ("size", dict(patch_size=0), "patch_size=0 must be at least 1"),
+    ("width", dict(emb_dim=0), "emb_dim=0 must be at least 1"),
+    ("unroll", dict(unroll=0), "unroll=0 must be at least 1"),
     (
       "heads",
       dict(num_heads=5),

@@ -7,7 +7,11 @@ import numpy as np
 from absl.testing import absltest
 
 from bertjax.models import bert, left_to_right_bert
-from bertjax.objectives import left_to_right, left_to_right_lm
+from bertjax.objectives import (
+  LeftToRightLM,
+  left_to_right,
+  left_to_right_lm,
+)
 from tests import jitted
 
 V, B, T, M = 31, 3, 9, 5
@@ -49,7 +53,7 @@ class LeftToRightLMTest(absltest.TestCase):
   def setUpClass(cls):
     super().setUpClass()
     cls.objective = left_to_right_lm(encoder=left_to_right_bert(**_SIZES))
-    cls.plain = left_to_right_lm(encoder=bert(attend="reference", **_SIZES))
+    cls.plain = LeftToRightLM(bert(attend="reference", **_SIZES))
     batch = masked(tokens(), np.tile(np.arange(1, 6), (B, 1)))
     variables = jax.jit(lambda k: cls.objective.init(k, batch, train=False))(
       jax.random.key(0)
@@ -60,6 +64,17 @@ class LeftToRightLMTest(absltest.TestCase):
   def apply(self, batch, objective=None):
     objective = objective or self.objective
     return jitted.apply(objective, self.variables, batch, train=False)
+
+  def test_an_encoder_that_looks_ahead_is_refused(self):
+    with self.assertRaisesRegex(ValueError, "model.name='left_to_right_bert'"):
+      left_to_right_lm(encoder=bert(**_SIZES))
+
+  def test_it_needs_no_more_than_it_says_that_it_reads(self):
+    whole = masked(tokens(), np.ones((B, 1), int))
+    batch = {name: whole[name] for name in self.objective.reads}
+    jax.eval_shape(
+      lambda: self.objective.init(jax.random.key(0), batch, train=False)
+    )
 
   def test_unmasked_restores_the_tokens_and_ignores_empty_slots(self):
     original = tokens()

@@ -139,6 +139,13 @@ class MaskedLMTest(parameterized.TestCase):
     self.assertEqual("pair_head" in shapes, task is not None)
     self.assertEqual("pooler" in shapes, task is not None)
 
+  @parameterized.parameters(None, "sop")
+  def test_it_needs_no_more_than_it_says_that_it_reads(self, task):
+    found = objective(task)
+    batch = {name: example()[name] for name in found.reads}
+    jax.eval_shape(lambda: found.init(jax.random.key(0), batch, train=False))
+    self.assertEqual("pair_labels" in batch, task is not None)
+
   def test_an_unknown_pair_task_is_refused(self):
     with self.assertRaisesRegex(ValueError, "pair_task='nps' is unknown.*nsp"):
       objective("nps")

@@ -238,8 +238,13 @@ class SwitchesTest(parameterized.TestCase):
 
   def test_pre_norm_divides_or_clips_the_gradient(self):
     grads = {"w": np.float32([3, 4])}
-    for pre_norm, factor in (("none", 1.0), ("divide", 0.2), ("clip", 0.4)):
-      transform = lamb(1.0, pre_norm=pre_norm, max_grad_norm=2.0)
+    for options, factor in (
+      (dict(pre_norm="none"), 1.0),
+      (dict(pre_norm="divide"), 0.2),
+      (dict(pre_norm="clip"), 0.2),
+      (dict(pre_norm="clip", max_grad_norm=2.0), 0.4),
+    ):
+      transform = lamb(1.0, **options)
       _, state = first_update(transform, grads, grads)
       adam_state = next(s for s in state if hasattr(s, "mu"))
       np.testing.assert_allclose(
@@ -249,6 +254,7 @@ class SwitchesTest(parameterized.TestCase):
   @parameterized.parameters(
     (dict(nesterov="third"), "optim.nesterov='third' is unknown"),
     (dict(pre_norm="half"), "optim.pre_norm='half' is unknown"),
+    (dict(max_grad_norm=2.0), "max_grad_norm=2.0 goes with optim.pre_norm='cl"),
     (dict(trust_clip=(2.0, 1.0)), r"optim.trust_clip=\(2.0, 1.0\)"),
     (dict(b1=1.0), "optim.b1=1.0 must be in"),
     (dict(mu_dtype="float16"), "optim.mu_dtype='float16' is unknown"),

@@ -14,7 +14,7 @@ from bertjax.layers.block import Block, pre_norm
 from bertjax.layers.feed_forward import FeedForward, gelu
 from bertjax.layers.norm import LayerNorm
 from bertjax.metrics import flops
-from bertjax.models.checks import check_heads, check_positive, check_rates
+from bertjax.models.checks import check_at_least, check_heads, check_rates
 from bertjax.models.encoder import Batch, Encoder, HeadStyle, remat_policy
 from bertjax.models.point_bert.inputs import (
   CentrePositions,
@@ -116,15 +116,21 @@ def point_bert(
     ValueError: an unknown name, a number or rate out of range, or heads that do
       not divide the width.
   """
+  if mlp_dim is None:
+    mlp_dim = 4 * emb_dim
   if attention_dropout_rate is None:
     attention_dropout_rate = dropout_rate
-  check_positive(
+  check_at_least(
+    1,
     patches=patches,
     patch_size=patch_size,
     num_layers=num_layers,
+    emb_dim=emb_dim,
+    num_heads=num_heads,
+    mlp_dim=mlp_dim,
     patch_features=patch_features,
     shrink=shrink,
-    num_heads=num_heads,
+    unroll=unroll,
   )
   check_heads(num_heads, emb_dim)
   check_rates(
@@ -150,7 +156,7 @@ def point_bert(
   )
   feed_forward = Partial(
     FeedForward,
-    mlp_dim=mlp_dim or 4 * emb_dim,
+    mlp_dim=mlp_dim,
     activation=gelu,
     dtype=dtype,
     kernel_init=kernel_init,
