@@ -11,7 +11,14 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from bertjax import objectives, registry, resolve, train_state, train_step
+from bertjax import (
+  fields,
+  objectives,
+  registry,
+  resolve,
+  train_state,
+  train_step,
+)
 from bertjax.config import Settings, merge
 from bertjax.data.base import Data
 from bertjax.data.points import PointData
@@ -129,6 +136,7 @@ def build_data(
     ValueError: an option that does not fit.
   """
   spec = {"name": "text", **spec}
+  fields.check({"data": spec})
   context = dict(seed=seed, cache_dir=cache_dir)
   if takes(spec, "mask_seed"):
     context["mask_seed"] = mask_seed
@@ -289,7 +297,9 @@ def build(
       mesh=mesh,
       batch_spec=batch_spec,
       microbatches=settings.microbatches,
-      total_steps=settings.horizon or settings.stop["steps"],
+      total_steps=(
+        settings.stop["steps"] if settings.horizon is None else settings.horizon
+      ),
       tokens_per_step=data.dataset().tokens_per_batch(data.batch_size),
       init_generator=INIT_GENERATOR,
       step_generator=settings.prng,

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from bertjax import registry
+from bertjax import fields, registry
 from bertjax.parallel import agreement
 
 # Evaluations in the order of their steps: (step, values by name).
@@ -38,21 +38,11 @@ class StopRule(Protocol):
   def __call__(self, progress: Progress) -> str | None: ...
 
 
-def _positive(field: str, value: Any) -> Any:
-  number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  if not number or not value > 0 or not math.isfinite(value):
-    raise ValueError(f"stop.{field}={value!r} must be a positive number.")
-  return value
-
-
 @dataclasses.dataclass(frozen=True)
 class MaxSteps:
   """After `steps` optimizer steps."""
 
   steps: int
-
-  def __post_init__(self):
-    _positive("steps", self.steps)
 
   def __call__(self, progress: Progress) -> str | None:
     done = progress.step >= self.steps
@@ -64,9 +54,6 @@ class MaxTokens:
   """After `tokens` real tokens."""
 
   tokens: float
-
-  def __post_init__(self):
-    _positive("tokens", self.tokens)
 
   def __call__(self, progress: Progress) -> str | None:
     if progress.tokens_seen >= self.tokens:
@@ -82,9 +69,6 @@ class MaxWallClock:
   _alarm: agreement.Alarm = dataclasses.field(
     default_factory=agreement.Alarm, init=False, repr=False, compare=False
   )
-
-  def __post_init__(self):
-    _positive("wall_clock_s", self.wall_clock_s)
 
   def __call__(self, progress: Progress) -> str | None:
     left_s = self.wall_clock_s - progress.elapsed_s
@@ -171,14 +155,6 @@ class Early:
 
   def __post_init__(self):
     sign_of(self.mode, "stop.early.mode")
-    if not isinstance(self.patience, int) or self.patience < 1:
-      raise ValueError(
-        f"stop.early.patience={self.patience!r} must be a positive integer."
-      )
-    if not 0 <= self.min_delta < math.inf:
-      raise ValueError(
-        f"stop.early.min_delta={self.min_delta!r} must be 0 or more."
-      )
     if "/" not in self.metric:
       raise ValueError(
         f"stop.early.metric={self.metric!r} must be of an evaluation, such as"
@@ -271,3 +247,4 @@ def build_stop(
       if name in built:
         check_evaluated(built[name].metric, evals, f"stop.{name}.metric")
   return StopRules(tuple(built.values()))
+  fields.check({"stop": spec})

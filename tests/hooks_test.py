@@ -215,7 +215,7 @@ class StopTest(parameterized.TestCase):
     ({"steps": 1, "early": {"metric": "a/b", "patience": 0}}, "patience=0"),
     (
       {"steps": 1, "early": {"metric": "a/b", "patience": 1, "min_delta": -1}},
-      "min_delta=-1 must be 0 or more",
+      "min_delta=-1 must be a non-negative number",
     ),
     (
       {"steps": 1, "early": {"metric": "loss", "patience": 1}},
