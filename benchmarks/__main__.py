@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from benchmarks import history
+from bertjax import cli
 from bertjax.registry import lookup
 
 # About so long on two cores that nobody else uses.
@@ -76,6 +77,17 @@ def main() -> None:
   parser.add_argument("--json", help="file for all that was measured")
   parser.add_argument("--no-history", action="store_true")
   options = parser.parse_args()
+  with cli.clear_errors():
+    run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+  """Measures the parts and keeps what they find.
+
+  Raises:
+    ValueError: there is no such part.
+    subprocess.CalledProcessError: a part failed.
+  """
   found: dict[str, Any] = {}
   try:
     for part, values in measured(options.parts):

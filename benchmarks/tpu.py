@@ -11,6 +11,7 @@ import json
 import pathlib
 from typing import Any
 
+from bertjax import cli
 from bertjax.config import merge, settings, stage_configs
 from bertjax.plan import plan
 from bertjax.planning import page
@@ -44,7 +45,8 @@ def main() -> None:
   parser.add_argument("--unrolled", action="store_true")
   parser.add_argument("--json", help="file for all figures")
   options = parser.parse_args()
-  found = measure(options.batch_size, options.unrolled)
+  with cli.clear_errors():
+    found = measure(options.batch_size, options.unrolled)
   if options.json:
     pathlib.Path(options.json).write_text(json.dumps(found, indent=2))
 

@@ -3,6 +3,8 @@
 import copy
 import dataclasses
 import json
+import numbers
+import operator
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,7 +12,7 @@ from typing import Any
 
 import ml_collections
 
-from bertjax import registry
+from bertjax import fields, registry
 
 Spec = Mapping[str, Any]
 
@@ -40,14 +42,6 @@ class Seeds:
   data: int | None = None
   masks: int | None = None
   dropout: int | None = None
-
-  def __post_init__(self):
-    for name, value in vars(self).items():
-      whole = isinstance(value, int) and not isinstance(value, bool)
-      if value is not None and not (whole and 0 <= value < 2**32):
-        raise ValueError(
-          f"seeds.{name}={value!r} must be an integer in 0..{2**32 - 1}."
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,11 +130,11 @@ class Settings:
     Raises:
       ValueError: names a field that is none, such as a function.
     """
-    fields = dataclasses.asdict(self)
+    values = dataclasses.asdict(self)
     try:
-      return json.loads(json.dumps(fields))
+      return json.loads(json.dumps(values, default=operator.index))
     except TypeError as err:
-      name, value = _first_not_plain(fields)
+      name, value = _first_not_plain(values)
       raise ValueError(
         f"{name}={value!r}: a config holds numbers, strings, lists and dicts,"
         " which a workdir can keep; give what takes a function to the library's"
@@ -155,7 +149,7 @@ def _first_not_plain(value: Any, name: str = "") -> tuple[str, Any] | None:
   elif isinstance(value, list | tuple):
     inner = ((f"{name}[{i}]", v) for i, v in enumerate(value))
   else:
-    plain_types = str | int | float | None
+    plain_types = str | numbers.Integral | float | None
     return None if isinstance(value, plain_types) else (name, value)
   found = (_first_not_plain(v, path) for path, v in inner)
   return next(filter(None, found), None)
@@ -181,22 +175,20 @@ def plain(config: Any) -> dict[str, Any]:
 
 
 def settings(config: Any) -> Settings:
-  """Checks a config's top level.
+  """Checks a config's top level, and of what kind values are.
 
   Raises:
-    ValueError: an unknown or missing field, or an unknown key of `every` or
-      `seeds`.
+    ValueError: an unknown or missing field, an unknown key of `every` or
+      `seeds`, or a value that is none of its field's (`bertjax.fields`).
   """
   found = registry.call(Settings, plain(config), "")
+  fields.check(vars(found))
   registry.call(Seeds, found.seeds, "seeds")
-  every = _every() | dict(found.every)
-  for key, value in every.items():
+  for key in found.every:
     registry.lookup(_every(), key, "every")
-    if not isinstance(value, int) or value < 1:
-      raise ValueError(f"every.{key}={value!r} must be a positive integer.")
   return dataclasses.replace(
     found,
-    every=every,
+    every=_every() | dict(found.every),
     init_from=found.init_from or None,
     profile=found.profile or None,
   )
@@ -219,10 +211,14 @@ def stage_configs(config: Any) -> dict[str, dict[str, Any]]:
   """The configs of a staged run in order; {"": config} for a plain one.
 
   A grid is no part of them: they are what its alternatives change.
+
+  Raises:
+    ValueError: stages that are no mappings.
   """
   base = plain(config)
   base.pop("grid", None)
   stages = base.pop("stages", None)
+  fields.check({"stages": stages})
   if not stages:
     return {"": base}
   return {name: merge(base, changes) for name, changes in stages.items()}

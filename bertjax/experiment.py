@@ -11,13 +11,21 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from bertjax import objectives, registry, resolve, train_state, train_step
+from bertjax import (
+  fields,
+  objectives,
+  registry,
+  resolve,
+  train_state,
+  train_step,
+)
 from bertjax.config import Settings, merge
 from bertjax.data.base import Data
 from bertjax.data.points import PointData
 from bertjax.data.static import StaticData
 from bertjax.data.text import TextData
 from bertjax.evals import EVALUATORS, Evaluator
+from bertjax.evals.base import check_batch
 from bertjax.metrics import meters
 from bertjax.models import DTYPES, MODELS
 from bertjax.optim import Optimizer, selection
@@ -128,6 +136,7 @@ def build_data(
   Raises:
     ValueError: an option that does not fit.
   """
+  fields.check({"data": spec})
   spec = {"name": "text", **spec}
   context = dict(seed=seed, cache_dir=cache_dir)
   if takes(spec, "mask_seed"):
@@ -149,11 +158,14 @@ def build_evaluator(experiment: Experiment, spec, field: str) -> Evaluator:
     spec: its name and options; `data` among them has the options in which what
       it reads differs from `config.data`, such as another source.
     field: the config field that holds `spec`, for messages.
+
+  Raises:
+    ValueError: names the field that does not fit.
   """
   options, data = dict(spec), experiment.data
   if (changes := options.pop("data", None)) is not None:
     data = _other_data(experiment, changes, f"{field}.data")
-  return registry.build(
+  evaluator = registry.build(
     EVALUATORS,
     options,
     field,
@@ -161,6 +173,11 @@ def build_evaluator(experiment: Experiment, spec, field: str) -> Evaluator:
     data=data,
     mesh=experiment.mesh,
   )
+  size, read = options.get("batch_size"), f"{field}.batch_size"
+  if size is None:
+    size, read = data.batch_size, f"{field}.data.batch_size"
+  check_batch(size, experiment.mesh, read)
+  return evaluator
 
 
 def _other_data(experiment: Experiment, changes, field: str) -> Data:
@@ -289,7 +306,9 @@ def build(
       mesh=mesh,
       batch_spec=batch_spec,
       microbatches=settings.microbatches,
-      total_steps=settings.horizon or settings.stop["steps"],
+      total_steps=(
+        settings.stop["steps"] if settings.horizon is None else settings.horizon
+      ),
       tokens_per_step=data.dataset().tokens_per_batch(data.batch_size),
       init_generator=INIT_GENERATOR,
       step_generator=settings.prng,

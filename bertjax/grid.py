@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from bertjax import fields
 from bertjax.config import merge, plain
 from bertjax.stopping import sign_of
 
@@ -59,7 +60,9 @@ def points(config: Any) -> list[Point]:
     ValueError: something that is no list of alternatives.
   """
   base = plain(config)
-  axes = dict(_axes(base.pop("grid", None) or {}))
+  grid = base.pop("grid", None)
+  fields.check({"grid": grid})
+  axes = dict(_axes(grid or {}))
   if not axes:
     return []
   labels = _labels(list(axes))
@@ -85,7 +88,8 @@ def selection(config: Any) -> Selection:
   Raises:
     ValueError: no metric.
   """
-  keep = plain(config).get("keep") or {}
+  keep = plain(config).get("keep", {})
+  fields.check({"keep": keep})
   if not keep.get("best_metric"):
     raise ValueError(
       "grid: keep.best_metric is required; it says which run is the best, such"

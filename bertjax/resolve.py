@@ -1,7 +1,6 @@
 """What a config leaves to where its run starts from, and to its data."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,7 +28,6 @@ def check_length(settings: Settings) -> None:
       " also when stop.tokens or stop.wall_clock_s ends the run earlier."
     )
   if epochs is not None:
-    _epochs(epochs, "stop.epochs")
     spec["steps"] = spec.get("steps") or 1
   evals = {
     name: {"every": options.get("every_epochs")} | dict(options)
@@ -135,13 +133,6 @@ def complete(settings: Settings, data: Data) -> Settings:
   )
 
 
-def _epochs(value: Any, field: str) -> float:
-  number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  if not number or not 0 < value < math.inf:
-    raise ValueError(f"{field}={value!r} must be a positive number.")
-  return value
-
-
 def _stop(spec: Mapping[str, Any], data: Data) -> dict[str, Any]:
   """`stop` with steps for epochs; of both, what comes first."""
   spec = dict(spec)
@@ -161,5 +152,5 @@ def _every(spec: Mapping[str, Any], data: Data, field: str) -> dict[str, Any]:
       raise ValueError(
         f"{field} has both every (steps) and every_epochs; leave one out."
       )
-    spec["every"] = data.steps(_epochs(epochs, f"{field}.every_epochs"))
+    spec["every"] = data.steps(epochs)
   return spec

@@ -258,10 +258,13 @@ class Session:
     values = self._history.get(step, {})
     if not self._best or not values:
       return False
-    stopping.refuse_unreported(self._best, values, "keep.best_metric")
+    settings = self._experiment.settings
+    stopping.refuse_unreported(
+      self._best, values, settings.evals, "keep.best_metric"
+    )
     if self._best not in values:
       return False
-    mode = self._experiment.settings.keep.get("best_mode", "max")
+    mode = settings.keep.get("best_mode", "max")
     sign = stopping.sign_of(mode, "keep.best_mode")
     earlier = [
       sign * v[self._best]

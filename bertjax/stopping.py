@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from bertjax import registry
+from bertjax import fields, registry
 from bertjax.parallel import agreement
 
 # Evaluations in the order of their steps: (step, values by name).
@@ -22,6 +22,7 @@ class Progress:
     elapsed_s: seconds of training, counted over all resumes.
     metrics: the last training and evaluation values.
     history: all evaluations of the run.
+    evals: names of the run's evaluators.
   """
 
   step: int
@@ -29,6 +30,7 @@ class Progress:
   elapsed_s: float
   metrics: Mapping[str, float]
   history: History = ()
+  evals: Collection[str] = ()
 
 
 @runtime_checkable
@@ -38,21 +40,11 @@ class StopRule(Protocol):
   def __call__(self, progress: Progress) -> str | None: ...
 
 
-def _positive(field: str, value: Any) -> Any:
-  number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  if not number or not value > 0 or not math.isfinite(value):
-    raise ValueError(f"stop.{field}={value!r} must be a positive number.")
-  return value
-
-
 @dataclasses.dataclass(frozen=True)
 class MaxSteps:
   """After `steps` optimizer steps."""
 
   steps: int
-
-  def __post_init__(self):
-    _positive("steps", self.steps)
 
   def __call__(self, progress: Progress) -> str | None:
     done = progress.step >= self.steps
@@ -64,9 +56,6 @@ class MaxTokens:
   """After `tokens` real tokens."""
 
   tokens: float
-
-  def __post_init__(self):
-    _positive("tokens", self.tokens)
 
   def __call__(self, progress: Progress) -> str | None:
     if progress.tokens_seen >= self.tokens:
@@ -82,9 +71,6 @@ class MaxWallClock:
   _alarm: agreement.Alarm = dataclasses.field(
     default_factory=agreement.Alarm, init=False, repr=False, compare=False
   )
-
-  def __post_init__(self):
-    _positive("wall_clock_s", self.wall_clock_s)
 
   def __call__(self, progress: Progress) -> str | None:
     left_s = self.wall_clock_s - progress.elapsed_s
@@ -104,26 +90,36 @@ def sign_of(mode: str, field: str) -> float:
   return 1.0 if mode == "max" else -1.0
 
 
+def _evaluator(metric: str, evals: Collection[str]) -> str:
+  """Whose a metric is, "" for training's: it may have a "/" of its own."""
+  first, slash, _ = metric.partition("/")
+  known = [name for name in evals if metric.startswith(f"{name}/")]
+  return max(known, key=len, default=first if slash else "")
+
+
 def check_evaluated(
   metric: str, evals: Mapping[str, Mapping[str, Any]], field: str
 ) -> None:
   """Raises ValueError for a metric that no evaluation in the run reports."""
-  prefix = metric.rpartition("/")[0]
-  if prefix:
-    spec = registry.lookup(evals, prefix, f"{field}: evals")
+  name = _evaluator(metric, evals)
+  if name:
+    spec = registry.lookup(evals, name, f"{field}: evals")
     if not spec.get("every"):
       raise ValueError(
-        f"evals.{prefix}.every must be set: {field}={metric!r} waits for"
+        f"evals.{name}.every must be set: {field}={metric!r} waits for"
         " evaluations during the run."
       )
 
 
 def refuse_unreported(
-  metric: str, metrics: Mapping[str, float], field: str
+  metric: str,
+  metrics: Mapping[str, float],
+  evals: Collection[str],
+  field: str,
 ) -> None:
   """Raises ValueError for a name that its evaluator, having run, lacks."""
-  prefix = metric.rpartition("/")[0]
-  known = [name for name in metrics if name.rpartition("/")[0] == prefix]
+  own = _evaluator(metric, evals)
+  known = [name for name in metrics if _evaluator(name, evals) == own]
   if known and metric not in metrics:
     raise ValueError(
       f"{field}={metric!r} is not reported; choose from"
@@ -145,7 +141,9 @@ class Target:
   def __call__(self, progress: Progress) -> str | None:
     found = progress.metrics.get(self.metric)
     if found is None:
-      refuse_unreported(self.metric, progress.metrics, "stop.target.metric")
+      refuse_unreported(
+        self.metric, progress.metrics, progress.evals, "stop.target.metric"
+      )
       return None
     sign = sign_of(self.mode, "stop.target.mode")
     if sign * found >= sign * self.value:
@@ -171,14 +169,6 @@ class Early:
 
   def __post_init__(self):
     sign_of(self.mode, "stop.early.mode")
-    if not isinstance(self.patience, int) or self.patience < 1:
-      raise ValueError(
-        f"stop.early.patience={self.patience!r} must be a positive integer."
-      )
-    if not 0 <= self.min_delta < math.inf:
-      raise ValueError(
-        f"stop.early.min_delta={self.min_delta!r} must be 0 or more."
-      )
     if "/" not in self.metric:
       raise ValueError(
         f"stop.early.metric={self.metric!r} must be of an evaluation, such as"
@@ -188,7 +178,9 @@ class Early:
   def __call__(self, progress: Progress) -> str | None:
     sign = sign_of(self.mode, "stop.early.mode")
     best, at, since = -math.inf, None, 0
-    refuse_unreported(self.metric, progress.metrics, "stop.early.metric")
+    refuse_unreported(
+      self.metric, progress.metrics, progress.evals, "stop.early.metric"
+    )
     for step, values in progress.history:
       if self.metric not in values:
         continue
@@ -221,9 +213,15 @@ _UNSURE = ("target", "early")  # wait for a metric; may never be
 
 @dataclasses.dataclass(frozen=True)
 class StopRules:
-  """The reason of the first rule that has one."""
+  """The reason of the first rule that has one.
+
+  Attributes:
+    rules: in this order.
+    evals: names of the run's evaluators.
+  """
 
   rules: Sequence[StopRule]
+  evals: Collection[str] = ()
 
   def __call__(
     self,
@@ -233,7 +231,9 @@ class StopRules:
     metrics: Mapping[str, float],
     history: History = (),
   ) -> str | None:
-    progress = Progress(step, tokens_seen, elapsed_s, metrics, history)
+    progress = Progress(
+      step, tokens_seen, elapsed_s, metrics, history, self.evals
+    )
     for rule in self.rules:
       if reason := rule(progress):
         return reason
@@ -256,6 +256,7 @@ def build_stop(
       reports, or no rule that is sure to end the run (a target may never be
       reached).
   """
+  fields.check({"stop": spec})
   built = {
     name: registry.lookup(STOP_RULES, name, "stop")(value)
     for name, value in dict(spec).items()
@@ -270,4 +271,4 @@ def build_stop(
     for name in _UNSURE:
       if name in built:
         check_evaluated(built[name].metric, evals, f"stop.{name}.metric")
-  return StopRules(tuple(built.values()))
+  return StopRules(tuple(built.values()), tuple(evals or ()))

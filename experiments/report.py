@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks import history
+from bertjax import cli
 from experiments import tables
 from experiments.outcome import RESULT, VERDICTS
 
@@ -54,7 +55,11 @@ def rows(folder: pathlib.Path) -> list[dict[str, str]]:
 
 
 def report(folder: pathlib.Path) -> str:
-  """The table, and how many claims got which verdict."""
+  """The table, and how many claims got which verdict.
+
+  Raises:
+    ValueError: no experiment, or see `rows`.
+  """
   found = rows(folder)
   if not found:
     raise ValueError(f"{folder} holds no experiment (<paper>/run.py).")
@@ -79,8 +84,9 @@ def main(arguments: Sequence[str]) -> None:
   if len(arguments) > 1:
     raise SystemExit("usage: python -m experiments.report [FOLDER]")
   default = pathlib.Path(__file__).parent
-  print(report(pathlib.Path(arguments[0]) if arguments else default))
-  print(f"\n{speed()}".rstrip())
+  with cli.clear_errors():
+    print(report(pathlib.Path(arguments[0]) if arguments else default))
+    print(f"\n{speed()}".rstrip())
 
 
 if __name__ == "__main__":

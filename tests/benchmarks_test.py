@@ -230,8 +230,15 @@ class CommandTest(absltest.TestCase):
     self.assertEqual([*line["found"]], ["tpu"])
 
   def test_an_unknown_part_is_refused_before_anything_runs(self):
-    with self.assertRaisesRegex(ValueError, "part='stepp' is unknown.*'step'"):
+    told = io.StringIO()
+    with (
+      contextlib.redirect_stderr(told),
+      self.assertRaisesRegex(SystemExit, "1"),
+    ):
       self.run_parts("reading", "stepp")
+    self.assertRegex(
+      told.getvalue(), r"\AError: part='stepp' is unknown.*'step'\?\n\Z"
+    )
     self.assertFalse(history.PATH.exists())
 
 

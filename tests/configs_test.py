@@ -2,13 +2,15 @@
 
 import importlib.util
 import pathlib
+import re
 
 import jax
+import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from bertjax import stopping, train
-from bertjax.config import plain, settings, stage_configs
+from bertjax import experiment, grid, stopping, train
+from bertjax.config import merge, plain, settings, stage_configs
 from bertjax.data.masking import Masking
 from bertjax.optim import build_optimizer
 from configs import lamb, onebit_adam
@@ -24,6 +26,10 @@ def _load(path, variant):
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module.get_config(variant) if variant else module.get_config()
+
+
+def _data(spec):
+  return experiment.build_data(spec, seed=0, cache_dir=pathlib.Path())
 
 
 def _optimizer(config):
@@ -196,6 +202,69 @@ class ConfigsTest(parameterized.TestCase):
   def test_a_typo_is_refused_with_a_suggestion(self):
     with self.assertRaisesRegex(ValueError, "modle .*Did you mean 'model'"):
       settings(dict(modle={}))
+
+  @parameterized.parameters(
+    ("microbatches", 2.0, "a positive integer"),
+    ("microbatches", "2", "a positive integer"),
+    ("microbatches", True, "a positive integer"),
+    ("optim.learning_rate", None, "a positive number"),
+    ("optim.learning_rate", "fast", "a positive number"),
+    ("optim.clip_norm", "1", "a positive number or None"),
+    ("optim.schedule", "linear", "a mapping"),
+    ("optim.lr_multipliers", [["a"]], "a list of pairs (regex, number)"),
+    ("mesh", 4, "a mapping"),
+    ("mesh.data", "2", "an integer"),
+    ("mesh.fsdp", 2.0, "an integer"),
+    ("seed", "a", "an integer in 0..4294967295"),
+    ("seed", 1.5, "an integer in 0..4294967295"),
+    ("seed", -1, "an integer in 0..4294967295"),
+    ("seeds.data", 2**32, "an integer in 0..4294967295 or None"),
+    ("evals.x", None, "a mapping"),
+    ("evals.x.every", "2", "a non-negative integer or None"),
+    ("evals.x.every", -5, "a non-negative integer or None"),
+    ("evals.x.every", 2.5, "a non-negative integer or None"),
+    ("evals.x.every_epochs", 0, "a positive number or None"),
+    ("evals.x.batch_size", 0, "a positive integer or None"),
+    ("every.checkpoint", True, "a positive integer"),
+    ("model", "bert", "a mapping"),
+    ("model.num_layers", 2.0, "a positive integer or None"),
+    ("init_from", "runs/x", "a mapping or None"),
+    ("stop.steps", 2.5, "a positive integer or None"),
+    ("stop.steps", 0, "a positive integer or None"),
+    ("stop.target.value", "0.9", "a number"),
+    ("stop.early.min_delta", float("nan"), "a non-negative number"),
+    ("horizon", -5, "a positive integer or None"),
+    ("horizon", 0, "a positive integer or None"),
+    ("horizon", 2.5, "a positive integer or None"),
+    ("samples", "The [MASK]", "a list of strings"),
+    ("writers", [3], "a list of strings"),
+    ("data.instances", "nsp", "a mapping"),
+    ("data.batch_size", 0, "a positive integer"),
+    ("data.batch_size", "8", "a positive integer"),
+    ("cache_dir", 3, "a path or None"),
+  )
+  def test_a_value_of_another_kind_is_refused(self, field, value, kind):
+    message = f"{field}={value!r} must be {kind}."
+    for key in reversed(field.split(".")):
+      value = {key: value}
+    with self.assertRaisesRegex(ValueError, rf"\A{re.escape(message)}\Z"):
+      settings(merge(dict(data={}, optim={}, stop={}), value))
+
+  def test_integers_of_numpy_are_integers(self):
+    given = dict(microbatches=np.int32(2), seed=np.int64(3))
+    found = settings(dict(data={}, optim={}, stop={}, **given))
+    kept = found.to_json()
+    self.assertEqual((kept["microbatches"], kept["seed"]), (2, 3))
+
+  @parameterized.parameters(
+    (stage_configs, dict(stages=dict(a=None)), "stages.a=None must be a map"),
+    (grid.points, dict(grid=4), "grid=4 must be a mapping"),
+    (grid.selection, dict(keep=4), "keep=4 must be a mapping"),
+    (_data, dict(batch_size=0), "data.batch_size=0 must be a positive integer"),
+  )
+  def test_what_has_other_readers_is_checked_there(self, read, spec, message):
+    with self.assertRaisesRegex(ValueError, message):
+      read(spec)
 
 
 if __name__ == "__main__":

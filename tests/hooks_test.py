@@ -200,6 +200,22 @@ class StopTest(parameterized.TestCase):
     ):
       stop(5, 0, 0, {"loss": 2.0, "heldout/accuracy": 0.5})
 
+  def test_a_metric_may_have_a_slash_of_its_own(self):
+    evals = {"t": {"every": 5}, "t/far": {"every": 7}}
+
+    def stop(metric):
+      target = {"metric": metric, "value": 0.7}
+      return stopping.build_stop({"steps": 9, "target": target}, evals)
+
+    self.assertIn("reached", stop("t/l1/chair")(5, 0, 0, {"t/l1/chair": 0.8}))
+    # What another one says, whose name begins alike, is no answer.
+    self.assertIsNone(stop("t/far/l1")(5, 0, 0, {"t/l1": 0.8}))
+    with self.assertRaisesRegex(
+      ValueError, "'t/l1/chiar' is not reported; choose from t/l1, t/l1/chair."
+    ):
+      found = {"t/l1": 0.8, "t/l1/chair": 0.8, "t/far/l1": 0.8}
+      stop("t/l1/chiar")(5, 0, 0, found)
+
   def test_target_from_above_and_rules_switched_off(self):
     stop = stopping.build_stop(
       {
@@ -240,7 +256,7 @@ class StopTest(parameterized.TestCase):
     ({"steps": 1, "early": {"metric": "a/b", "patience": 0}}, "patience=0"),
     (
       {"steps": 1, "early": {"metric": "a/b", "patience": 1, "min_delta": -1}},
-      "min_delta=-1 must be 0 or more",
+      "min_delta=-1 must be a non-negative number",
     ),
     (
       {"steps": 1, "early": {"metric": "loss", "patience": 1}},

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from bertjax.parallel.sharding import feed, put_batch
+from bertjax.parallel.sharding import batch_shards, feed, put_batch
 from bertjax.reuse import kept
 
 Values = dict[str, float]
@@ -41,6 +41,21 @@ def check_counts(**counts: int | None) -> None:
       )
 
 
+def check_batch(batch_size: int, mesh: Mesh, field: str) -> None:
+  """Raises ValueError, naming the field, for rows that shards do not divide."""
+  shards = batch_shards(mesh)
+  if batch_size % shards:
+    raise ValueError(
+      f"{field}={batch_size} does not divide over {shards} batch shards"
+      f" (mesh.data x mesh.fsdp); use a multiple of {shards}."
+    )
+
+
+def size_of(batch_size: int | None, data: Any) -> int:
+  """Rows of a global evaluation batch; as many as in training by default."""
+  return data.batch_size if batch_size is None else batch_size
+
+
 def read_batches(
   data: Any,
   mesh: Mesh,
@@ -56,7 +71,7 @@ def read_batches(
   index, count = feed(mesh)
   batch = None
   for batch in data.dataset(split).evaluation_batches(
-    batch_size or data.batch_size, num_batches, index, count
+    size_of(batch_size, data), num_batches, index, count
   ):
     yield batch
   if batch is None:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bertjax.data.audit import original_tokens
-from bertjax.evals.base import Evaluator, check_counts
+from bertjax.evals.base import Evaluator, check_counts, size_of
 from bertjax.evals.objective import metrics
 from bertjax.objectives.masked_lm import MaskedLM
 from bertjax.parallel.sharding import feed, put_batch
@@ -93,7 +93,7 @@ def pseudo_perplexity(
       f" {type(objective).__name__}."
     )
   check_counts(num_rows=num_rows, batch_size=batch_size)
-  batch_size = batch_size or data.batch_size
+  batch_size = size_of(batch_size, data)
   metrics_of = metrics(objective.clone(pair_task=None))
 
   def rows() -> Iterator[dict[str, np.ndarray]]:

@@ -12,7 +12,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from bertjax.data.shapes.dataset import Reading
-from bertjax.evals.base import Evaluator, check_counts, gathered
+from bertjax.evals.base import Evaluator, check_counts, gathered, size_of
 from bertjax.parallel.sharding import feed
 
 
@@ -55,7 +55,7 @@ def voting(
     del key  # views are the same every time, as all rows of evaluations
     voted = single = rows = 0
     batches = data.dataset(split).views(
-      views, reading, batch_size or data.batch_size, None, *feed(mesh)
+      views, reading, size_of(batch_size, data), None, *feed(mesh)
     )
     for batch in batches:
       each, (labels, *_) = zip(*(run(variables, view) for view in batch))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from bertjax import experiment
 from bertjax.data.unigram import unigram_baseline
 from bertjax.evals import objective_eval, pseudo_perplexity
 from bertjax.evals.pseudo_perplexity import one_mask_each
@@ -162,6 +163,26 @@ class EvaluatorsTest(parameterized.TestCase):
   def test_another_objective_is_refused(self):
     with self.assertRaisesRegex(ValueError, "needs objective.name='masked_lm'"):
       pseudo_perplexity(objective=object(), data=self.data, mesh=self.mesh)
+
+
+class BatchTest(parameterized.TestCase):
+  @parameterized.parameters(
+    (12, 16, "x.batch_size=12 does not divide over 8 batch .* multiple of 8"),
+    (None, 12, "x.data.batch_size=12 does not divide over 8 batch shards"),
+    (24, 12, None),
+  )
+  def test_a_batch_divides_over_the_mesh(self, own, read, message):
+    parts = types.SimpleNamespace(
+      objective=None,
+      data=types.SimpleNamespace(batch_size=read),
+      mesh=make_mesh(data=4, fsdp=2),
+    )
+    spec = dict(name="objective", batch_size=own)
+    if message is None:
+      self.assertTrue(experiment.build_evaluator(parts, spec, "evals.x"))
+      return
+    with self.assertRaisesRegex(ValueError, f"evals.{message}"):
+      experiment.build_evaluator(parts, spec, "evals.x")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The report has a row for every claim of every experiment."""
 
+import contextlib
+import io
 import json
 import pathlib
 import re
@@ -54,8 +56,13 @@ class ReportTest(absltest.TestCase):
       report.report(self.folder)
 
   def test_no_experiment_is_an_error(self):
-    with self.assertRaisesRegex(ValueError, "holds no experiment"):
-      report.report(self.folder)
+    told = io.StringIO()
+    with (
+      contextlib.redirect_stderr(told),
+      self.assertRaisesRegex(SystemExit, "1"),
+    ):
+      report.main([str(self.folder)])
+    self.assertRegex(told.getvalue(), r"\AError: .* holds no experiment .*\n\Z")
 
   def test_the_command_prints_what_is_committed(self):
     done = subprocess.run(
