@@ -126,7 +126,7 @@ def record(
   results: Sequence[tuple[Point, Mapping[str, float]]],
   best: Point,
 ) -> pathlib.Path:
-  """Writes grid.csv, a row a run, and the link `best`; gives the table's path."""
+  """Writes grid.csv, a row a run, and the link `best`; returns the table."""
   columns = dict.fromkeys(name for _, m in results for name in m)
   partial = workdir / f"{CSV}.partial"
   with partial.open("w", newline="") as file:
