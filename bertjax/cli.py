@@ -72,10 +72,11 @@ def define_config() -> flags.FlagHolder:
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-  """For `app.run`: mistakes in a config or an override end in one line.
+  """For `app.run`: mistakes in flags, a config or an override end in one line.
 
   `--config.modle=x` is refused by the config's own check, but of
   `--config.modle.size=x` the parser of flags wants to know what `modle` is.
+  Nothing is parsed twice: the overrides would be defined twice.
   """
   try:
     return flags.FLAGS(list(argv))
@@ -87,10 +88,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     message = f"{' '.join(given) or 'flags'}: the config has no group {name!r}."
     message += f" {hint}?" if hint else ""
   except flags.Error as err:
-    *_, last = str(err).strip().splitlines()
-    kind, _, message = last.strip().partition(": ")
-    if kind != "ValueError":  # no refusal of get_config's
-      return app.parse_flags_with_usage(list(argv))
+    message = str(err).strip()
+    kind, _, refusal = message.splitlines()[-1].strip().partition(": ")
+    if kind == "ValueError":  # of get_config, below its traceback
+      message = refusal
   print(f"Error: {message}", file=sys.stderr)
   sys.exit(1)
 
