@@ -8,6 +8,8 @@ from absl.testing import absltest
 from bertjax import hardware
 from bertjax import plan as plan_lib
 from bertjax.config import settings
+from bertjax.hardware import compiling, topologies
+from bertjax.planning import page
 from bertjax.planning.step import StepFacts
 from tests import tiny
 
@@ -66,6 +68,26 @@ class SuggestTest(absltest.TestCase):
     )
     self.assertIsNone(found)
     self.assertEqual({remat for _, remat in tried}, {"products"})
+
+  def test_a_gpu_is_asked_for_room_too(self):
+    """XLA's compiler for GPUs compiles what they have no room for."""
+
+    def compiled(gib):
+      sizes = dict(arguments=gib * _GIB, outputs=0, aliased=0, temporaries=0)
+      return "HloModule m", sizes | dict(code=0), _FACTS
+
+    with (
+      mock.patch.object(topologies, "require_compiler"),
+      mock.patch.object(compiling, "_run_worker"),
+      mock.patch.object(
+        compiling, "_load", side_effect=[compiled(90), compiled(70)]
+      ),
+      mock.patch.object(compiling.gpu, "read_kernels", return_value=()),
+    ):
+      stage = settings(tiny.config(pathlib.Path("nowhere")))
+      text = page.render(plan_lib.plan(stage, "h100:4"))
+    self.assertIn("DOES NOT FIT: 90.00 GiB of 80.00 GiB per device", text)
+    self.assertIn("fit with --config.microbatches=2 (70.00 GiB)", text)
 
 
 if __name__ == "__main__":
