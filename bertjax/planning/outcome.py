@@ -103,8 +103,7 @@ class Plan:
 
   @property
   def hours(self) -> float | None:
-    """Of all steps, if their number is known, and all were of the longest kind.
-    """
+    """Of all steps, if one knows how many; taken to be of the longest kind."""
     if self.step_s is None or not self.steps:
       return None
     return self.steps * self.step_s / 3600

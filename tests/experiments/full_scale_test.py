@@ -148,9 +148,7 @@ class FullScaleTest(absltest.TestCase):
 
   def test_flash_attention(self):
     for name, value in (("compile_for", _PROGRAM), ("price", _COST)):
-      self.enterContext(
-        mock.patch.object(hardware, name, return_value=value)
-      )
+      self.enterContext(mock.patch.object(hardware, name, return_value=value))
     found = self._run(
       flash_attention,
       exact=(1, 1, 32, 16),
