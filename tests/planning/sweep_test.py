@@ -107,18 +107,40 @@ class SweepTest(parameterized.TestCase):
     )
     self.assertNotIn("plan", found[-1])
 
-  @parameterized.parameters("", "microbatches", "microbatches=", "=3", "a b=1")
+  @parameterized.parameters(
+    "", "microbatches", "microbatches=", "=3", "a b=1", "mesh.=1", "mesh..a=1"
+  )
   def test_words_that_name_no_values(self, text):
-    with self.assertRaisesRegex(ValueError, "sweep.*microbatches=1,2"):
+    with self.assertRaisesRegex(ValueError, "^sweep: .*microbatches=1,2"):
+      sweep.axes(text)
+
+  @parameterized.parameters(
+    ("microbatches=[1", r"microbatches=\[1 is no value"),
+    ("paths=*.txt", r"paths=\*\.txt is no value.* in quotes, as paths='"),
+    ("x='", "x=' is no value"),
+    ("x=2020-13-13", "x=2020-13-13 is no value"),
+    ("mesh=1 mesh.fsdp=2", "mesh.fsdp stands beside mesh;"),
+    ("mesh.fsdp=2 mesh=1", "mesh stands beside mesh.fsdp;"),
+    ("seed=1 microbatches=1 seed=2", "seed stands beside seed; name a .* once"),
+    ("microbatches=1,2,1", "'microbatches=1,2,1' tries 1 twice"),
+  )
+  def test_mistakes_are_told_in_one_line(self, text, message):
+    with self.assertRaisesRegex(ValueError, rf"\Asweep: {message}.*\Z"):
       sweep.axes(text)
 
   def test_values_are_those_of_yaml(self):
     self.assertEqual(
-      sweep.axes("model.remat=none,full model.scan=true,false rate=1.0e-3"),
+      sweep.axes(
+        "model.remat=none,full model.scan=true,false rate=1.0e-3,1e-4,1"
+        " mesh.data=1 mesh.data2=1 glob='*.txt'"
+      ),
       {
         "model.remat": ["none", "full"],
         "model.scan": [True, False],
-        "rate": [1e-3],
+        "rate": [1e-3, 1e-4, 1],
+        "mesh.data": [1],
+        "mesh.data2": [1],
+        "glob": ["*.txt"],
       },
     )
 
