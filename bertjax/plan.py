@@ -27,7 +27,7 @@ from typing import Any
 
 from absl import app, flags
 
-from bertjax import cli, hardware
+from bertjax import cli, hardware, records
 from bertjax.config import Settings, plain, settings, stage_configs
 from bertjax.data.abstract import steps_of
 from bertjax.planning import (
@@ -132,6 +132,9 @@ def main(argv: list[str]) -> None:
 def answer(config: Mapping[str, Any], given: Any) -> None:
   """Prints the pages or tables of a config's stages, and writes their figures.
 
+  The file is written after each stage, so that it outlives a failure of the
+  next.
+
   Args:
     config: plain values.
     given: the flags of this command, as attributes.
@@ -140,8 +143,10 @@ def answer(config: Mapping[str, Any], given: Any) -> None:
     ValueError: unknown topology or stage, or a config that does not fit it.
     CompilerMissing: the compiler is not installed.
   """
-  if given.json != "-":
+  path = None
+  if given.json not in (None, "-"):
     cli.check_output("json", given.json)
+    path = pathlib.Path(given.json).resolve()  # what a link names is replaced
   pods.check(hardware.parse(given.topology))  # before anything compiles
   make = _pages if given.sweep is None else _tables
   figures = {}
@@ -149,11 +154,10 @@ def answer(config: Mapping[str, Any], given: Any) -> None:
     figures[name or "plan"] = found
     if given.json != "-":
       print(page_text)
-  text = json.dumps(figures, indent=2)
+    if path is not None:
+      records.write_json(path, figures)
   if given.json == "-":
-    print(text)
-  elif given.json is not None:
-    pathlib.Path(given.json).write_text(text + "\n")
+    print(json.dumps(figures, indent=2))
 
 
 # Of a stage: its name, what to print and what --json says.

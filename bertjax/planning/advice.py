@@ -57,7 +57,8 @@ def suggest(
         settings=_changed(stage, change),
         vocab_size=vocab_size,
       )
-    except ValueError:  # too large still, or a model without remat
+    # Too large still, a model without remat, or too large for the compiler.
+    except (ValueError, *hardware.FAILURES):
       continue
     return Suggestion(_fields(change), program.memory.total)
   return None

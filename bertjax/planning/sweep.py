@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from bertjax import grid
+from bertjax import grid, hardware
 from bertjax.planning import units
 from bertjax.planning.outcome import Plan
 
@@ -23,8 +23,8 @@ class Trial:
 
   Attributes:
     values: of the fields that are tried, by path.
-    plan: what compiling it told; None if the config refuses it.
-    refusal: why it does.
+    plan: what compiling it told; None if the config or the compiler refuses.
+    refusal: why, in one line.
   """
 
   values: Mapping[str, Any]
@@ -105,7 +105,7 @@ def trials(
   tried: Mapping[str, Sequence[Any]],
   plan: Callable[[Mapping[str, Any]], Plan],
 ) -> Iterator[Trial]:
-  """Plans every combination; one that the config refuses is a trial as well.
+  """Plans every combination; one that nobody can compile is a trial as well.
 
   Args:
     config: the stage.
@@ -113,15 +113,15 @@ def trials(
     plan: of a config.
 
   Raises:
-    ValueError: the config refuses every combination.
+    ValueError: every combination is refused.
   """
   refused = []
   points = grid.points({**config, "grid": _nested(tried)})
   for point in points:
     try:
       yield Trial(point.values, plan(point.config))
-    except ValueError as err:
-      refused.append(str(err))
+    except (ValueError, *hardware.FAILURES) as err:
+      refused.append(str(err).partition("\n")[0])
       yield Trial(point.values, refusal=refused[-1])
   if len(refused) == len(points):
     raise ValueError(f"sweep: no combination is possible; {refused[0]}")

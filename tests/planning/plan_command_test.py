@@ -115,6 +115,21 @@ class AnswerTest(parameterized.TestCase):
     text, _ = self.answer(json="-")
     self.assertEqual(json.loads(text), found)
 
+  @parameterized.parameters(None, "microbatches=1")
+  def test_the_file_has_what_was_planned_before_a_failure(self, sweep):
+    def made(stage, topology, **options):
+      if stage.data["batch_size"] == 24:
+        raise OSError("No space left on device")
+      return _made(stage, topology, **options)
+
+    path = self.root / "plan.json"
+    with (
+      mock.patch.object(plan_lib, "plan", made),
+      self.assertRaisesRegex(OSError, "No space"),
+    ):
+      self.answer(json=str(path), sweep=sweep)
+    self.assertEqual([*json.loads(path.read_text())], ["long"])
+
   def test_a_config_without_stages_is_called_plan(self):
     del self.config["stages"]
     text, _ = self.answer(json="-")

@@ -58,6 +58,14 @@ class SuggestTest(absltest.TestCase):
     self.assertEqual(found.fields, "microbatches=8")
     self.assertEqual([parts for parts, _ in tried], [1, 4, 8])
 
+  def test_what_the_compiler_does_not_survive_is_not_suggested(self):
+    def needs(parts, _):
+      if parts == 4:
+        raise hardware.CompilerEnded("The compiler was killed.")
+      return 60 * _GIB // parts
+
+    self.assertEqual(self.suggested(needs)[0].fields, "microbatches=8")
+
   def test_remat_comes_after_microbatches(self):
     found, _ = self.suggested(lambda _, remat: (3 if remat else 17) * _GIB)
     self.assertEqual(found.fields, "model.remat=full")

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 from absl.testing import absltest, parameterized
 
 from bertjax import hardware
@@ -106,6 +107,21 @@ class SweepTest(parameterized.TestCase):
       },
     )
     self.assertNotIn("plan", found[-1])
+
+  def test_what_the_compiler_does_not_survive_is_refused(self):
+    def plan(config):
+      if config["microbatches"] == 1:
+        raise hardware.CompilerEnded("The compiler was killed.")
+      if config["microbatches"] == 2:
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug\nand more of it")
+      return _plan(config)
+
+    config = dict(mesh=dict(fsdp=1))
+    found = list(sweep.trials(config, sweep.axes("microbatches=1,2,4"), plan))
+    self.assertEqual(
+      [trial.verdict for trial in found],
+      ["The compiler was killed.", "INTERNAL: a bug", "fits"],
+    )
 
   @parameterized.parameters(
     "", "microbatches", "microbatches=", "=3", "a b=1", "mesh.=1", "mesh..a=1"
