@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import pathlib
 import re
 import unittest
@@ -83,6 +84,13 @@ def _devices():
   return hardware.topologies.devices(hardware.parse("v5e:2x2"))
 
 
+def _whole_bytes(tree):
+  return sum(
+    math.prod(leaf.shape) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+  )
+
+
 def _vocabulary(stage, size=30_522):
   """The size of a vocabulary that is not here; None for data without one."""
   return None if stage.data.get("name") == "points" else size
@@ -97,7 +105,7 @@ class ConfigsTest(parameterized.TestCase):
     devices = _devices()
     for _, stage, _ in stages(_load(path, "")):
       size = _vocabulary(stage)
-      _, facts = lower_step(devices, settings=stage, vocab_size=size)
+      lowered, facts = lower_step(devices, settings=stage, vocab_size=size)
       self.assertEqual(facts.mesh["data"], len(devices))
       self.assertEqual(facts.tokens, facts.batch_size * facts.seq_len)
       # Replicated; two moments per parameter, and a few scalars; what a worker
@@ -106,6 +114,10 @@ class ConfigsTest(parameterized.TestCase):
       kept = facts.optimizer_bytes / facts.parameter_bytes
       if stage.optim["name"].startswith("onebit"):
         kept -= 1 + 1 / len(devices)
+      else:  # all of it is on each device; the rest are a key and a count
+        state, _ = lowered.args_info[0]
+        held = facts.parameter_bytes + facts.optimizer_bytes + facts.extra_bytes
+        self.assertBetween(_whole_bytes(state) - held, 0, 64)
       if "precondition" in stage.optim:
         kept -= _FACTOR_BYTES / facts.parameter_bytes
       self.assertBetween(kept, 2, 2.01)
@@ -537,6 +549,14 @@ class AdviceTest(absltest.TestCase):
     # 16 kB of state in 10 kB: a third is left to activations at fsdp=4.
     found = advice.candidates(_FACTS, 1, needed=17_000, available=10_000)
     self.assertEqual(next(found), dict(mesh=dict(data=2, fsdp=4)))
+
+  def test_a_frozen_model_counts_as_state(self):
+    facts = dataclasses.replace(_FACTS, extra_bytes=30_000)
+    # 46 kB of state in 60 kB: half of them and 54 kB of activations are more.
+    found = advice.candidates(facts, 1, needed=100_000, available=60_000)
+    self.assertEqual(
+      next(found), dict(mesh=dict(data=4, fsdp=2), microbatches=2)
+    )
 
   def test_recomputing_asks_for_few_rows_at_a_time(self):
     found = advice.recomputing(_FACTS, 2, available=60_000)

@@ -135,11 +135,13 @@ def _memory_lines(plan: Plan) -> list[str]:
   verdict = "FITS" if plan.fits else "DOES NOT FIT"
   total = "more than it has" if needed is None else units.size(needed)
   lines = [f"{verdict}: {total} of {units.size(capacity)} per device"]
-  lines += [
-    f"  parameters   {units.size(facts.parameter_bytes)}",
-    f"  optimizer    {units.size(facts.optimizer_bytes)}",
-    f"  batch        {units.size(facts.batch_bytes)}",
-  ]
+  held = {
+    "parameters": facts.parameter_bytes,
+    "optimizer": facts.optimizer_bytes,
+    "other state": facts.extra_bytes,
+    "batch": facts.batch_bytes,
+  }
+  lines += [f"  {k:13s}{units.size(v)}" for k, v in held.items() if v]
   if memory is not None:
     # What is counted and what the compiler found differ by padding.
     rest = max(0, memory.temporaries - plan.activation_bytes)
@@ -152,11 +154,10 @@ def _memory_lines(plan: Plan) -> list[str]:
     return lines + [f"  program      {units.size(memory.code)}"] * bool(
       memory.code
     )
-  held = facts.parameter_bytes + facts.optimizer_bytes + facts.batch_bytes
-  if needed is not None and needed > held:
+  rest = 0 if needed is None else needed - sum(held.values())
+  if rest > 0:
     lines.append(
-      f"  temporaries  {units.size(needed - held)}"
-      "  (activations, gradients, program)"
+      f"  temporaries  {units.size(rest)}  (activations, gradients, program)"
     )
   return [*lines, _advice(plan)]
 
