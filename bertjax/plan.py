@@ -61,11 +61,13 @@ def plan(
     suggest: whether to look for what would fit, if this does not.
 
   Raises:
-    ValueError: unknown topology, or a config that does not fit it.
+    ValueError: unknown topology, one that no pod holds, or a config that does
+      not fit it.
     CompilerMissing: the compiler is not installed.
   """
   if isinstance(topology, str):
     topology = hardware.parse(topology)
+  pods.check(topology)
   steps = stage.stop.get("steps", 0) if steps is None else steps
   try:
     program = hardware.compile_for(

@@ -180,6 +180,17 @@ class AnswerTest(parameterized.TestCase):
       compiled.assert_not_called()
 
 
+class TopologyTest(absltest.TestCase):
+  def test_a_slice_larger_than_a_pod_is_refused_without_a_compiler(self):
+    ((_, stage, _),) = plan_lib.stages(tiny.config(pathlib.Path("nowhere")))
+    with (
+      mock.patch.object(hardware, "compile_for") as compiled,
+      self.assertRaisesRegex(ValueError, "'v5e:32x32': a pod of v5e has 16x16"),
+    ):
+      plan_lib.plan(stage, "v5e:32x32")
+    compiled.assert_not_called()
+
+
 class MissingCompilerTest(absltest.TestCase):
   def test_the_command_names_the_extra_in_one_line(self):
     config = tiny.config(pathlib.Path("nowhere"))
