@@ -100,7 +100,8 @@ def stages(
 ) -> Iterator[tuple[str, Settings, int]]:
   """Name, settings and number of own steps of each stage of a config.
 
-  What a stage would find in the workdir of the one before is filled in.
+  The number is 0 where only the data know it. What a stage would find in the
+  workdir of the one before is filled in.
 
   Args:
     config: a ConfigDict or mapping.
@@ -116,8 +117,10 @@ def stages(
       steps = min(steps or taken, taken)
     # A stage that continues the schedule continues to count, too.
     continues = not (stage.init_from or {}).get("reset_schedule", True)
-    yield name, stage, steps - done if continues else steps
-    done = steps
+    before = done if continues else 0
+    unknown = not steps or before is None
+    yield name, stage, 0 if unknown else max(0, steps - before)
+    done = steps or None
 
 
 def main(argv: list[str]) -> None:

@@ -234,6 +234,23 @@ class ConfigsTest(parameterized.TestCase):
     steps = {name: count for name, _, count in stages(_load(path, ""))}
     self.assertEqual(steps, dict(phase1=first, phase2=second))
 
+  @parameterized.parameters(
+    (dict(steps=6), dict(epochs=3), [6, 0]),
+    (dict(epochs=3), dict(steps=6), [0, 0]),
+    (dict(epochs=1), dict(steps=6), [4, 2], 32),
+    (dict(steps=6), dict(steps=4), [6, 0]),
+  )
+  def test_a_continued_stage_takes_what_is_known_to_be_left(
+    self, first, second, expected, rows=None
+  ):
+    config = tiny.config(pathlib.Path("nowhere"), stop=dict(steps=None))
+    config["stages"] = dict(
+      one=dict(stop=first),
+      two=dict(stop=second, init_from=dict(reset_schedule=False)),
+    )
+    found = [steps for _, _, steps in stages(config, rows_per_epoch=rows)]
+    self.assertEqual(found, expected)
+
 
 @unittest.skipUnless(
   importlib.util.find_spec("libtpu"),
