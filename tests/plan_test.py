@@ -595,7 +595,11 @@ class AdviceTest(absltest.TestCase):
     )
     text = page.render(made)
     self.assertIn("DOES NOT FIT: 15.83 GiB of 16.00 GiB", text)
-    self.assertIn("would fit with --config.microbatches=2 (8.38 GiB)", text)
+    self.assertIn("would fit with --config.microbatches=2 (8.38 GiB)\n", text)
+    self.assertIn(
+      "(8.38 GiB); change there what stages.phase2 sets itself\n",
+      page.render(made, "phase2"),
+    )
     self.assertFalse(page.figures(made)["fits"])
 
 

@@ -98,7 +98,7 @@ def render(plan: Plan, name: str = "") -> str:
     plan: what to show.
     name: of the stage; "" for a config without stages.
   """
-  lines = [*_head_lines(plan, name), "", *_memory_lines(plan)]
+  lines = [*_head_lines(plan, name), "", *_memory_lines(plan, name)]
   if plan.fits:
     lines += ["", *_collective_lines(plan)]
   if plan.cost is not None:
@@ -128,7 +128,7 @@ def _head_lines(plan: Plan, name: str) -> list[str]:
   ]
 
 
-def _memory_lines(plan: Plan) -> list[str]:
+def _memory_lines(plan: Plan, name: str) -> list[str]:
   facts, memory = plan.facts, plan.memory
   capacity = plan.topology.chip.hbm_bytes
   needed = plan.needed_bytes
@@ -159,17 +159,21 @@ def _memory_lines(plan: Plan) -> list[str]:
     lines.append(
       f"  temporaries  {units.size(rest)}  (activations, gradients, program)"
     )
-  return [*lines, _advice(plan)]
+  return [*lines, _advice(plan, name)]
 
 
-def _advice(plan: Plan) -> str:
+def _advice(plan: Plan, name: str) -> str:
   if plan.suggestion is None:
     return (
       "try a smaller data.batch_size, more chips with mesh.fsdp or mesh.model,"
       " or model.remat"
     )
   flags = " ".join(f"--config.{x}" for x in plan.suggestion.fields.split(", "))
-  return f"would fit with {flags} ({units.size(plan.suggestion.needed_bytes)})"
+  # An override of a group that a stage does not have is refused, so these flags
+  # are of the config that the stage changes.
+  there = f"; change there what stages.{name} sets itself" if name else ""
+  size = units.size(plan.suggestion.needed_bytes)
+  return f"would fit with {flags} ({size}){there}"
 
 
 def _collective_lines(plan: Plan) -> list[str]:
