@@ -1,10 +1,13 @@
 """What the commands share."""
 
 import contextlib
+import errno
 import json
+import os
 import pathlib
 import platform
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -173,14 +176,25 @@ def check_output(name: str, path: str | None) -> None:
   """Refuses a file that cannot be written, before any work is done for it.
 
   Raises:
-    ValueError: its folder is not there, or it is a folder itself.
+    ValueError: its folder is not there, it is a folder itself, or nobody lets
+      this process write it.
   """
   if path is None:
     return
-  if pathlib.Path(path).is_dir():
+  file = pathlib.Path(path).absolute()
+  if file.is_dir():
     raise ValueError(f"--{name}={path} is a folder; name a file.")
-  if not (folder := pathlib.Path(path).absolute().parent).is_dir():
-    raise ValueError(f"--{name}={path}: there is no folder {folder}.")
+  if not file.parent.is_dir():
+    raise ValueError(f"--{name}={path}: there is no folder {file.parent}.")
+  try:
+    if not file.exists():  # permissions do not tell it all, least of all root
+      tempfile.TemporaryFile(dir=file.parent).close()
+    elif not os.access(file, os.W_OK):
+      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+  except OSError as err:
+    raise ValueError(
+      f"--{name}={path} cannot be written: {err.strerror}; name another file."
+    ) from err
 
 
 def keep_compiled() -> None:

@@ -145,13 +145,20 @@ def answer(config: Mapping[str, Any], given: Any) -> None:
     given: the flags of this command, as attributes.
 
   Raises:
-    ValueError: unknown topology or stage, or a config that does not fit it.
+    ValueError: unknown topology or stage, a config that does not fit it, or a
+      file that cannot be written.
     CompilerMissing: the compiler is not installed.
   """
   path = None
   if given.json not in (None, "-"):
     cli.check_output("json", given.json)
-    path = pathlib.Path(given.json).resolve()  # what a link names is replaced
+    path = pathlib.Path(given.json)
+    if path.exists() and not path.is_file():
+      raise ValueError(
+        f"--json={path} is a device or pipe, which cannot be replaced; --json=-"
+        " prints the figures."
+      )
+    path = path.resolve()  # not the link
   pods.check(hardware.parse(given.topology))  # before anything compiles
   make = _pages if given.sweep is None else _tables
   figures = {}

@@ -15,7 +15,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from benchmarks import __main__ as command
-from benchmarks import bert_base, history, points, ragged, step
+from benchmarks import bert_base, compiling, history, points, ragged, step
 
 
 class RaggedTest(absltest.TestCase):
@@ -153,6 +153,16 @@ class DtypeTest(absltest.TestCase):
         bert_base, "alternate", lambda *_, taken=taken, **__: next(taken)
       ):
         self.assertEqual(bert_base.fastest_dtype(threads=1), best)
+
+
+class CompilingTest(absltest.TestCase):
+  def test_a_process_that_fails_says_why(self):
+    done = subprocess.CompletedProcess([], 1, "", "Traceback\nMemoryError: x\n")
+    with (
+      mock.patch.object(subprocess, "run", return_value=done),
+      self.assertRaisesRegex(RuntimeError, "with 1:\nTraceback\nMemoryError"),
+    ):
+      compiling.measure()
 
 
 class HistoryTest(absltest.TestCase):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import pathlib
 import sys
 import tempfile
@@ -133,7 +134,22 @@ class MessagesTest(parameterized.TestCase):
       cli.check_output("output", f"{self.root}/no/vectors.npy")
     with self.assertRaisesRegex(ValueError, "is a folder; name a file"):
       cli.check_output("output", str(self.root))
-    cli.check_output("output", f"{self.root}/vectors.npy")
+    held = self.root / "vectors.npy"
+    held.write_text("")
+    for path, patch in (
+      ("/proc/vectors.npy", contextlib.nullcontext()),
+      (held, mock.patch.object(os, "access", return_value=False)),
+    ):
+      with (
+        patch,
+        self.assertRaisesRegex(
+          ValueError, f"--output={path} cannot be written"
+        ),
+      ):
+        cli.check_output("output", str(path))
+    cli.check_output("output", str(held))
+    cli.check_output("output", f"{self.root}/new.npy")
+    self.assertLen([*self.root.iterdir()], 1)
     cli.check_output("output", None)
 
   def test_a_workdir_that_is_a_file_is_refused_before_the_work(self):

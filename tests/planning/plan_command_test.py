@@ -169,6 +169,7 @@ class AnswerTest(parameterized.TestCase):
       ("a pod of v4 has 16x16x16", dict(topology="2xv4:16x16x18")),
       ("stage='shrt' is unknown.*Did you mean 'short'", dict(stage="shrt")),
       ("sweep: 'microbatches' names no field", dict(sweep="microbatches")),
+      ("--json=/dev/null is a device", dict(json="/dev/null")),
       ("there is no folder", dict(json=f"{self.root}/no/plan.json")),
     ):
       compiled = mock.Mock()
