@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-
 _ROOT = pathlib.Path(__file__).parents[1]
 # All that the compiled step of a config may be made of.
 LIBRARY = tuple(_ROOT / name for name in ("bertjax", "configs", "kernels"))

@@ -19,7 +19,6 @@ from experiments.outcome import Outcome
 from experiments.scaling import findings, measure
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Scale:
   """How large a variant is.
