@@ -10,6 +10,7 @@ takes several times as long in it as in float32, and no user of it would.
 """
 
 import copy
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +34,13 @@ PASSES = {
 }
 Batch = Mapping[str, np.ndarray]
 Call = Callable[[], None]
+
+
+def cores() -> int:
+  """Of this process: so many threads has XLA, and PyTorch is to have."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def ours(
@@ -173,7 +181,7 @@ def alternate(
 
 
 def compare(
-  tokens: int, mine: Call, other: Call, rounds: int
+  tokens: int, mine: Call, other: Call, rounds: int, threads: int
 ) -> dict[str, float]:
   """Tokens per second of both, and the rounds' own ratios: median and ends.
 
@@ -182,6 +190,7 @@ def compare(
     mine: ours.
     other: PyTorch's.
     rounds: timed ones.
+    threads: that PyTorch has, for the record.
   """
   a, b = alternate(mine, other, rounds)
   ratios = [y / x for x, y in zip(a, b)]
@@ -192,6 +201,7 @@ def compare(
     "ratio_least": min(ratios),
     "ratio_most": max(ratios),
     "rounds": rounds,
+    "threads": threads,
   }
 
 

@@ -22,10 +22,15 @@ from bertjax.config import settings
 from bertjax.data.abstract import abstract_text
 
 _ROWS, _LENGTH, _MASKED = 8, 128, 20
+_LINES = 20  # of a process that failed
 
 
 def measure() -> dict[str, float]:
-  """{"first_s", "second_s"}: tracing and compiling, without the first step."""
+  """{"first_s", "second_s"}: tracing and compiling, without the first step.
+
+  Raises:
+    RuntimeError: a process failed; with its last lines.
+  """
   with tempfile.TemporaryDirectory() as folder:
     environment = os.environ | {
       "JAX_PLATFORMS": "cpu",
@@ -38,8 +43,13 @@ def measure() -> dict[str, float]:
         env=environment,
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
       )
+      if done.returncode:
+        last = "\n".join(done.stderr.splitlines()[-_LINES:])
+        raise RuntimeError(
+          f"The process that compiles ended with {done.returncode}:\n{last}"
+        )
       found[name] = float(done.stdout.split()[-1])
   print(
     f"BERT-large step: compiled in {found['first_s']:.1f} s, from the cache in"

@@ -1,7 +1,6 @@
 """Headlines of the benchmarks by commit: a line of JSON for each run."""
 
 import json
-import os
 import pathlib
 import platform
 from collections.abc import Mapping, Sequence
@@ -88,10 +87,12 @@ def append(
     commit: that was measured.
     date: of the measurement.
   """
+  from benchmarks.bert_base import cores  # and all of a model: seconds
+
   line = dict(
     commit=commit,
     date=date,
-    cores=os.cpu_count(),
+    cores=cores(),
     processor=processor(),
     found=found,
   )

@@ -106,11 +106,12 @@ def padded(
   return batches
 
 
-def measure(rounds: int, threads: int = 2) -> dict[str, dict[str, float]]:
+def measure(rounds: int) -> dict[str, dict[str, float]]:
   """Training and inference of both, PyTorch's batches in order and sorted."""
   texts = documents(_DOCUMENTS)
   real = sum(map(len, texts))
   whole = packed(texts, LENGTH)
+  threads = bert_base.cores()
   dtype = bert_base.fastest_dtype(threads)
   mine = bert_base.ours(split(whole, len(texts) // ROWS), dtype=dtype)
   fill = real / whole["tokens"].size
@@ -120,7 +121,7 @@ def measure(rounds: int, threads: int = 2) -> dict[str, dict[str, float]]:
     batches = padded(arranged, ROWS)
     other = bert_base.theirs(batches, threads, dtype)
     for name, a, b in zip(bert_base.PASSES[dtype], mine, other):
-      found[name + order] = bert_base.compare(real, a, b, rounds)
+      found[name + order] = bert_base.compare(real, a, b, rounds, threads)
       bert_base.show(name + order, found[name + order])
   return found
 

@@ -18,23 +18,27 @@ _ROWS, _LENGTH, _MASKED = 8, 128, 20
 
 
 def measure(
-  rounds: int, threads: int = 2, dtype: str | None = None, **options
+  rounds: int,
+  threads: int | None = None,
+  dtype: str | None = None,
+  **options,
 ) -> dict[str, dict[str, float]]:
   """Training and inference of both.
 
   Args:
     rounds: timed ones.
-    threads: PyTorch's.
+    threads: PyTorch's; by default all cores, as XLA.
     dtype: of products on both sides; that which PyTorch is faster in if None.
     **options: as `bert_base.ours`.
   """
+  threads = threads or bert_base.cores()
   dtype = dtype or bert_base.fastest_dtype(threads)
   mine = bert_base.ours([_batch()], dtype=dtype, **options)
   other = bert_base.theirs([_padded()], threads, dtype)
   found = {}
   passes = zip(bert_base.PASSES[dtype], mine, other, (rounds, 4 * rounds))
   for name, a, b, times in passes:
-    found[name] = bert_base.compare(_ROWS * _LENGTH, a, b, times)
+    found[name] = bert_base.compare(_ROWS * _LENGTH, a, b, times, threads)
     bert_base.show(name, found[name])
   return found
 
@@ -67,7 +71,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(prog="python -m benchmarks.step")
   add = parser.add_argument
   add("--rounds", type=int, default=8, help="timed, after one warm-up")
-  add("--threads", type=int, default=2, help="PyTorch's; XLA takes all cores")
+  add("--threads", type=int, help="PyTorch's; default: all cores, as XLA")
   add("--dtype", choices=[*bert_base.PASSES], help="default: PyTorch's faster")
   add("--scan", action="store_true", help="scanned stack")
   add("--prng", default="threefry2x32", help="generator of dropout")

@@ -1,10 +1,13 @@
 """What the commands share."""
 
 import contextlib
+import errno
 import json
+import os
 import pathlib
 import platform
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -72,10 +75,11 @@ def define_config() -> flags.FlagHolder:
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-  """For `app.run`: mistakes in a config or an override end in one line.
+  """For `app.run`: mistakes in flags, a config or an override end in one line.
 
   `--config.modle=x` is refused by the config's own check, but of
   `--config.modle.size=x` the parser of flags wants to know what `modle` is.
+  Nothing is parsed twice: the overrides would be defined twice.
   """
   try:
     return flags.FLAGS(list(argv))
@@ -87,10 +91,10 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     message = f"{' '.join(given) or 'flags'}: the config has no group {name!r}."
     message += f" {hint}?" if hint else ""
   except flags.Error as err:
-    *_, last = str(err).strip().splitlines()
-    kind, _, message = last.strip().partition(": ")
-    if kind != "ValueError":  # no refusal of get_config's
-      return app.parse_flags_with_usage(list(argv))
+    message = str(err).strip()
+    kind, _, refusal = message.splitlines()[-1].strip().partition(": ")
+    if kind == "ValueError":  # of get_config, below its traceback
+      message = refusal
   print(f"Error: {message}", file=sys.stderr)
   sys.exit(1)
 
@@ -172,14 +176,25 @@ def check_output(name: str, path: str | None) -> None:
   """Refuses a file that cannot be written, before any work is done for it.
 
   Raises:
-    ValueError: its folder is not there, or it is a folder itself.
+    ValueError: its folder is not there, it is a folder itself, or nobody lets
+      this process write it.
   """
   if path is None:
     return
-  if pathlib.Path(path).is_dir():
+  file = pathlib.Path(path).absolute()
+  if file.is_dir():
     raise ValueError(f"--{name}={path} is a folder; name a file.")
-  if not (folder := pathlib.Path(path).absolute().parent).is_dir():
-    raise ValueError(f"--{name}={path}: there is no folder {folder}.")
+  if not file.parent.is_dir():
+    raise ValueError(f"--{name}={path}: there is no folder {file.parent}.")
+  try:
+    if not file.exists():  # permissions do not tell it all, least of all root
+      tempfile.TemporaryFile(dir=file.parent).close()
+    elif not os.access(file, os.W_OK):
+      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+  except OSError as err:
+    raise ValueError(
+      f"--{name}={path} cannot be written: {err.strerror}; name another file."
+    ) from err
 
 
 def keep_compiled() -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 from absl import app, flags
 
-from bertjax import cli, hardware
+from bertjax import cli, hardware, records
 from bertjax.config import Settings, plain, settings, stage_configs
 from bertjax.data.abstract import steps_of
 from bertjax.planning import (
@@ -61,11 +61,13 @@ def plan(
     suggest: whether to look for what would fit, if this does not.
 
   Raises:
-    ValueError: unknown topology, or a config that does not fit it.
+    ValueError: unknown topology, one that no pod holds, or a config that does
+      not fit it.
     CompilerMissing: the compiler is not installed.
   """
   if isinstance(topology, str):
     topology = hardware.parse(topology)
+  pods.check(topology)
   steps = stage.stop.get("steps", 0) if steps is None else steps
   try:
     program = hardware.compile_for(
@@ -98,7 +100,8 @@ def stages(
 ) -> Iterator[tuple[str, Settings, int]]:
   """Name, settings and number of own steps of each stage of a config.
 
-  What a stage would find in the workdir of the one before is filled in.
+  The number is 0 where only the data know it. What a stage would find in the
+  workdir of the one before is filled in.
 
   Args:
     config: a ConfigDict or mapping.
@@ -114,8 +117,10 @@ def stages(
       steps = min(steps or taken, taken)
     # A stage that continues the schedule continues to count, too.
     continues = not (stage.init_from or {}).get("reset_schedule", True)
-    yield name, stage, steps - done if continues else steps
-    done = steps
+    before = done if continues else 0
+    unknown = not steps or before is None
+    yield name, stage, 0 if unknown else max(0, steps - before)
+    done = steps or None
 
 
 def main(argv: list[str]) -> None:
@@ -132,16 +137,28 @@ def main(argv: list[str]) -> None:
 def answer(config: Mapping[str, Any], given: Any) -> None:
   """Prints the pages or tables of a config's stages, and writes their figures.
 
+  The file is written after each stage, so that it outlives a failure of the
+  next.
+
   Args:
     config: plain values.
     given: the flags of this command, as attributes.
 
   Raises:
-    ValueError: unknown topology or stage, or a config that does not fit it.
+    ValueError: unknown topology or stage, a config that does not fit it, or a
+      file that cannot be written.
     CompilerMissing: the compiler is not installed.
   """
-  if given.json != "-":
+  path = None
+  if given.json not in (None, "-"):
     cli.check_output("json", given.json)
+    path = pathlib.Path(given.json)
+    if path.exists() and not path.is_file():
+      raise ValueError(
+        f"--json={path} is a device or pipe, which cannot be replaced; --json=-"
+        " prints the figures."
+      )
+    path = path.resolve()  # not the link
   pods.check(hardware.parse(given.topology))  # before anything compiles
   make = _pages if given.sweep is None else _tables
   figures = {}
@@ -149,11 +166,10 @@ def answer(config: Mapping[str, Any], given: Any) -> None:
     figures[name or "plan"] = found
     if given.json != "-":
       print(page_text)
-  text = json.dumps(figures, indent=2)
+    if path is not None:
+      records.write_json(path, figures)
   if given.json == "-":
-    print(text)
-  elif given.json is not None:
-    pathlib.Path(given.json).write_text(text + "\n")
+    print(json.dumps(figures, indent=2))
 
 
 # Of a stage: its name, what to print and what --json says.

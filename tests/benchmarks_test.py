@@ -12,10 +12,10 @@ import time
 from unittest import mock
 
 import numpy as np
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
 from benchmarks import __main__ as command
-from benchmarks import bert_base, history, ragged, step
+from benchmarks import bert_base, compiling, history, points, ragged, step
 
 
 class RaggedTest(absltest.TestCase):
@@ -88,7 +88,7 @@ class CompareTest(absltest.TestCase):
 
   def test_medians_and_ends_of_the_rounds_after_the_first(self):
     found = bert_base.compare(
-      12, self.taking(99, 2, 4, 3), self.taking(99, 8, 4, 3), rounds=3
+      12, self.taking(99, 2, 4, 3), self.taking(99, 8, 4, 3), 3, threads=2
     )
     self.assertEqual(found["bertjax_tokens_per_s"], 4)
     self.assertEqual(found["pytorch_tokens_per_s"], 3)
@@ -98,12 +98,48 @@ class CompareTest(absltest.TestCase):
 
   def test_the_spread_is_printed(self):
     found = bert_base.compare(
-      12, self.taking(1, 1, 1), self.taking(1, 1, 2), rounds=2
+      12, self.taking(1, 1, 1), self.taking(1, 1, 2), 2, threads=2
     )
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
       bert_base.show("train", found)
     self.assertIn("ratio 1.50 (1.00 to 2.00 in 2 rounds)", out.getvalue())
+
+
+class ThreadsTest(parameterized.TestCase):
+  """PyTorch has as many as this process has cores, and that is recorded."""
+
+  def setUp(self):
+    super().setUp()
+    self.calls = (lambda: None, lambda: None)
+    self.enterContext(
+      mock.patch.object(
+        os, "sched_getaffinity", return_value={1, 2, 5}, create=True
+      )
+    )
+    self.enterContext(contextlib.redirect_stdout(io.StringIO()))
+
+  @parameterized.parameters(step, ragged)
+  def test_of_bert(self, part):
+    texts = [np.arange(30)] * ragged.ROWS
+    with (
+      mock.patch.object(ragged, "documents", return_value=texts),
+      mock.patch.object(bert_base, "ours", return_value=self.calls),
+      mock.patch.object(bert_base, "fastest_dtype", return_value="float32"),
+      mock.patch.object(bert_base, "theirs", return_value=self.calls) as theirs,
+    ):
+      found = part.measure(1)
+    self.assertEqual({call.args[1] for call in theirs.call_args_list}, {3})
+    self.assertEqual({row["threads"] for row in found.values()}, {3})
+
+  def test_of_points(self):
+    with (
+      mock.patch.object(points, "_ours", return_value=self.calls),
+      mock.patch.object(points, "_theirs", return_value=self.calls) as theirs,
+    ):
+      found = points.measure(1)
+    self.assertEqual(theirs.call_args.args[2], 3)
+    self.assertEqual(found["threads"], 3)
 
 
 class DtypeTest(absltest.TestCase):
@@ -117,6 +153,16 @@ class DtypeTest(absltest.TestCase):
         bert_base, "alternate", lambda *_, taken=taken, **__: next(taken)
       ):
         self.assertEqual(bert_base.fastest_dtype(threads=1), best)
+
+
+class CompilingTest(absltest.TestCase):
+  def test_a_process_that_fails_says_why(self):
+    done = subprocess.CompletedProcess([], 1, "", "Traceback\nMemoryError: x\n")
+    with (
+      mock.patch.object(subprocess, "run", return_value=done),
+      self.assertRaisesRegex(RuntimeError, "with 1:\nTraceback\nMemoryError"),
+    ):
+      compiling.measure()
 
 
 class HistoryTest(absltest.TestCase):
@@ -148,7 +194,7 @@ class HistoryTest(absltest.TestCase):
     )
     compiled = [row["BERT-large compiled, s"] for row in table]
     self.assertEqual(compiled, ["", "20"])
-    cores = f"{os.cpu_count()} x {history.processor()}"
+    cores = f"{bert_base.cores()} x {history.processor()}"
     self.assertEqual(table[0]["cores"], cores)
 
   def test_what_is_measured_no_more_stays_visible(self):

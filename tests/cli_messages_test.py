@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import pathlib
 import sys
 import tempfile
@@ -40,6 +41,35 @@ class MessagesTest(parameterized.TestCase):
     path.write_text("def get_config():\n  return {'seed': 3}\n")
     self.assertEqual(self.config(path)["seed"], 3)
 
+  def parse(self, *arguments):
+    """What `parse_flags` says to a config of two fields and these."""
+    path = self.root / "config.py"
+    path.write_text(
+      "import ml_collections\n"
+      "def get_config(variant='tiny'):\n"
+      "  if variant != 'tiny':\n"
+      "    raise ValueError(f'{variant} is unknown; choose from tiny.')\n"
+      "  return ml_collections.ConfigDict(dict(\n"
+      "    seed=0, model=dict(size=variant)))\n"
+    )
+    given = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=given)
+    for flag in (app.HelpFlag(), app.HelpfullFlag()):
+      flags.DEFINE_flag(flag, given)
+    flags.DEFINE_integer("num_rows", 1, "", lower_bound=1, flag_values=given)
+    argv = ["train", f"--config={path}", *arguments]
+    argv = [part.replace("CONFIG", str(path)) for part in argv]
+    told = io.StringIO()
+    with (
+      mock.patch.object(sys, "argv", argv),
+      mock.patch.object(flags, "FLAGS", given),
+      mock.patch.object(app, "FLAGS", given),
+      contextlib.redirect_stderr(told),
+      self.assertRaisesRegex(SystemExit, "1"),
+    ):
+      cli.parse_flags(argv)
+    return told.getvalue()
+
   @parameterized.parameters(
     (
       "--config.modle.size=base",
@@ -52,40 +82,42 @@ class MessagesTest(parameterized.TestCase):
       " Did you mean 'size'?",
     ),
     ("--config=CONFIG:tny", "tny is unknown; choose from tiny."),
+    (
+      "--config.seed=abc",
+      "flag --config.seed=abc: invalid literal for int() with base 10: 'abc'",
+    ),
+    (
+      "--config.model=4",
+      "flag --config.model=4: Failed to parse '4' as a ConfigDict: `4` is not a"
+      " dict.",
+    ),
   )
   def test_a_mistake_in_a_config_or_an_override_is_one_line(
     self, argument, message
   ):
-    path = self.root / "config.py"
-    path.write_text(
-      "import ml_collections\n"
-      "def get_config(variant='tiny'):\n"
-      "  if variant != 'tiny':\n"
-      "    raise ValueError(f'{variant} is unknown; choose from tiny.')\n"
-      "  return ml_collections.ConfigDict(dict(model=dict(size=variant)))\n"
-    )
-    given = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=given)
-    argv = ["train", f"--config={path}", argument]
-    argv = [part.replace("CONFIG", str(path)) for part in argv]
-    told = io.StringIO()
-    with (
-      mock.patch.object(sys, "argv", argv),
-      mock.patch.object(flags, "FLAGS", given),
-      contextlib.redirect_stderr(told),
-      self.assertRaisesRegex(SystemExit, "1"),
-    ):
-      cli.parse_flags(argv)
-    self.assertEqual(told.getvalue(), f"Error: {message}\n")
+    self.assertEqual(self.parse(argument), f"Error: {message}\n")
 
-  def test_other_flags_are_absl_s_affair(self):
-    with (
-      mock.patch.object(sys, "argv", ["train"]),
-      mock.patch.object(flags, "FLAGS", flags.FlagValues()),
-      mock.patch.object(app, "parse_flags_with_usage") as usual,
-    ):
-      cli.parse_flags(["train", "--sede=3"])
-    usual.assert_called_once_with(["train", "--sede=3"])
+  @parameterized.parameters(
+    (
+      "--num_row=3",
+      "Unknown command line flag 'num_row'. Did you mean: num_rows ?",
+    ),
+    ("--num_rows=0", "flag --num_rows=0: 0 is not a positive integer"),
+    ("--num_rows", "Missing value for flag --num_rows"),
+  )
+  def test_a_mistake_beside_an_override_is_one_line(self, argument, message):
+    self.assertEqual(
+      self.parse("--config.seed=1", argument), f"Error: {message}\n"
+    )
+
+  @parameterized.parameters(
+    ("--help", "Try --helpfull"), ("--helpfull", "--num_rows")
+  )
+  def test_help_is_printed_beside_an_override(self, argument, text):
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+      self.assertEqual(self.parse("--config.seed=1", argument), "")
+    self.assertIn(text, told.getvalue())
 
   @parameterized.parameters(
     ("{name: x}", "--source={name: x} is no JSON: Expecting property name"),
@@ -103,7 +135,22 @@ class MessagesTest(parameterized.TestCase):
       cli.check_output("output", f"{self.root}/no/vectors.npy")
     with self.assertRaisesRegex(ValueError, "is a folder; name a file"):
       cli.check_output("output", str(self.root))
-    cli.check_output("output", f"{self.root}/vectors.npy")
+    held = self.root / "vectors.npy"
+    held.write_text("")
+    for path, patch in (
+      ("/proc/vectors.npy", contextlib.nullcontext()),
+      (held, mock.patch.object(os, "access", return_value=False)),
+    ):
+      with (
+        patch,
+        self.assertRaisesRegex(
+          ValueError, f"--output={path} cannot be written"
+        ),
+      ):
+        cli.check_output("output", str(path))
+    cli.check_output("output", str(held))
+    cli.check_output("output", f"{self.root}/new.npy")
+    self.assertLen([*self.root.iterdir()], 1)
     cli.check_output("output", None)
 
   def test_a_workdir_that_is_a_file_is_refused_before_the_work(self):

@@ -31,6 +31,7 @@ the assembler reports per kernel is in `Program.kernels`.
 from bertjax.hardware.chips import CHIPS, Chip
 from bertjax.hardware.collectives import Collective, read_collectives
 from bertjax.hardware.compiling import (
+  FAILURES,
   CompilerEnded,
   Memory,
   OutOfMemory,
@@ -42,6 +43,7 @@ from bertjax.hardware.topologies import CompilerMissing, Topology, parse
 
 __all__ = [
   "CHIPS",
+  "FAILURES",
   "Chip",
   "Collective",
   "CompilerEnded",

@@ -56,6 +56,10 @@ class CompilerEnded(RuntimeError):
   """The compiling process came to no result; the message is one line."""
 
 
+# What keeps one program from being compiled, and tells nothing of the next.
+FAILURES = (CompilerEnded, jax.errors.JaxRuntimeError)
+
+
 @dataclasses.dataclass(frozen=True)
 class Memory:
   """Bytes per device, as the compiler assigned them.

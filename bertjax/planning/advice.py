@@ -57,7 +57,8 @@ def suggest(
         settings=_changed(stage, change),
         vocab_size=vocab_size,
       )
-    except ValueError:  # too large still, or a model without remat
+    # Too large still, a model without remat, or too large for the compiler.
+    except (ValueError, *hardware.FAILURES):
       continue
     return Suggestion(_fields(change), program.memory.total)
   return None
@@ -68,10 +69,10 @@ def candidates(
 ) -> Iterator[dict]:
   """Changes of a config that may be enough, the smallest first.
 
-  Parameters, their gradients and the optimizer's state shrink with `mesh.fsdp`,
-  which is raised only if they alone take most of the memory; the rest shrinks
-  with the number of microbatches. Where those do not suffice, a part of a row
-  per device is left, whose activations `model.remat` makes few.
+  Parameters, their gradients and all other state shrink with `mesh.fsdp`, which
+  is raised only if they alone take most of the memory; the rest shrinks with
+  the number of microbatches. Where those do not suffice, a part of a row per
+  device is left, whose activations `model.remat` makes few.
 
   Args:
     facts: of the step that does not fit.
@@ -110,7 +111,7 @@ def recomputing(
 
 
 def _state_bytes(facts: StepFacts) -> float:
-  return 2 * facts.parameter_bytes + facts.optimizer_bytes
+  return 2 * facts.parameter_bytes + facts.optimizer_bytes + facts.extra_bytes
 
 
 def _sharded(

@@ -103,7 +103,7 @@ class Plan:
 
   @property
   def hours(self) -> float | None:
-    """Of all steps, if it is known how many, all of the longest kind."""
+    """Of all steps, if one knows how many; taken to be of the longest kind."""
     if self.step_s is None or not self.steps:
       return None
     return self.steps * self.step_s / 3600

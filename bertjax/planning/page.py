@@ -98,7 +98,7 @@ def render(plan: Plan, name: str = "") -> str:
     plan: what to show.
     name: of the stage; "" for a config without stages.
   """
-  lines = [*_head_lines(plan, name), "", *_memory_lines(plan)]
+  lines = [*_head_lines(plan, name), "", *_memory_lines(plan, name)]
   if plan.fits:
     lines += ["", *_collective_lines(plan)]
   if plan.cost is not None:
@@ -128,18 +128,20 @@ def _head_lines(plan: Plan, name: str) -> list[str]:
   ]
 
 
-def _memory_lines(plan: Plan) -> list[str]:
+def _memory_lines(plan: Plan, name: str) -> list[str]:
   facts, memory = plan.facts, plan.memory
   capacity = plan.topology.chip.hbm_bytes
   needed = plan.needed_bytes
   verdict = "FITS" if plan.fits else "DOES NOT FIT"
   total = "more than it has" if needed is None else units.size(needed)
   lines = [f"{verdict}: {total} of {units.size(capacity)} per device"]
-  lines += [
-    f"  parameters   {units.size(facts.parameter_bytes)}",
-    f"  optimizer    {units.size(facts.optimizer_bytes)}",
-    f"  batch        {units.size(facts.batch_bytes)}",
-  ]
+  held = {
+    "parameters": facts.parameter_bytes,
+    "optimizer": facts.optimizer_bytes,
+    "other state": facts.extra_bytes,
+    "batch": facts.batch_bytes,
+  }
+  lines += [f"  {k:13s}{units.size(v)}" for k, v in held.items() if v]
   if memory is not None:
     # What is counted and what the compiler found differ by padding.
     rest = max(0, memory.temporaries - plan.activation_bytes)
@@ -152,23 +154,26 @@ def _memory_lines(plan: Plan) -> list[str]:
     return lines + [f"  program      {units.size(memory.code)}"] * bool(
       memory.code
     )
-  held = facts.parameter_bytes + facts.optimizer_bytes + facts.batch_bytes
-  if needed is not None and needed > held:
+  rest = 0 if needed is None else needed - sum(held.values())
+  if rest > 0:
     lines.append(
-      f"  temporaries  {units.size(needed - held)}"
-      "  (activations, gradients, program)"
+      f"  temporaries  {units.size(rest)}  (activations, gradients, program)"
     )
-  return [*lines, _advice(plan)]
+  return [*lines, _advice(plan, name)]
 
 
-def _advice(plan: Plan) -> str:
+def _advice(plan: Plan, name: str) -> str:
   if plan.suggestion is None:
     return (
       "try a smaller data.batch_size, more chips with mesh.fsdp or mesh.model,"
       " or model.remat"
     )
   flags = " ".join(f"--config.{x}" for x in plan.suggestion.fields.split(", "))
-  return f"would fit with {flags} ({units.size(plan.suggestion.needed_bytes)})"
+  # An override of a group that a stage does not have is refused, so these flags
+  # are of the config that the stage changes.
+  there = f"; change there what stages.{name} sets itself" if name else ""
+  size = units.size(plan.suggestion.needed_bytes)
+  return f"would fit with {flags} ({size}){there}"
 
 
 def _collective_lines(plan: Plan) -> list[str]:

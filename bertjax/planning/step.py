@@ -29,6 +29,8 @@ class StepFacts:
     unit: what stands in a slot.
     dtype: that the model computes in.
     microbatches: parts of the batch.
+    extra_bytes: on one device, of the objective's other collections: frozen
+      models, teachers, statistics.
     vocab_size: rows of the token embedding, or codes; None without any.
     parameters: number of them, over all devices.
     parameter_bytes: on one device.
@@ -50,6 +52,7 @@ class StepFacts:
   unit: str = "tokens"
   dtype: str = "float32"
   microbatches: int = 1
+  extra_bytes: int = 0
 
   @property
   def tokens(self) -> int:
@@ -141,6 +144,7 @@ def _facts(experiment: Experiment, batch: Mapping[str, Any]) -> StepFacts:
     parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
     parameter_bytes=device_bytes(state.params),
     optimizer_bytes=device_bytes(state.opt_state),
+    extra_bytes=device_bytes(state.extra),
     batch_bytes=device_bytes(batch),
     model_flops=None if flops is None else data.batch_size * slots * flops,
   )

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from bertjax import grid
+from bertjax import grid, hardware
 from bertjax.planning import units
 from bertjax.planning.outcome import Plan
 
@@ -23,8 +23,8 @@ class Trial:
 
   Attributes:
     values: of the fields that are tried, by path.
-    plan: what compiling it told; None if the config refuses it.
-    refusal: why it does.
+    plan: what compiling it told; None if the config or the compiler refuses.
+    refusal: why, in one line.
   """
 
   values: Mapping[str, Any]
@@ -57,21 +57,47 @@ def axes(text: str) -> dict[str, list[Any]]:
     text: "mesh.fsdp=1,4 microbatches=1,2".
 
   Raises:
-    ValueError: it says something else.
+    ValueError: it says something else, or something twice.
   """
   found: dict[str, list[Any]] = {}
   for word in text.split():
-    path, equals, values = word.partition("=")
-    tried = [yaml.safe_load(value) for value in values.split(",") if value]
-    if not (path and equals and tried):
+    path, _, values = word.partition("=")
+    tried = [_value(path, value) for value in values.split(",") if value]
+    if not (all(path.split(".")) and tried):
       raise ValueError(
         f"sweep: {word!r} names no field with values to try; write"
         ' --sweep="mesh.fsdp=1,4 microbatches=1,2".'
       )
+    for other in found:
+      if f"{path}.".startswith(f"{other}.") or other.startswith(f"{path}."):
+        raise ValueError(
+          f"sweep: {path} stands beside {other}; name a field once, with all of"
+          " its values, as microbatches=1,2."
+        )
+    kinds = [repr(value) for value in tried]
+    if twice := [kind for kind in kinds if kinds.count(kind) > 1]:
+      raise ValueError(f"sweep: {word!r} tries {twice[0]} twice.")
     found[path] = tried
   if not found:
-    raise ValueError('sweep is empty; write --sweep="microbatches=1,2".')
+    raise ValueError('sweep: it is empty; write --sweep="microbatches=1,2".')
   return found
+
+
+def _value(path: str, text: str) -> Any:
+  """What YAML reads, or a number as Python writes it: 1e-3."""
+  try:
+    value = yaml.safe_load(text)
+  except (yaml.YAMLError, ValueError) as err:  # the latter of a date
+    raise ValueError(
+      f"sweep: {path}={text} is no value; put text with marks in it in quotes,"
+      f" as {path}='*.txt'."
+    ) from err
+  if not isinstance(value, str):
+    return value
+  try:
+    return float(value)
+  except ValueError:
+    return value
 
 
 def trials(
@@ -79,7 +105,7 @@ def trials(
   tried: Mapping[str, Sequence[Any]],
   plan: Callable[[Mapping[str, Any]], Plan],
 ) -> Iterator[Trial]:
-  """Plans every combination; one that the config refuses is a trial as well.
+  """Plans every combination; one that nobody can compile is a trial as well.
 
   Args:
     config: the stage.
@@ -87,15 +113,15 @@ def trials(
     plan: of a config.
 
   Raises:
-    ValueError: the config refuses every combination.
+    ValueError: every combination is refused.
   """
   refused = []
   points = grid.points({**config, "grid": _nested(tried)})
   for point in points:
     try:
       yield Trial(point.values, plan(point.config))
-    except ValueError as err:
-      refused.append(str(err))
+    except (ValueError, *hardware.FAILURES) as err:
+      refused.append(str(err).partition("\n")[0])
       yield Trial(point.values, refusal=refused[-1])
   if len(refused) == len(points):
     raise ValueError(f"sweep: no combination is possible; {refused[0]}")

@@ -90,7 +90,7 @@ class FindingsTest(absltest.TestCase):
       dict(part=findings.FILL, step="packed", filled=0.99, seconds=1.0),
     ]
     found = findings.outcome(rows)
-    faster, goal, larger, others, agreement, packing = found.claims
+    faster, goal, larger, others, units, packing = found.claims
     self.assertEqual(faster.verdict, "reproduced")
     self.assertEqual(faster.measured, "two 2.00x, three 1.50x; together 3.00x")
     self.assertEqual(goal.verdict, "partly")  # "two", in a loop: 40,960
@@ -99,7 +99,10 @@ class FindingsTest(absltest.TestCase):
     self.assertEqual(larger.measured, "large: 61,440 (46% MFU)")
     self.assertEqual(others.verdict, "partly")
     self.assertStartsWith(others.measured, "base: 61,440 (69% MFU); short:")
-    self.assertEqual(agreement.verdict, "reproduced")
+    self.assertEqual(units.verdict, "reproduced")
+    self.assertEqual(
+      units.measured, "without that it has 1.0% to 1.0% fewer cycles"
+    )
     self.assertIn("60,826 tokens/s", packing.measured)
     self.assertEqual(found.summary[0]["GiB"], "20.00 (does not fit)")
     self.assertEqual(
@@ -107,6 +110,8 @@ class FindingsTest(absltest.TestCase):
     )
     slower = [*rows[:2], row(findings.WATERFALL, "two", 4e8), *rows[3:]]
     self.assertEqual(findings.outcome(slower).claims[0].verdict, "partly")
+    leaning = [*rows, row(findings.LOOPS, "scan", 1e8, plain_cycles=9e7)]
+    self.assertEqual(findings.outcome(leaning).claims[4].verdict, "partly")
 
   def test_mfu_is_a_share_of_the_peak(self):
     made = row(findings.LOOPS, "scan", 77e6, model_flops=4.9e12)

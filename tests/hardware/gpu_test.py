@@ -5,7 +5,7 @@ import unittest
 
 from absl.testing import absltest
 
-from bertjax.hardware import compile_for, gpu, price
+from bertjax.hardware import OutOfMemory, compile_for, gpu, price
 from tests.hardware import programs
 
 _REPORT = """\
@@ -60,6 +60,12 @@ class CompileTest(absltest.TestCase):
     self.assertEqual(program.memory.arguments, 1024 * 1024 * 4)
     with self.assertRaisesRegex(ValueError, "only TPU programs"):
       price(program)
+
+  def test_what_no_gpu_has_room_for_is_refused(self):
+    with self.assertRaisesRegex(
+      OutOfMemory, "needs 128.00 GiB of HBM per device; 80.00 GiB are available"
+    ):
+      compile_for("h100:1", programs.copy, rows=2**24)
 
 
 if __name__ == "__main__":

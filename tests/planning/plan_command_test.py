@@ -115,6 +115,21 @@ class AnswerTest(parameterized.TestCase):
     text, _ = self.answer(json="-")
     self.assertEqual(json.loads(text), found)
 
+  @parameterized.parameters(None, "microbatches=1")
+  def test_the_file_has_what_was_planned_before_a_failure(self, sweep):
+    def made(stage, topology, **options):
+      if stage.data["batch_size"] == 24:
+        raise OSError("No space left on device")
+      return _made(stage, topology, **options)
+
+    path = self.root / "plan.json"
+    with (
+      mock.patch.object(plan_lib, "plan", made),
+      self.assertRaisesRegex(OSError, "No space"),
+    ):
+      self.answer(json=str(path), sweep=sweep)
+    self.assertEqual([*json.loads(path.read_text())], ["long"])
+
   def test_a_config_without_stages_is_called_plan(self):
     del self.config["stages"]
     text, _ = self.answer(json="-")
@@ -154,6 +169,7 @@ class AnswerTest(parameterized.TestCase):
       ("a pod of v4 has 16x16x16", dict(topology="2xv4:16x16x18")),
       ("stage='shrt' is unknown.*Did you mean 'short'", dict(stage="shrt")),
       ("sweep: 'microbatches' names no field", dict(sweep="microbatches")),
+      ("--json=/dev/null is a device", dict(json="/dev/null")),
       ("there is no folder", dict(json=f"{self.root}/no/plan.json")),
     ):
       compiled = mock.Mock()
@@ -163,6 +179,17 @@ class AnswerTest(parameterized.TestCase):
       ):
         self.answer(**given)
       compiled.assert_not_called()
+
+
+class TopologyTest(absltest.TestCase):
+  def test_a_slice_larger_than_a_pod_is_refused_without_a_compiler(self):
+    ((_, stage, _),) = plan_lib.stages(tiny.config(pathlib.Path("nowhere")))
+    with (
+      mock.patch.object(hardware, "compile_for") as compiled,
+      self.assertRaisesRegex(ValueError, "'v5e:32x32': a pod of v5e has 16x16"),
+    ):
+      plan_lib.plan(stage, "v5e:32x32")
+    compiled.assert_not_called()
 
 
 class MissingCompilerTest(absltest.TestCase):

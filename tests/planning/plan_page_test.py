@@ -141,6 +141,11 @@ class PageTest(absltest.TestCase):
     self.assertIn("DOES NOT FIT: 20.00 GiB of 16.00 GiB per device", text)
     self.assertIn("  temporaries  17.00 GiB  (activations, gradients", text)
     self.assertIn("try a smaller data.batch_size", text)
+    self.assertNotIn("other state", text)
+    facts = dataclasses.replace(made.facts, extra_bytes=4 * _GIB)
+    text = page.render(dataclasses.replace(made, facts=facts))
+    self.assertIn("  other state  4.00 GiB\n", text)
+    self.assertIn("  temporaries  13.00 GiB  (activations, gradients", text)
     unknown = dataclasses.replace(made, needed_bytes=None)
     self.assertIn("DOES NOT FIT: more than it has of", page.render(unknown))
 

@@ -38,7 +38,10 @@ class UnitsTest(parameterized.TestCase):
     self.assertEqual(units.span(seconds), text)
 
   @parameterized.parameters(
-    (512, "512 B"), (1_536, "1.50 KiB"), (12e9, "11.18 GiB")
+    (512, "512 B"),
+    (1_536, "1.50 KiB"),
+    (12e9, "11.18 GiB"),
+    (2**40, "1.00 TiB"),
   )
   def test_size(self, count, text):
     self.assertEqual(units.size(count), text)

@@ -8,6 +8,8 @@ from absl.testing import absltest
 from bertjax import hardware
 from bertjax import plan as plan_lib
 from bertjax.config import settings
+from bertjax.hardware import compiling, topologies
+from bertjax.planning import page
 from bertjax.planning.step import StepFacts
 from tests import tiny
 
@@ -56,6 +58,14 @@ class SuggestTest(absltest.TestCase):
     self.assertEqual(found.fields, "microbatches=8")
     self.assertEqual([parts for parts, _ in tried], [1, 4, 8])
 
+  def test_what_the_compiler_does_not_survive_is_not_suggested(self):
+    def needs(parts, _):
+      if parts == 4:
+        raise hardware.CompilerEnded("The compiler was killed.")
+      return 60 * _GIB // parts
+
+    self.assertEqual(self.suggested(needs)[0].fields, "microbatches=8")
+
   def test_remat_comes_after_microbatches(self):
     found, _ = self.suggested(lambda _, remat: (3 if remat else 17) * _GIB)
     self.assertEqual(found.fields, "model.remat=full")
@@ -66,6 +76,26 @@ class SuggestTest(absltest.TestCase):
     )
     self.assertIsNone(found)
     self.assertEqual({remat for _, remat in tried}, {"products"})
+
+  def test_a_gpu_is_asked_for_room_too(self):
+    """XLA's compiler for GPUs compiles what they have no room for."""
+
+    def compiled(gib):
+      sizes = dict(arguments=gib * _GIB, outputs=0, aliased=0, temporaries=0)
+      return "HloModule m", sizes | dict(code=0), _FACTS
+
+    with (
+      mock.patch.object(topologies, "require_compiler"),
+      mock.patch.object(compiling, "_run_worker"),
+      mock.patch.object(
+        compiling, "_load", side_effect=[compiled(90), compiled(70)]
+      ),
+      mock.patch.object(compiling.gpu, "read_kernels", return_value=()),
+    ):
+      stage = settings(tiny.config(pathlib.Path("nowhere")))
+      text = page.render(plan_lib.plan(stage, "h100:4"))
+    self.assertIn("DOES NOT FIT: 90.00 GiB of 80.00 GiB per device", text)
+    self.assertIn("fit with --config.microbatches=2 (70.00 GiB)", text)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 from absl.testing import absltest, parameterized
 
 from bertjax import hardware
@@ -107,18 +108,55 @@ class SweepTest(parameterized.TestCase):
     )
     self.assertNotIn("plan", found[-1])
 
-  @parameterized.parameters("", "microbatches", "microbatches=", "=3", "a b=1")
+  def test_what_the_compiler_does_not_survive_is_refused(self):
+    def plan(config):
+      if config["microbatches"] == 1:
+        raise hardware.CompilerEnded("The compiler was killed.")
+      if config["microbatches"] == 2:
+        raise jax.errors.JaxRuntimeError("INTERNAL: a bug\nand more of it")
+      return _plan(config)
+
+    config = dict(mesh=dict(fsdp=1))
+    found = list(sweep.trials(config, sweep.axes("microbatches=1,2,4"), plan))
+    self.assertEqual(
+      [trial.verdict for trial in found],
+      ["The compiler was killed.", "INTERNAL: a bug", "fits"],
+    )
+
+  @parameterized.parameters(
+    "", "microbatches", "microbatches=", "=3", "a b=1", "mesh.=1", "mesh..a=1"
+  )
   def test_words_that_name_no_values(self, text):
-    with self.assertRaisesRegex(ValueError, "sweep.*microbatches=1,2"):
+    with self.assertRaisesRegex(ValueError, "^sweep: .*microbatches=1,2"):
+      sweep.axes(text)
+
+  @parameterized.parameters(
+    ("microbatches=[1", r"microbatches=\[1 is no value"),
+    ("paths=*.txt", r"paths=\*\.txt is no value.* in quotes, as paths='"),
+    ("x='", "x=' is no value"),
+    ("x=2020-13-13", "x=2020-13-13 is no value"),
+    ("mesh=1 mesh.fsdp=2", "mesh.fsdp stands beside mesh;"),
+    ("mesh.fsdp=2 mesh=1", "mesh stands beside mesh.fsdp;"),
+    ("seed=1 microbatches=1 seed=2", "seed stands beside seed; name a .* once"),
+    ("microbatches=1,2,1", "'microbatches=1,2,1' tries 1 twice"),
+  )
+  def test_mistakes_are_told_in_one_line(self, text, message):
+    with self.assertRaisesRegex(ValueError, rf"\Asweep: {message}.*\Z"):
       sweep.axes(text)
 
   def test_values_are_those_of_yaml(self):
     self.assertEqual(
-      sweep.axes("model.remat=none,full model.scan=true,false rate=1.0e-3"),
+      sweep.axes(
+        "model.remat=none,full model.scan=true,false rate=1.0e-3,1e-4,1"
+        " mesh.data=1 mesh.data2=1 glob='*.txt'"
+      ),
       {
         "model.remat": ["none", "full"],
         "model.scan": [True, False],
-        "rate": [1e-3],
+        "rate": [1e-3, 1e-4, 1],
+        "mesh.data": [1],
+        "mesh.data2": [1],
+        "glob": ["*.txt"],
       },
     )
 
