@@ -10,7 +10,6 @@ takes several times as long in it as in float32, and no user of it would.
 """
 
 import copy
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,13 +33,6 @@ PASSES = {
 }
 Batch = Mapping[str, np.ndarray]
 Call = Callable[[], None]
-
-
-def cores() -> int:
-  """Of this process: so many threads has XLA, and PyTorch is to have."""
-  if hasattr(os, "sched_getaffinity"):
-    return len(os.sched_getaffinity(0))
-  return os.cpu_count() or 1
 
 
 def ours(

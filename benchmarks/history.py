@@ -1,6 +1,7 @@
 """Headlines of the benchmarks by commit: a line of JSON for each run."""
 
 import json
+import os
 import pathlib
 import platform
 from collections.abc import Mapping, Sequence
@@ -87,8 +88,6 @@ def append(
     commit: that was measured.
     date: of the measurement.
   """
-  from benchmarks.bert_base import cores  # and all of a model: seconds
-
   line = dict(
     commit=commit,
     date=date,
@@ -98,6 +97,13 @@ def append(
   )
   with path.open("a", encoding="utf-8") as file:
     file.write(json.dumps(line) + "\n")
+
+
+def cores() -> int:
+  """Of this process: so many threads has XLA, and PyTorch is to have."""
+  if hasattr(os, "sched_getaffinity"):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def processor(cpuinfo: pathlib.Path = pathlib.Path("/proc/cpuinfo")) -> str:

@@ -14,7 +14,8 @@ import statistics
 import jax
 import numpy as np
 
-from benchmarks.bert_base import Call, alternate, cores
+from benchmarks.bert_base import Call, alternate
+from benchmarks.history import cores
 from bertjax import points
 
 _CLOUDS, _POINTS, _PATCHES, _SIZE, _CHAMFER = 32, 1024, 64, 32, 2048

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks import bert_base
+from benchmarks import bert_base, history
 from bertjax.data import sources, tokenizers
 
 LENGTH, SHORTEST, ROWS = 512, 20, 8
@@ -111,7 +111,7 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
   texts = documents(_DOCUMENTS)
   real = sum(map(len, texts))
   whole = packed(texts, LENGTH)
-  threads = bert_base.cores()
+  threads = history.cores()
   dtype = bert_base.fastest_dtype(threads)
   mine = bert_base.ours(split(whole, len(texts) // ROWS), dtype=dtype)
   fill = real / whole["tokens"].size

@@ -12,7 +12,7 @@ import pathlib
 
 import numpy as np
 
-from benchmarks import bert_base
+from benchmarks import bert_base, history
 
 _ROWS, _LENGTH, _MASKED = 8, 128, 20
 
@@ -31,7 +31,7 @@ def measure(
     dtype: of products on both sides; that which PyTorch is faster in if None.
     **options: as `bert_base.ours`.
   """
-  threads = threads or bert_base.cores()
+  threads = threads or history.cores()
   dtype = dtype or bert_base.fastest_dtype(threads)
   mine = bert_base.ours([_batch()], dtype=dtype, **options)
   other = bert_base.theirs([_padded()], threads, dtype)

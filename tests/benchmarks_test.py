@@ -194,7 +194,7 @@ class HistoryTest(absltest.TestCase):
     )
     compiled = [row["BERT-large compiled, s"] for row in table]
     self.assertEqual(compiled, ["", "20"])
-    cores = f"{bert_base.cores()} x {history.processor()}"
+    cores = f"{history.cores()} x {history.processor()}"
     self.assertEqual(table[0]["cores"], cores)
 
   def test_what_is_measured_no_more_stays_visible(self):
