@@ -418,9 +418,15 @@ def _defaults() -> dict[str, bool | int | float]:
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"Unknown arguments: {argv[1:]}")
+  from bertjax import cli
+
+  with cli.clear_errors():
+    _write(flags.FLAGS)
+
+
+def _write(values: flags.FlagValues) -> None:
   from bertjax.data import tokenizers
 
-  values = flags.FLAGS
   tokenizer = tokenizers.load_tokenizer(values.vocab)
   files = [f for p in values.input for f in sorted(glob.glob(p))]
   if not files:

@@ -1,12 +1,15 @@
 """The static generator: fixed draws, the reference's rules, TFRecords."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import random
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from absl.testing import absltest, parameterized
@@ -217,6 +220,19 @@ class ImportTest(absltest.TestCase):
     )
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+class CommandTest(absltest.TestCase):
+  def test_what_a_user_can_put_right_is_one_line(self):
+    wrong = ValueError("--input=x matches no file.")
+    said = io.StringIO()
+    with (
+      mock.patch.object(bert_instances, "_write", side_effect=wrong),
+      contextlib.redirect_stderr(said),
+      self.assertRaisesRegex(SystemExit, "1"),
+    ):
+      bert_instances.main(["bert_instances"])
+    self.assertEqual(said.getvalue(), f"Error: {wrong}\n")
 
 
 if __name__ == "__main__":
