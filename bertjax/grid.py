@@ -18,11 +18,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bertjax import fields
+from bertjax import fields, records
+from bertjax.checkpoint import BEST
 from bertjax.config import merge, plain
 from bertjax.stopping import sign_of
 
-CSV, BEST = "grid.csv", "best"
+CSV = "grid.csv"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,10 +137,7 @@ def record(
       cells = [metrics.get(name, "") for name in columns]
       writer.writerow([*point.values.values(), int(point == best), *cells])
   table = partial.replace(workdir / CSV)
-  link = workdir / f"{BEST}.partial"
-  link.unlink(missing_ok=True)
-  link.symlink_to(best.name, target_is_directory=True)
-  link.replace(workdir / BEST)
+  records.link(workdir / BEST, best.name)
   return table
 
 

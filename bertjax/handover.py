@@ -15,7 +15,7 @@ import numpy as np
 
 from bertjax import registry
 from bertjax.adaptation import reinitialise, vocabulary
-from bertjax.checkpoint import Checkpointer, selected_step
+from bertjax.checkpoint import Checkpointer, located, selected_step
 from bertjax.data.textual import TextualData
 from bertjax.data.tokenizers import load_tokenizer
 from bertjax.experiment import Experiment
@@ -94,7 +94,7 @@ def initial_state(experiment: Experiment) -> TrainState:
     return with_teachers(state, experiment)
   source = registry.call(InitFrom, spec, "init_from")
   if source.carry == "optimizer":
-    with Checkpointer(source.path) as checkpointer:
+    with Checkpointer(located(source.path)) as checkpointer:
       old = checkpointer.restore(
         experiment.abstract_state, selected_step(source.path), adapt=adapt
       ).state

@@ -19,7 +19,7 @@ import numpy as np
 from flax.typing import Dtype
 
 from bertjax import interop, registry
-from bertjax.checkpoint import load_variables
+from bertjax.checkpoint import load_variables, located
 from bertjax.data.sources import text_function
 from bertjax.data.tokenizers import Tokenizer, load_tokenizer
 from bertjax.interop import model_spec, names, point_bert_files, published, tf1
@@ -109,10 +109,12 @@ class LoadedModel:
 def origin_of(path: str | os.PathLike) -> str:
   """Which kind of model folder, or file, this is.
 
+  A grid and a run of stages are what `checkpoint.located` finds there.
+
   Raises:
     ValueError: none that is known.
   """
-  folder = pathlib.Path(path)
+  folder = _located(path)
   if point_bert_files.is_file(folder):
     return POINT_BERT
   if not folder.is_dir():
@@ -132,6 +134,10 @@ def origin_of(path: str | os.PathLike) -> str:
     f" or another weight file (Hugging Face), nor {tf1.CONFIG} with a"
     " TensorFlow checkpoint."
   )
+
+
+def _located(path: str | os.PathLike) -> pathlib.Path:
+  return pathlib.Path(located(path))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +168,7 @@ def read_model(
     ValueError: the folder holds no model, or one that is not ours.
     CheckpointError: all checkpoints of the workdir are damaged.
   """
-  origin = origin_of(path)
+  origin, path = origin_of(path), _located(path)
   if origin == WORKDIR:
     if ignore:
       raise ValueError(f"ignore={list(ignore)!r} is for published folders.")
@@ -184,7 +190,7 @@ def read_model(
 
 
 def _read_workdir(
-  path: str | os.PathLike, step: int | None, scan: bool | None
+  path: pathlib.Path, step: int | None, scan: bool | None
 ) -> SavedModel:
   extra, config = load_variables(path, step)
   params = extra.pop("params")
@@ -199,7 +205,7 @@ def _read_workdir(
     if scan is not None:
       params = with_scan(params, spec["num_layers"], scan)
     spec["scan"] = names.is_scanned(params)
-  folder = pathlib.Path(path) / "tokenizer"
+  folder = path / "tokenizer"
   tokenizer = load_tokenizer(folder) if folder.is_dir() else None
   return SavedModel(
     WORKDIR, params, tokenizer, spec, dict(config["objective"]), config, extra
@@ -235,7 +241,7 @@ def describe(path: str | os.PathLike) -> Description:
   Raises:
     ValueError: the folder holds no model, or one that is not ours.
   """
-  origin, folder = origin_of(path), pathlib.Path(path)
+  origin, folder = origin_of(path), _located(path)
   if origin == WORKDIR:
     config = published.read_json(folder / "config.json")
     tokenizer = folder / "tokenizer"
@@ -279,8 +285,9 @@ def load_model(
   """Reads a model with what belongs to it.
 
   Args:
-    path: a workdir, a Hugging Face folder, an original BERT release, or a file
-      of Point-BERT's.
+    path: a workdir (of a grid its best run counts, of stages the last one that
+      came to its end), a Hugging Face folder, an original BERT release, or a
+      file of Point-BERT's.
     dtype: compute dtype. With bfloat16 the matrices and the token table are
       cast once, here; the rest stays float32.
     step: which checkpoint of a workdir; the newest intact one by default.
@@ -314,7 +321,7 @@ def load_model(
     origin=saved.origin,
     config=saved.config,
     path=str(path),
-    preprocess=_preprocess(pathlib.Path(path), saved.config),
+    preprocess=_preprocess(_located(path), saved.config),
     extra=jax.tree.map(jnp.asarray, dict(saved.extra)),
   )
 

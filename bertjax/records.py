@@ -82,6 +82,14 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
   partial.replace(path)
 
 
+def link(path: pathlib.Path, folder: str) -> None:
+  """Makes `path` a link to a folder beside it, whole at any moment."""
+  partial = path.with_name(f"{path.name}.partial")
+  partial.unlink(missing_ok=True)
+  partial.symlink_to(folder, target_is_directory=True)
+  partial.replace(path)
+
+
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
   """Names such as `optim.learning_rate` of a nested mapping, and values."""
   if not isinstance(value, Mapping):

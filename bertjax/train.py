@@ -25,13 +25,13 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from bertjax import cli, grid, loading, loop, predict, report
+from bertjax import cli, grid, loading, loop, predict, records, report
 from bertjax import experiment as experiment_lib
+from bertjax.checkpoint import LAST
 from bertjax.config import Settings, settings, stage_configs
 from bertjax.experiment import Experiment
 from bertjax.hooks import Stopwatch
 from bertjax.parallel import agreement, hosts
-from bertjax.records import flat, write_json
 from bertjax.session import INTERRUPTED, Session
 
 
@@ -131,6 +131,8 @@ def _train_stages(
     if result.interrupted:
       break
     previous = workdir / name
+    if name and hosts.is_first():
+      records.link(workdir / LAST, name)
   return result
 
 
@@ -176,7 +178,7 @@ def run(
 
 def _check_together(experiment: Experiment, workdir: pathlib.Path) -> None:
   """Refuses processes that would train something else, or elsewhere."""
-  agreement.agree("config", dict(flat(experiment.settings.to_json())))
+  agreement.agree("config", dict(records.flat(experiment.settings.to_json())))
   agreement.agree("data", experiment.data.identity())
   agreement.check_shared(workdir)
 
@@ -203,7 +205,7 @@ def _health(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float]:
       "clip_norm": experiment.settings.optim.get("clip_norm"),
       "baselines": baselines,
     }
-    write_json(workdir / "health.json", health)
+    records.write_json(workdir / "health.json", health)
   return baselines
 
 

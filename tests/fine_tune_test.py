@@ -557,7 +557,7 @@ class SelectionTest(FineTuningTestCase):
       result.metrics["dev/classification_loss"], min(losses), places=6
     )
     self.assertIn("test/accuracy", result.metrics)
-    best = loading.load_model(workdir / "best")
+    best = loading.load_model(workdir)
     self.assertEqual(best.config["optim"]["learning_rate"], 0.03)
 
   @parameterized.named_parameters(

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from bertjax import experiment, train
+from bertjax import experiment, loading, train
 from bertjax.checkpoint import load_params
 from bertjax.config import settings
 from bertjax.handover import initial_state
@@ -358,6 +358,14 @@ class TrainTest(_Configured):
     ]
     # One line over both stages: the counter went on.
     np.testing.assert_allclose(rates, 1e-2 * (1 - np.arange(5) / 9), rtol=1e-5)
+    # The whole is known by its last stage.
+    jax.tree.map(
+      np.testing.assert_array_equal, load_params(folder)[0], result.state.params
+    )
+    self.assertEqual(loading.load_model(folder).config["stop"], {"steps": 5})
+    self.assertEqual(
+      loading.describe(folder).tokenizer, folder / "last" / "tokenizer"
+    )
     handed, _ = load_params(folder / "one")
     self.assertEqual(
       handed["encoder"]["embeddings"]["token"]["embedding"].shape,

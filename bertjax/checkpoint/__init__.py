@@ -18,18 +18,24 @@ checkpoint, says so, and leaves the damaged one where it is.
 from bertjax.checkpoint.checkpointer import Checkpointer, Restored
 from bertjax.checkpoint.disk import CheckpointError, DamagedError, verify
 from bertjax.checkpoint.parameters import (
+  BEST,
+  LAST,
   load_params,
   load_variables,
+  located,
   selected_step,
 )
 
 __all__ = [
+  "BEST",
+  "LAST",
   "CheckpointError",
   "Checkpointer",
   "DamagedError",
   "Restored",
   "load_params",
   "load_variables",
+  "located",
   "selected_step",
   "verify",
 ]

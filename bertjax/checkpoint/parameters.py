@@ -9,6 +9,8 @@ from etils import epath
 
 from bertjax.checkpoint import disk
 
+# Links that a run of several leaves: to its best one, and to its last stage.
+BEST, LAST = "best", "last"
 _EXTRA = "extra"  # the field of `TrainState` with all other collections
 
 
@@ -28,7 +30,8 @@ def load_variables(
   Needs neither a mesh nor a model, and reads no optimizer state.
 
   Args:
-    path: a workdir, its `checkpoints` folder, or one checkpoint in it.
+    path: a workdir, its `checkpoints` folder, or one checkpoint in it. Of a
+      grid the best run counts, of stages the last that came to its end.
     step: which checkpoint; by default the best by the run's own
       `keep.best_metric`, or else the newest intact one.
 
@@ -43,7 +46,7 @@ def load_variables(
   path = disk.absolute(path)
   if (path / disk.MANIFEST).exists() and path.name.isdecimal():
     path, step = path.parent, int(path.name)
-  workdir = path.parent if path.name == "checkpoints" else path
+  workdir = located(path.parent if path.name == "checkpoints" else path)
   folder = workdir / "checkpoints"
   steps = disk.committed_steps(folder)[::-1]
   if step is None:
@@ -77,12 +80,22 @@ def load_variables(
   return {"params": tree["params"], **tree.get(_EXTRA, {})}, meta["config"]
 
 
+def located(workdir: epath.PathLike) -> epath.Path:
+  """Where the checkpoints of a run are: its best run's, its last stage's."""
+  workdir = epath.Path(workdir)
+  if not (workdir / "checkpoints").exists():
+    for name in (BEST, LAST):
+      if (workdir / name).exists():
+        return located(workdir / name)
+  return workdir
+
+
 def selected_step(workdir: epath.PathLike) -> int | None:
   """The best step by `keep.best_metric` in the newest readable checkpoint.
 
   None if that run did not select, or has no checkpoint.
   """
-  folder = disk.absolute(workdir) / "checkpoints"
+  folder = located(disk.absolute(workdir)) / "checkpoints"
   for step in disk.committed_steps(folder)[::-1]:
     try:
       meta = disk.read_json(folder / str(step) / disk.META)
