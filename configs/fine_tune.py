@@ -18,7 +18,7 @@ Search: the grid of section A.3, in a copy of this file:
                        data=dict(batch_size=[16, 32]),
                        stop=dict(epochs=[2, 3, 4]))
          c.keep = dict(best_metric="dev/accuracy")
-       The best run is --model=runs/sst2/best. c.stop.early =
+       --model=runs/sst2 is then the best run. c.stop.early =
        dict(metric="dev/accuracy", patience=2) ends a run that stands still.
 Also:  --config.optim.layerwise_decay=0.9 --config.optim.freeze_lowest=2
        --config.init_from.reinit.top_k=2
