@@ -5,15 +5,21 @@ import json
 import pathlib
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
 
 from bertjax.experiment import Experiment
+from bertjax.grid import CSV
+from bertjax.interop.names import listed
+from bertjax.requests import REQUESTS
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _ABSENT = "absent"
+# One of them is there from a run's first write on; see `write_json`.
+_SIGNS = {"run.json", "run.partial", "checkpoints"}
+_NOBODYS = {"lost+found", *REQUESTS}
 
 
 def record(experiment: Experiment, workdir: pathlib.Path) -> None:
@@ -31,6 +37,48 @@ def record(experiment: Experiment, workdir: pathlib.Path) -> None:
   write_json(workdir / "run.json", facts)
   write_json(workdir / "config.json", experiment.settings.to_json())
   experiment.data.save(workdir)
+
+
+def check_workdir(
+  workdir: pathlib.Path, parts: Collection[str], cache: pathlib.Path
+) -> None:
+  """Refuses a folder that holds anything but this run, or a part of it.
+
+  Args:
+    workdir: may be new or empty.
+    parts: sub-folders of the run's stages, or of its grid's runs; () of a plain
+      run.
+    cache: of the run, which may be begun before the workdir is.
+
+  Raises:
+    ValueError: names the folder and what it holds.
+  """
+  if not workdir.is_dir():
+    return
+  found = {
+    path.name
+    for path in workdir.iterdir()
+    if not path.name.startswith(".")
+    and path.name not in _NOBODYS
+    and not cache.absolute().is_relative_to(path.absolute())
+  }
+  plain = found & _SIGNS
+  if not found or (found & {*parts, CSV} and not plain if parts else plain):
+    return
+  if plain:
+    what = (
+      f"a run without stages or a grid, but this config has {listed(parts)}"
+    )
+  elif runs := {
+    path.relative_to(workdir).parts[0]
+    for sign in _SIGNS
+    for level in ("*", "*/*")  # stages; and those of a grid's runs
+    for path in workdir.glob(f"{level}/{sign}")
+  }:
+    what = f"runs in {listed(runs)}, but not this one"
+  else:
+    what = f"{listed(found)}, but no run of bertjax"
+  raise ValueError(f"workdir={workdir} holds {what}; name a new folder.")
 
 
 def config_changes(experiment: Experiment, workdir: pathlib.Path) -> list[str]:

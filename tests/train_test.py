@@ -381,6 +381,63 @@ class TrainTest(_Configured):
     )
 
 
+class WorkdirTest(_Configured):
+  """What may be in a workdir before anything is written."""
+
+  STAGES = dict(stages=dict(one={}, two={}))
+  GRID = dict(grid=dict(seed=[3, 4]), keep=dict(best_metric="loss"))
+
+  def start(self, names, **changes):
+    """Starts in a folder with these files and folders; whether it would run."""
+    folder = pathlib.Path(self.create_tempdir())
+    for name in names:
+      path = folder / name
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.mkdir() if name.endswith("/") else path.touch()
+    before = sorted(folder.rglob("*"))
+    config = self._config(cache_dir=str(folder / "cache")) | changes
+    try:
+      with mock.patch.object(train, "_train_grid") as run:
+        train.train(config, folder)
+    finally:
+      self.assertEqual(sorted(folder.rglob("*")), before)
+    return run.called
+
+  @parameterized.parameters(
+    (
+      ["config.json", "model.safetensors"],
+      {},
+      "config.json, model.safetensors, but no run of bertjax; name a new f",
+    ),
+    (["a.txt"], STAGES, "holds a.txt, but no run"),
+    (["one/run.json", "a.txt"], {}, "holds runs in one, but not this one"),
+    (["seed=3/one/run.json", "grid.csv"], {}, "holds runs in seed=3, but"),
+    (["three/run.json"], STAGES, "holds runs in three, but not"),
+    (["one/a.txt"], STAGES, "one holds a.txt, but no run"),
+    (["run.json"], STAGES, "without stages or a grid, but .* one, two; name"),
+    (["checkpoints/"], GRID, "without stages .* has seed=3, seed=4"),
+    (["seed=3/run.json"], STAGES, "runs in seed=3, but not this one"),
+    (["seed=3/run.json"], GRID | STAGES, "seed=3 holds a run without stages"),
+  )
+  def test_another_folder_is_refused_as_it_is(self, names, changes, message):
+    with self.assertRaisesRegex(ValueError, f"workdir=.*{message}"):
+      self.start(names, **changes)
+
+  @parameterized.parameters(
+    ([".hidden", "lost+found/", "switch_now", "freeze_now"], {}),
+    (["cache/tokens"], {}),  # it was killed before it wrote anything else
+    (["run.partial"], {}),
+    (["run.json", "config.json", "notes.txt"], {}),
+    (["one/"], STAGES),
+    (["one/run.json", "notes.txt"], STAGES),
+    (["seed=3/run.json"], GRID),
+    (["seed=9/run.json", "grid.csv"], GRID),
+    (["seed=3/one/run.json"], GRID | STAGES),
+  )
+  def test_a_new_folder_or_its_own_is_not(self, names, changes):
+    self.assertTrue(self.start(names, **changes))
+
+
 class RefusalTest(_Configured):
   @parameterized.parameters(
     (dict(model=dict(max_positions=16)), "data.seq_len=32 exceeds .*=16"),
