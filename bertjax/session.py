@@ -79,7 +79,9 @@ class Session:
       self._last = min(self._last, self.start + limit)
     self._watch = watch
     watch.add(position.get("elapsed_s", 0.0))
-    records.record(experiment, workdir)
+    self._resumed = bool(position)
+    if not self._resumed:
+      records.record(experiment, workdir)
     self._writer = writers.open_writers(
       workdir, settings.writers, resume_from=self.start
     )
@@ -116,7 +118,11 @@ class Session:
 
   def batches(self) -> Iterator[dict[str, jax.Array]]:
     """The training batches from `start` on, as global arrays."""
-    return (put_batch(b, self._experiment.mesh) for b in self._batches)
+    # Not before: a finished run that is started again was not made with this.
+    if self._resumed:
+      records.record(self._experiment, self._workdir)
+    for batch in self._batches:
+      yield put_batch(batch, self._experiment.mesh)
 
   def stop(self, step: int) -> str | None:
     """Why to stop before `step`, or None."""

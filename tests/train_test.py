@@ -289,6 +289,16 @@ class TrainTest(_Configured):
     self.assertIn("optim.learning_rate: 0.01 -> 0.02", changed[0])
     self.assertIn("stop.steps: 2 -> 3", changed[1])
 
+  @parameterized.parameters((2, 1e-2), (3, 2e-2))
+  def test_the_workdir_tells_what_steps_were_taken_with(self, steps, rate):
+    folder = self._begun()
+    train.train(
+      self._config(stop=dict(steps=steps), optim=dict(learning_rate=2e-2)),
+      folder,
+    )
+    config = json.loads((folder / "config.json").read_text())
+    self.assertEqual(config["optim"]["learning_rate"], rate)
+
   @parameterized.parameters(
     (
       dict(name="lamb", learning_rate=1e-2),
