@@ -17,7 +17,7 @@ from absl.testing import absltest, parameterized
 
 from bertjax import experiment, train
 from bertjax.checkpoint import load_params
-from bertjax.config import settings
+from bertjax.config import merge, settings
 from bertjax.handover import initial_state
 from bertjax.metrics.accumulator import NonFiniteError
 from bertjax.optim import Optimizer
@@ -245,6 +245,22 @@ class TrainTest(_Configured):
     result = train.train(self._config(), folder, dry_run=True)
     self.assertEqual(result.step, 2)
     self.assertEmpty(list(folder.iterdir()))
+
+  @parameterized.parameters(
+    ("keep.best_metric", {}),
+    ("stop.target.metric", dict(stop=dict(target=dict(value=9)))),
+    ("stop.early.metric", dict(stop=dict(early=dict(patience=9)))),
+  )
+  def test_dry_run_refuses_a_metric_that_is_not_reported(self, field, changes):
+    group, *path = field.split(".")
+    name = "heldout/mlm_accurcy"
+    for key in reversed(path):
+      name = {key: name}
+    config = merge(self._config(**changes), {group: name})
+    with self.assertRaisesRegex(
+      ValueError, f"{field}='heldout/mlm_accurcy' is not reported; .*accuracy"
+    ):
+      train.train(config, "", dry_run=True)
 
   def test_a_truncated_checkpoint_falls_back(self):
     folder = pathlib.Path(self.create_tempdir())
