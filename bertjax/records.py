@@ -5,6 +5,7 @@ import json
 import pathlib
 import platform
 import subprocess
+import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -79,6 +80,20 @@ def check_workdir(
   else:
     what = f"{listed(found)}, but no run of bertjax"
   raise ValueError(f"workdir={workdir} holds {what}; name a new folder.")
+
+
+def check_writable(workdir: pathlib.Path) -> None:
+  """Raises ValueError for a folder in which nothing can be written, or made."""
+  path = workdir.absolute()
+  there = next(folder for folder in (path, *path.parents) if folder.exists())
+  try:  # permissions do not tell it all, least of all root
+    tempfile.TemporaryDirectory(dir=there, prefix=".").cleanup()
+  except OSError as err:
+    what = "written" if there == path else "created"
+    raise ValueError(
+      f"workdir={workdir} cannot be {what} ({there}: {err.strerror}); name"
+      " another folder."
+    ) from err
 
 
 def config_changes(experiment: Experiment, workdir: pathlib.Path) -> list[str]:

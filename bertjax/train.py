@@ -87,8 +87,8 @@ def train(
 
   Raises:
     ValueError: a config that does not fit, naming the field, a workdir that
-      is a file, holds something else or is not shared by all hosts, or
-      processes that differ.
+      is a file, holds something else, cannot be written or is not shared by
+      all hosts, or processes that differ.
     NonFiniteError: the loss is NaN; earlier checkpoints are untouched.
   """
   if dry_run:
@@ -105,6 +105,7 @@ def train(
   # The others write nothing before they agree with process 0 (`run`).
   if hosts.is_first():
     _check_workdir(config, workdir)
+    records.check_writable(workdir)
   return _train_grid(config, workdir, limit=None)
 
 
@@ -265,7 +266,7 @@ def _report(
 
 cli.define_config()
 cli.define_hosts()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_WORKDIR = flags.DEFINE(cli.PATH, "workdir", None, "Folder of the run.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Two real steps, then leave.")
 
 
