@@ -59,6 +59,18 @@ def clear_errors() -> Iterator[None]:
     sys.exit(1)
 
 
+class _Path(flags.ArgumentParser):
+  """Of flags: `~` is the home folder, which shells leave alone there."""
+
+  syntactic_help = "a path"
+
+  def parse(self, argument: str) -> str:
+    return os.path.expanduser(super().parse(argument))
+
+
+PATH = _Path()  # for `flags.DEFINE`
+
+
 def define_config() -> flags.FlagHolder:
   """The flag `--config`, and `--config.FIELD=VALUE` for any field.
 

@@ -311,8 +311,8 @@ def _compare_tokenizers(wanted: Any, found: Any, where: str) -> None:
 
 
 def _define_flags() -> None:
-  flags.DEFINE_string("from", None, "Workdir or published folder.")
-  flags.DEFINE_string("to", None, "New folder.")
+  flags.DEFINE(cli.PATH, "from", None, "Workdir or published folder.")
+  flags.DEFINE(cli.PATH, "to", None, "New folder.")
   flags.DEFINE_enum("format", None, list(FORMATS), "Layout to write.")
   flags.DEFINE_enum(
     "dtype", "float32", list(published.DTYPES), "Type of the weights written."

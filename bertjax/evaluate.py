@@ -114,7 +114,7 @@ def evaluate(
   return values
 
 
-_MODEL = flags.DEFINE_string("model", None, "Workdir or published folder.")
+_MODEL = flags.DEFINE(cli.PATH, "model", None, "Workdir or published folder.")
 _SPLIT = flags.DEFINE_string("split", "test", "Split of the source.")
 _SOURCE = flags.DEFINE_string("source", None, "JSON of the source's options.")
 _DATA_FLAG = flags.DEFINE_string("data", None, "JSON of options of data.")

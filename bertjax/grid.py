@@ -18,8 +18,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from bertjax import fields, records
-from bertjax.checkpoint import BEST
+from bertjax import fields
+from bertjax.checkpoint import BEST, link
 from bertjax.config import merge, plain
 from bertjax.stopping import sign_of
 
@@ -137,7 +137,7 @@ def record(
       cells = [metrics.get(name, "") for name in columns]
       writer.writerow([*point.values.values(), int(point == best), *cells])
   table = partial.replace(workdir / CSV)
-  records.link(workdir / BEST, best.name)
+  link(workdir / BEST, best.name)
   return table
 
 

@@ -5,15 +5,22 @@ import json
 import pathlib
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
 
 from bertjax.experiment import Experiment
+from bertjax.grid import CSV
+from bertjax.interop.names import listed
+from bertjax.requests import REQUESTS
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _ABSENT = "absent"
+# One of them is there from a run's first write on; see `write_json`.
+_SIGNS = {"run.json", "run.partial", "checkpoints"}
+_NOBODYS = {"lost+found", *REQUESTS}
 
 
 def record(experiment: Experiment, workdir: pathlib.Path) -> None:
@@ -31,6 +38,62 @@ def record(experiment: Experiment, workdir: pathlib.Path) -> None:
   write_json(workdir / "run.json", facts)
   write_json(workdir / "config.json", experiment.settings.to_json())
   experiment.data.save(workdir)
+
+
+def check_workdir(
+  workdir: pathlib.Path, parts: Collection[str], cache: pathlib.Path
+) -> None:
+  """Refuses a folder that holds anything but this run, or a part of it.
+
+  Args:
+    workdir: may be new or empty.
+    parts: sub-folders of the run's stages, or of its grid's runs; () of a plain
+      run.
+    cache: of the run, which may be begun before the workdir is.
+
+  Raises:
+    ValueError: names the folder and what it holds.
+  """
+  if not workdir.is_dir():
+    return
+  found = {
+    path.name
+    for path in workdir.iterdir()
+    if not path.name.startswith(".")
+    and path.name not in _NOBODYS
+    and not cache.absolute().is_relative_to(path.absolute())
+  }
+  plain = found & _SIGNS
+  if not found or (found & {*parts, CSV} and not plain if parts else plain):
+    return
+  if plain:
+    what = (
+      f"a run without stages or a grid, but this config has {listed(parts)}"
+    )
+  elif runs := {
+    path.relative_to(workdir).parts[0]
+    for sign in _SIGNS
+    for level in ("*", "*/*")  # stages; and those of a grid's runs
+    for path in workdir.glob(f"{level}/{sign}")
+  }:
+    what = f"runs in {listed(runs)}, but not this one"
+  else:
+    what = f"{listed(found)}, but no run of bertjax"
+  raise ValueError(f"workdir={workdir} holds {what}; name a new folder.")
+
+
+def check_writable(workdir: pathlib.Path) -> None:
+  """Raises ValueError for a folder in which nothing can be written, or made."""
+  path = workdir.absolute()
+  there = next(folder for folder in (path, *path.parents) if folder.exists())
+  try:  # permissions do not tell it all, least of all root
+    tempfile.TemporaryDirectory(dir=there, prefix=".").cleanup()
+  except OSError as err:
+    what = "written" if there == path else "created"
+    raise ValueError(
+      f"workdir={workdir} cannot be {what} ({there}: {err.strerror}); name"
+      " another folder."
+    ) from err
 
 
 def config_changes(experiment: Experiment, workdir: pathlib.Path) -> list[str]:
@@ -79,14 +142,6 @@ def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
   """Writes a file that is whole at any moment."""
   partial = path.with_suffix(".partial")
   partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
-  partial.replace(path)
-
-
-def link(path: pathlib.Path, folder: str) -> None:
-  """Makes `path` a link to a folder beside it, whole at any moment."""
-  partial = path.with_name(f"{path.name}.partial")
-  partial.unlink(missing_ok=True)
-  partial.symlink_to(folder, target_is_directory=True)
   partial.replace(path)
 
 

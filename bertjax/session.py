@@ -79,7 +79,9 @@ class Session:
       self._last = min(self._last, self.start + limit)
     self._watch = watch
     watch.add(position.get("elapsed_s", 0.0))
-    records.record(experiment, workdir)
+    self._resumed = bool(position)
+    if not self._resumed:
+      records.record(experiment, workdir)
     self._writer = writers.open_writers(
       workdir, settings.writers, resume_from=self.start
     )
@@ -116,7 +118,11 @@ class Session:
 
   def batches(self) -> Iterator[dict[str, jax.Array]]:
     """The training batches from `start` on, as global arrays."""
-    return (put_batch(b, self._experiment.mesh) for b in self._batches)
+    # Not before: a finished run that is started again was not made with this.
+    if self._resumed:
+      records.record(self._experiment, self._workdir)
+    for batch in self._batches:
+      yield put_batch(batch, self._experiment.mesh)
 
   def stop(self, step: int) -> str | None:
     """Why to stop before `step`, or None."""
@@ -147,6 +153,10 @@ class Session:
     Returns:
       That state: the one best by `keep.best_metric`, or else the last; and why
       the run ended.
+
+    Raises:
+      ValueError: `keep` or `stop` name a metric that is not reported; the
+        state is saved.
     """
     self.log.flush()
     if reason == INTERRUPTED:
@@ -162,12 +172,25 @@ class Session:
         hook.run(step, state)
     self.saving.save(step, state)
     self._bar.note(f"Stopped at step {step}: {reason}.")
+    self._refuse_unreported()
     if self._best:
       state = self._select(step, state)
       for hook in self._evaluations:
         if hook not in paced:
           hook.run(step, state)
     return state, reason
+
+  def _refuse_unreported(self) -> None:
+    """Refuses names of metrics; a dry run ends before others ask for them."""
+    settings = self._experiment.settings
+    named = {
+      f"stop.{rule}.metric": (settings.stop.get(rule) or {}).get("metric")
+      for rule in stopping.UNSURE
+    }
+    named["keep.best_metric"] = self._best
+    for field, metric in named.items():
+      if metric:
+        stopping.refuse_unreported(metric, self.latest(), settings.evals, field)
 
   def _select(self, step: int, state: Any) -> Any:
     """The state of the best checkpoint, with its values in `latest`."""

@@ -208,7 +208,7 @@ STOP_RULES: dict[str, Callable[[Any], StopRule]] = {
   "target": _row(Target, "stop.target"),
   "early": _row(Early, "stop.early"),
 }
-_UNSURE = ("target", "early")  # wait for a metric; may never be
+UNSURE = ("target", "early")  # wait for a metric; may never be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,13 +262,13 @@ def build_stop(
     for name, value in dict(spec).items()
     if value is not None
   }
-  if not set(built) - set(_UNSURE):
+  if not set(built) - set(UNSURE):
     raise ValueError(
       "stop has no rule that is sure to end the run; set stop.steps,"
       " stop.tokens or stop.wall_clock_s."
     )
   if evals is not None:
-    for name in _UNSURE:
+    for name in UNSURE:
       if name in built:
         check_evaluated(built[name].metric, evals, f"stop.{name}.metric")
   return StopRules(tuple(built.values()), tuple(evals or ()))

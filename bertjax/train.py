@@ -25,10 +25,25 @@ from typing import Any
 import jax
 from absl import app, flags
 
-from bertjax import cli, grid, loading, loop, predict, records, report
+from bertjax import (
+  checkpoint,
+  cli,
+  fields,
+  grid,
+  loading,
+  loop,
+  predict,
+  records,
+  report,
+)
 from bertjax import experiment as experiment_lib
-from bertjax.checkpoint import LAST
-from bertjax.config import Settings, settings, stage_configs
+from bertjax.config import (
+  Settings,
+  cache_path,
+  plain,
+  settings,
+  stage_configs,
+)
 from bertjax.experiment import Experiment
 from bertjax.hooks import Stopwatch
 from bertjax.parallel import agreement, hosts
@@ -72,7 +87,8 @@ def train(
 
   Raises:
     ValueError: a config that does not fit, naming the field, a workdir that
-      is a file or not shared by all hosts, or processes that differ.
+      is a file, holds something else, cannot be written or is not shared by
+      all hosts, or processes that differ.
     NonFiniteError: the loss is NaN; earlier checkpoints are untouched.
   """
   if dry_run:
@@ -86,7 +102,22 @@ def train(
   workdir = pathlib.Path(workdir)
   if workdir.exists() and not workdir.is_dir():
     raise ValueError(f"workdir={workdir} is a file; name a folder.")
+  # The others write nothing before they agree with process 0 (`run`).
+  if hosts.is_first():
+    _check_workdir(config, workdir)
+    records.check_writable(workdir)
   return _train_grid(config, workdir, limit=None)
+
+
+def _check_workdir(config: Any, workdir: pathlib.Path) -> None:
+  """Refuses what is not this run's, there or where its parts will be."""
+  cache = plain(config).get("cache_dir")
+  fields.check({"cache_dir": cache})
+  parts = {point.name: point.config for point in grid.points(config)}
+  parts = parts or {k: v for k, v in stage_configs(config).items() if k}
+  records.check_workdir(workdir, parts, cache_path(cache))
+  for name, part in parts.items():
+    _check_workdir(part, workdir / name)
 
 
 def _train_grid(
@@ -118,8 +149,8 @@ def _train_stages(
 ) -> Result:
   result: Result | None = None
   previous: pathlib.Path | None = None
-  for name, fields in stage_configs(config).items():
-    stage = settings(fields)
+  for name, changed in stage_configs(config).items():
+    stage = settings(changed)
     if previous is not None:
       source = {"path": str(previous), **(stage.init_from or {})}
       stage = dataclasses.replace(stage, init_from=source)
@@ -132,7 +163,7 @@ def _train_stages(
       break
     previous = workdir / name
     if name and hosts.is_first():
-      records.link(workdir / LAST, name)
+      checkpoint.link(workdir / checkpoint.LAST, name)
   return result
 
 
@@ -237,7 +268,7 @@ def _report(
 
 cli.define_config()
 cli.define_hosts()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.")
+_WORKDIR = flags.DEFINE(cli.PATH, "workdir", None, "Folder of the run.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Two real steps, then leave.")
 
 

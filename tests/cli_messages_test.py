@@ -14,7 +14,7 @@ from absl import app, flags
 from absl.testing import absltest, parameterized
 from ml_collections import config_flags
 
-from bertjax import cli, evals, expressions, train
+from bertjax import cli, evals, evaluate, expressions, records, train
 from bertjax.metrics import writers
 from bertjax.predict.requests import requests_of
 
@@ -152,6 +152,27 @@ class MessagesTest(parameterized.TestCase):
     cli.check_output("output", f"{self.root}/new.npy")
     self.assertLen([*self.root.iterdir()], 1)
     cli.check_output("output", None)
+
+  def test_a_path_may_begin_at_home(self):
+    with mock.patch.dict(os.environ, HOME="/home/me"):
+      for flag in (train._WORKDIR, evaluate._MODEL):
+        parse = flags.FLAGS[flag.name].parser.parse
+        self.assertEqual(parse("~/x"), "/home/me/x")
+        self.assertEqual(parse("x/~"), "x/~")
+
+  def test_a_workdir_that_cannot_be_written_is_refused_before_the_work(self):
+    (self.root / "file").touch()
+    for path, where in (
+      (pathlib.Path("/proc/x/y"), "/proc: No such"),
+      (self.root / "file" / "x", f"{self.root}/file: Not a directory"),
+    ):
+      message = rf"workdir={path} cannot be created \({where}.*; name another"
+      with self.assertRaisesRegex(ValueError, message):
+        train.train({}, path)
+    with self.assertRaisesRegex(ValueError, "/proc cannot be written"):
+      records.check_writable(pathlib.Path("/proc"))
+    records.check_writable(self.root / "new" / "run")
+    self.assertLen([*self.root.iterdir()], 1)
 
   def test_a_workdir_that_is_a_file_is_refused_before_the_work(self):
     path = self.root / "file"

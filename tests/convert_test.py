@@ -16,7 +16,7 @@ from absl.testing import absltest, parameterized
 from bertjax import convert, interop, loading
 from bertjax.data.tokenizers import Specials, train_tokenizer
 from bertjax.data.tokenizers.unigram import SentencePieceTokenizer
-from bertjax.interop import published
+from bertjax.interop import published, tensors
 from tests.interop import toy
 
 REPOSITORY = pathlib.Path(convert.__file__).parent.parent
@@ -81,6 +81,13 @@ class ConvertTest(parameterized.TestCase):
       (source / "model.safetensors").read_bytes(),
       (self.root / "back" / "model.safetensors").read_bytes(),
     )
+
+  @parameterized.parameters(0o022, 0o007)
+  def test_weights_are_for_whom_the_umask_lets_read_them(self, umask):
+    self.addCleanup(os.umask, os.umask(umask))
+    path = self.root / "model.safetensors"
+    tensors.write_safetensors({"x": np.ones(2, np.float32)}, path)
+    self.assertEqual(path.stat().st_mode & 0o777, 0o666 & ~umask)
 
   def test_sixteen_bits_halve_the_file(self):
     source = self.source()

@@ -17,7 +17,7 @@ from absl.testing import absltest, parameterized
 
 from bertjax import experiment, loading, train
 from bertjax.checkpoint import load_params
-from bertjax.config import settings
+from bertjax.config import merge, settings
 from bertjax.handover import initial_state
 from bertjax.metrics.accumulator import NonFiniteError
 from bertjax.optim import Optimizer
@@ -246,6 +246,22 @@ class TrainTest(_Configured):
     self.assertEqual(result.step, 2)
     self.assertEmpty(list(folder.iterdir()))
 
+  @parameterized.parameters(
+    ("keep.best_metric", {}),
+    ("stop.target.metric", dict(stop=dict(target=dict(value=9)))),
+    ("stop.early.metric", dict(stop=dict(early=dict(patience=9)))),
+  )
+  def test_dry_run_refuses_a_metric_that_is_not_reported(self, field, changes):
+    group, *path = field.split(".")
+    name = "heldout/mlm_accurcy"
+    for key in reversed(path):
+      name = {key: name}
+    config = merge(self._config(**changes), {group: name})
+    with self.assertRaisesRegex(
+      ValueError, f"{field}='heldout/mlm_accurcy' is not reported; .*accuracy"
+    ):
+      train.train(config, "", dry_run=True)
+
   def test_a_truncated_checkpoint_falls_back(self):
     folder = pathlib.Path(self.create_tempdir())
     first = train.train(self._config(), folder)
@@ -288,6 +304,16 @@ class TrainTest(_Configured):
     self.assertLen(changed, 2)
     self.assertIn("optim.learning_rate: 0.01 -> 0.02", changed[0])
     self.assertIn("stop.steps: 2 -> 3", changed[1])
+
+  @parameterized.parameters((2, 1e-2), (3, 2e-2))
+  def test_the_workdir_tells_what_steps_were_taken_with(self, steps, rate):
+    folder = self._begun()
+    train.train(
+      self._config(stop=dict(steps=steps), optim=dict(learning_rate=2e-2)),
+      folder,
+    )
+    config = json.loads((folder / "config.json").read_text())
+    self.assertEqual(config["optim"]["learning_rate"], rate)
 
   @parameterized.parameters(
     (
@@ -387,6 +413,63 @@ class TrainTest(_Configured):
       self.begun_result.state.params,
       second.state.params,
     )
+
+
+class WorkdirTest(_Configured):
+  """What may be in a workdir before anything is written."""
+
+  STAGES = dict(stages=dict(one={}, two={}))
+  GRID = dict(grid=dict(seed=[3, 4]), keep=dict(best_metric="loss"))
+
+  def start(self, names, **changes):
+    """Starts in a folder with these files and folders; whether it would run."""
+    folder = pathlib.Path(self.create_tempdir())
+    for name in names:
+      path = folder / name
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.mkdir() if name.endswith("/") else path.touch()
+    before = sorted(folder.rglob("*"))
+    config = self._config(cache_dir=str(folder / "cache")) | changes
+    try:
+      with mock.patch.object(train, "_train_grid") as run:
+        train.train(config, folder)
+    finally:
+      self.assertEqual(sorted(folder.rglob("*")), before)
+    return run.called
+
+  @parameterized.parameters(
+    (
+      ["config.json", "model.safetensors"],
+      {},
+      "config.json, model.safetensors, but no run of bertjax; name a new f",
+    ),
+    (["a.txt"], STAGES, "holds a.txt, but no run"),
+    (["one/run.json", "a.txt"], {}, "holds runs in one, but not this one"),
+    (["seed=3/one/run.json", "grid.csv"], {}, "holds runs in seed=3, but"),
+    (["three/run.json"], STAGES, "holds runs in three, but not"),
+    (["one/a.txt"], STAGES, "one holds a.txt, but no run"),
+    (["run.json"], STAGES, "without stages or a grid, but .* one, two; name"),
+    (["checkpoints/"], GRID, "without stages .* has seed=3, seed=4"),
+    (["seed=3/run.json"], STAGES, "runs in seed=3, but not this one"),
+    (["seed=3/run.json"], GRID | STAGES, "seed=3 holds a run without stages"),
+  )
+  def test_another_folder_is_refused_as_it_is(self, names, changes, message):
+    with self.assertRaisesRegex(ValueError, f"workdir=.*{message}"):
+      self.start(names, **changes)
+
+  @parameterized.parameters(
+    ([".hidden", "lost+found/", "switch_now", "freeze_now"], {}),
+    (["cache/tokens"], {}),  # it was killed before it wrote anything else
+    (["run.partial"], {}),
+    (["run.json", "config.json", "notes.txt"], {}),
+    (["one/"], STAGES),
+    (["one/run.json", "notes.txt"], STAGES),
+    (["seed=3/run.json"], GRID),
+    (["seed=9/run.json", "grid.csv"], GRID),
+    (["seed=3/one/run.json"], GRID | STAGES),
+  )
+  def test_a_new_folder_or_its_own_is_not(self, names, changes):
+    self.assertTrue(self.start(names, **changes))
 
 
 class RefusalTest(_Configured):

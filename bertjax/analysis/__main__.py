@@ -57,7 +57,13 @@ def measure(
 
 
 def _define_flags() -> None:
-  flags.DEFINE_multi_string("model", [], "Folder; may be given several times.")
+  flags.DEFINE_multi(
+    cli.PATH,
+    flags.ArgumentSerializer(),
+    "model",
+    [],
+    "Folder; may be given several times.",
+  )
   flags.DEFINE_string(
     "source", '{"name": "python_docs"}', "JSON of the source's options."
   )

@@ -20,6 +20,7 @@ from bertjax.checkpoint.disk import CheckpointError, DamagedError, verify
 from bertjax.checkpoint.parameters import (
   BEST,
   LAST,
+  link,
   load_params,
   load_variables,
   located,
@@ -33,6 +34,7 @@ __all__ = [
   "Checkpointer",
   "DamagedError",
   "Restored",
+  "link",
   "load_params",
   "load_variables",
   "located",

@@ -1,5 +1,6 @@
 """The parameters in a checkpoint, for who has neither its model nor a mesh."""
 
+import pathlib
 from typing import Any
 
 import jax
@@ -78,6 +79,14 @@ def load_variables(
       ),
     )
   return {"params": tree["params"], **tree.get(_EXTRA, {})}, meta["config"]
+
+
+def link(path: pathlib.Path, folder: str) -> None:
+  """Makes `path` a link to a folder beside it, whole at any moment."""
+  partial = path.with_name(f"{path.name}.partial")
+  partial.unlink(missing_ok=True)
+  partial.symlink_to(folder, target_is_directory=True)
+  partial.replace(path)
 
 
 def located(workdir: epath.PathLike) -> epath.Path:

@@ -192,4 +192,7 @@ def read_weights(folder: pathlib.Path) -> Tensors:
 
 def write_safetensors(tensors: Mapping[str, np.ndarray], path: pathlib.Path):
   """Writes a file that `transformers` takes for one of PyTorch's."""
+  path.touch()
+  mode = path.stat().st_mode  # save_file lets nobody else read what it writes
   safetensors.numpy.save_file(dict(tensors), path, metadata={"format": "pt"})
+  path.chmod(mode)

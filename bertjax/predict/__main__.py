@@ -207,11 +207,13 @@ TASKS: dict[str, tuple[str, tuple[str, ...], Command]] = {
 
 def _define_flags() -> None:
   """Made when the command runs, so that importing adds none."""
-  flags.DEFINE_string("model", None, "Workdir or published folder.")
+  flags.DEFINE(cli.PATH, "model", None, "Workdir or published folder.")
   flags.DEFINE_multi_string("text", [], "A text; may be given several times.")
   flags.DEFINE_multi_string("pair", [], "The second text of each --text.")
-  flags.DEFINE_string("file", None, "File with a text a line, or .jsonl.")
-  flags.DEFINE_string("output", None, "File to write; standard output if none.")
+  flags.DEFINE(cli.PATH, "file", None, "File with a text a line, or .jsonl.")
+  flags.DEFINE(
+    cli.PATH, "output", None, "File to write; standard output if none."
+  )
   flags.DEFINE_integer("step", None, "Checkpoint of a workdir; the newest.")
   flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Compute dtype.")
   flags.DEFINE_integer("batch_size", 32, "Texts at a time.", lower_bound=1)

@@ -288,6 +288,17 @@ class CommandTest(absltest.TestCase):
     self.assertEqual(done.returncode, 1)
     self.assertIn("Error: --image is for --kind=jobset", done.stderr)
 
+  def test_a_config_that_the_checkout_lacks_is_refused(self):
+    done = self._run(
+      "--kind=slurm", "--topology=h100:8", "--name=bert",
+      "--config=configs/nosuch.py:base", "--workdir=w",
+    )  # fmt: skip
+    self.assertEqual(done.returncode, 1)
+    self.assertIn(
+      "Error: --config=configs/nosuch.py:base: there is no file", done.stderr
+    )
+    jobs._check_config("/on/the/cluster.py:base")
+
   def test_names_and_numbers_out_of_range(self):
     for options, message in (
       (dict(name="Bert"), "name='Bert' must be"),

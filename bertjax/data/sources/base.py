@@ -21,7 +21,9 @@ class Source(Protocol):
   features. An optional `copy` counts deliberate repetitions of one document; an
   optional `component`, below 65536, numbers the part of a mixture it is of.
 
-  A source may have a method `parts(split)`, see the function of that name.
+  A source may have a method `parts(split)`, see the function of that name, and
+  `hints`: what to do about an unknown split ("splits") or about too few
+  examples ("examples"), sentences for messages.
   """
 
   name: str
@@ -40,8 +42,13 @@ def check_split(source: Source, split: str) -> None:
   if split not in source.splits:
     raise ValueError(
       f"split={split!r} is unknown to source {source.name!r}; choose from"
-      f" {', '.join(source.splits)}."
+      f" {', '.join(source.splits)}.{_hint(source, 'splits')}"
     )
+
+
+def _hint(source: Source, about: str) -> str:
+  hint = getattr(source, "hints", {}).get(about)
+  return f" {hint}" if hint else ""
 
 
 def parts(source: Source, split: str) -> Sequence[Part]:
@@ -133,6 +140,9 @@ class Derived:
     self._source = source
     self.name, self.licence = source.name, source.licence
     self.splits = source.splits if splits is None else tuple(splits)
+    self.hints = dict(getattr(source, "hints", {}))
+    if splits is not None:
+      self.hints.pop("splits", None)
 
   def measured(self, measure: Measure) -> "Derived":
     twin = copy.copy(self)
@@ -186,8 +196,20 @@ class AssignedSplit(Derived):
 
   def examples(self, split: str) -> Iterator[Example]:
     check_split(self, split)
-    mine = self._mine(split, self._source.examples(self._of))
-    return nonempty(mine, self.name, split)
+    return self._dealt(split)
+
+  def _dealt(self, split: str) -> Iterator[Example]:
+    count, mine = 0, 0
+    for count, example in enumerate(self._source.examples(self._of), 1):  # noqa: B007
+      if self._assign(example) == split:
+        mine += 1
+        yield example
+    if not mine:
+      raise ValueError(
+        f"source {self.name!r} has no example in split {split!r}: of the"
+        f" {count} in {self._of!r}, which is divided, none falls there. Take"
+        f" more documents or other shares.{_hint(self, 'examples')}"
+      )
 
   def parts(self, split: str) -> Sequence[Part]:
     check_split(self, split)

@@ -37,6 +37,10 @@ OPENERS = {
   ".zst": _open_zstd,
 }
 _WHOLE = 64 * 2**20  # bytes up to which a file's full content is hashed
+_DIVIDE = (
+  "data.source.fractions, such as dict(train=0.9, test=0.1), divides it by the"
+  " hash of the text."
+)
 _SAMPLES, _SAMPLE = 16, 2**20
 
 
@@ -85,6 +89,7 @@ class FileSource:
     read: Read,
     options: Mapping[str, Any],
     licence: str = "unknown",
+    hints: Mapping[str, str] = {},
   ):
     """Args:
     name: for messages.
@@ -92,12 +97,13 @@ class FileSource:
     read: a format.
     options: of the format; JSON-like, for the fingerprint.
     licence: of the texts.
+    hints: see `base.Source`.
 
     Raises:
       ValueError: a pattern that matches no file.
     """
     self.name, self.licence = name, licence
-    self.splits = tuple(paths)
+    self.splits, self.hints = tuple(paths), hints
     self._read, self._options = read, dict(options)
     self._files = {
       split: self._match(split, patterns) for split, patterns in paths.items()
@@ -242,6 +248,7 @@ def file_source(
   options: Mapping[str, Any],
   fractions: Mapping[str, float] | None,
   licence: str,
+  hints: Mapping[str, str] = {},
 ) -> base.Source:
   """A source from a config's options.
 
@@ -253,6 +260,7 @@ def file_source(
     fractions: share of each split, dealt out by the hash of the text; None
       makes everything the training split when `paths` names no splits.
     licence: of the texts.
+    hints: see `base.Source`.
 
   Raises:
     ValueError: splits given twice, by `paths` and by `fractions`; a feature
@@ -280,12 +288,13 @@ def file_source(
     by_split = {k: base.strings(v) for k, v in paths.items()}
   else:
     by_split = {"train": base.strings(paths)}
+    hints = {"splits": _DIVIDE, **hints}
   options = {
     key: list(value) if isinstance(value, tuple) else value
     for key, value in options.items()
   }
   bound = functools.partial(read, **options)
-  source = FileSource(name, by_split, bound, options, licence)
+  source = FileSource(name, by_split, bound, options, licence, hints)
   return source if fractions is None else base.HashSplit(source, fractions)
 
 

@@ -16,6 +16,11 @@ from bertjax.data.sources.files import (
   pick,
 )
 
+_WHOLE_FILES = (
+  'A file is one document here; documents="blank_line" divides files at blank'
+  " lines."
+)
+
 
 def read_text(path: str, documents: str, encoding: str) -> Iterator[Record]:
   """One document a file, or documents between blank lines."""
@@ -147,8 +152,9 @@ def text_files(
   if documents not in ("file", "blank_line"):
     raise ValueError(f"documents={documents!r} must be 'file' or 'blank_line'.")
   options = dict(documents=documents, encoding=encoding)
+  hints = {"examples": _WHOLE_FILES} if documents == "file" else {}
   return file_source(
-    "text_files", paths, read_text, options, fractions, licence
+    "text_files", paths, read_text, options, fractions, licence, hints
   )
 
 

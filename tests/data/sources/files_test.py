@@ -15,7 +15,7 @@ import pyarrow.parquet
 from absl.testing import absltest, parameterized
 
 from bertjax import registry
-from bertjax.data.sources import SOURCES, files
+from bertjax.data.sources import SOURCES, base, files, preprocess
 
 
 def _zstd(content):
@@ -383,6 +383,30 @@ class FilesTest(parameterized.TestCase):
     path = self.write("a.txt", "a")
     with self.assertRaisesRegex(ValueError, "already names splits"):
       self.source("text_files", {"test": path}, fractions={"test": 1.0})
+
+  @parameterized.parameters(
+    (dict(), "of the 1 in 'train', .*; documents=\"blank_line\" divides"),
+    (dict(documents="blank_line"), "of the 2 in 'train', .*other shares.$"),
+  )
+  def test_a_split_that_nothing_falls_into_says_of_how_many(
+    self, options, message
+  ):
+    path = self.write("a.txt", "one\n\ntwo\n")
+    shares = {"train": 1 - 1e-9, "test": 1e-9}
+    source = self.source("text_files", path, fractions=shares, **options)
+    source = preprocess.Preprocessed(source, ["lowercase"])
+    with self.assertRaisesRegex(ValueError, f"split 'test': {message}"):
+      list(source.examples("test"))
+
+  @parameterized.parameters(
+    (dict(), "choose from train. data.source.fractions, such as"),
+    (dict(fractions={"train": 1.0}), "choose from train.$"),
+  )
+  def test_an_unknown_split_of_what_could_be_divided(self, options, message):
+    source = self.source("text_files", self.write("a.txt", "a"), **options)
+    source = preprocess.Preprocessed(source, ["lowercase"])
+    with self.assertRaisesRegex(ValueError, message):
+      base.check_split(source, "test")
 
   def test_features_that_mean_something_else_are_refused(self):
     path = self.write("a.jsonl", '{"text": "a", "copy": 7}')
