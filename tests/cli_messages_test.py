@@ -172,6 +172,36 @@ class MessagesTest(parameterized.TestCase):
       asked = types.SimpleNamespace(text=[], pair=[], file=path)
       requests_of(asked, ("text",))
 
+  def requests(self, name="texts.txt", content=None, text=(), stdin=b""):
+    path = self.root / name
+    if content is not None:
+      path.write_bytes(content)
+    file = None if content is None else path
+    asked = types.SimpleNamespace(text=[*text], pair=[], file=file)
+    with mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin))):
+      return [request["text"] for request in requests_of(asked, ("text",))]
+
+  def test_a_line_ends_at_a_line_feed_alone(self):
+    text = "a\u2028b\fc\rd"
+    lines = f"{text}\r\nend".encode()
+    self.assertEqual(self.requests(content=lines), [text, "end"])
+    self.assertEqual(self.requests(stdin=lines + b"\n"), [text, "end"])
+    objects = '{"text": "a\u2028b"}\n'.encode()
+    self.assertEqual(self.requests("a.jsonl", objects), ["a\u2028b"])
+    # An empty file is not a wish to read standard input.
+    self.assertEmpty(self.requests(content=b"", stdin=b"else"))
+
+  @parameterized.parameters(
+    (dict(content=b"a\n \nb\n"), "texts.txt, line 2"),
+    (dict(stdin=b"a\n\n"), "standard input, line 2"),
+    (dict(text=["a", ""]), "--text number 2"),
+    (dict(name="a.jsonl", content=b'{"text": "a"}\n\n'), "a.jsonl, line 2"),
+    (dict(name="a.jsonl", content=b'{"text": ""}\n'), "a.jsonl, line 1"),
+  )
+  def test_an_empty_text_is_refused_where_it_stands(self, given, where):
+    with self.assertRaisesRegex(ValueError, f"{where}: the text is empty"):
+      self.requests(**given)
+
   def test_an_expression_that_is_none_is_quoted(self):
     with self.assertRaisesRegex(
       ValueError, r"init_from\.ignore: '\(' is no regular expression: missing"

@@ -16,7 +16,8 @@ r"""Uses a trained or published model from the command line.
 
 Texts come from --text (several times), --file (a text a line, or a .jsonl file
 of objects) or standard input; second texts, such as contexts, from --pair (as
-often as --text). Objects have the fields text, pair (classify), text or words
+often as --text). An empty text is refused, so that answers stand in the lines
+of their texts. Objects have the fields text, pair (classify), text or words
 (tag), question, context (answer), text, endings (choose). Classes, tags,
 answers, choices, codes and parts of points are written as JSON lines. Point
 clouds come from --input (as often as one likes): arrays (.npy), tables (.txt,
@@ -208,9 +209,13 @@ TASKS: dict[str, tuple[str, tuple[str, ...], Command]] = {
 def _define_flags() -> None:
   """Made when the command runs, so that importing adds none."""
   flags.DEFINE_string("model", None, "Workdir or published folder.")
-  flags.DEFINE_multi_string("text", [], "A text; may be given several times.")
+  flags.DEFINE_multi_string(
+    "text", [], "A text, not empty; as often as needed."
+  )
   flags.DEFINE_multi_string("pair", [], "The second text of each --text.")
-  flags.DEFINE_string("file", None, "File with a text a line, or .jsonl.")
+  flags.DEFINE_string(
+    "file", None, "File with a text a line, or .jsonl; without empty lines."
+  )
   flags.DEFINE_string("output", None, "File to write; standard output if none.")
   flags.DEFINE_integer("step", None, "Checkpoint of a workdir; the newest.")
   flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Compute dtype.")
