@@ -83,12 +83,27 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
   """
   try:
     return flags.FLAGS(list(argv))
+  except SyntaxError as err:
+    message = (
+      f"--config: {err.filename}, line {err.lineno} is no Python ({err.msg});"
+      " name a config file, as configs/bert.py:tiny."
+    )
+  except AttributeError as err:
+    if err.name != "get_config":
+      raise
+    file = getattr(err.obj, "__file__", err.obj)
+    message = (
+      f"--config: {file} has no function get_config; name a config file, as"
+      " configs/bert.py:tiny."
+    )
   except KeyError as err:
     missing, _, hint = str(err.args[0]).partition("\n")
     name = missing.strip("'")
     given = [x for x in argv if name in x.partition("=")[0].split(".")]
+    if not given:  # of get_config itself
+      raise
     hint = hint.partition(" instead of ")[0].replace('"', "'")
-    message = f"{' '.join(given) or 'flags'}: the config has no group {name!r}."
+    message = f"{' '.join(given)}: the config has no group {name!r}."
     message += f" {hint}?" if hint else ""
   except flags.Error as err:
     message = str(err).strip()

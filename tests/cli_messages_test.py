@@ -18,6 +18,14 @@ from bertjax import cli, evals, expressions, train
 from bertjax.metrics import writers
 from bertjax.predict.requests import requests_of
 
+_CONFIG = """
+import ml_collections
+def get_config(variant='tiny'):
+  if variant != 'tiny':
+    raise ValueError(f'{variant} is unknown; choose from tiny.')
+  return ml_collections.ConfigDict(dict(seed=0, model=dict(size=variant)))
+"""
+
 
 class MessagesTest(parameterized.TestCase):
   def setUp(self):
@@ -41,17 +49,12 @@ class MessagesTest(parameterized.TestCase):
     path.write_text("def get_config():\n  return {'seed': 3}\n")
     self.assertEqual(self.config(path)["seed"], 3)
 
-  def parse(self, *arguments):
+  def parse(self, *arguments, text=_CONFIG):
     """What `parse_flags` says to a config of two fields and these."""
     path = self.root / "config.py"
-    path.write_text(
-      "import ml_collections\n"
-      "def get_config(variant='tiny'):\n"
-      "  if variant != 'tiny':\n"
-      "    raise ValueError(f'{variant} is unknown; choose from tiny.')\n"
-      "  return ml_collections.ConfigDict(dict(\n"
-      "    seed=0, model=dict(size=variant)))\n"
-    )
+    path.write_text(text)
+    # What is loaded keeps the functions of the config before.
+    sys.modules.pop("config_config", None)
     given = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=given)
     for flag in (app.HelpFlag(), app.HelpfullFlag()):
@@ -96,6 +99,31 @@ class MessagesTest(parameterized.TestCase):
     self, argument, message
   ):
     self.assertEqual(self.parse(argument), f"Error: {message}\n")
+
+  @parameterized.parameters(
+    ("x = 1\na page: of text", ", line 2 is no Python (invalid syntax);"),
+    ("x = 3", " has no function get_config;"),
+  )
+  def test_a_file_that_is_no_config_is_one_line(self, text, message):
+    hint = "name a config file, as configs/bert.py:tiny."
+    self.assertEqual(
+      self.parse(text=text),
+      f"Error: --config: {self.root / 'config.py'}{message} {hint}\n",
+    )
+
+  @parameterized.parameters(
+    ("{}['modle']", KeyError), ("[].modle", AttributeError)
+  )
+  def test_a_bug_of_the_config_itself_keeps_its_traceback(self, bug, error):
+    path = self.root / "config.py"
+    path.write_text(f"def get_config():\n  return {bug}\n")
+    given = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=given)
+    with (
+      mock.patch.object(flags, "FLAGS", given),
+      self.assertRaisesRegex(error, "modle"),
+    ):
+      cli.parse_flags(["train", f"--config={path}"])
 
   @parameterized.parameters(
     (
