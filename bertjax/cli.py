@@ -22,6 +22,9 @@ from bertjax.hardware import CompilerEnded
 from bertjax.metrics.accumulator import NonFiniteError
 from bertjax.parallel import hosts
 
+# `--help` lists what is defined here among the flags of the command itself.
+flags.disclaim_key_flags()
+
 EXPECTED = (
   ValueError,
   FileExistsError,
@@ -65,13 +68,16 @@ def define_config() -> flags.FlagHolder:
   A field that the config file leaves at its default can be set as well; the
   builders refuse what they do not know, by name.
   """
-  return config_flags.DEFINE_config_file(
+  holder = config_flags.DEFINE_config_file(
     "config",
     None,
-    "Config file, as configs/bert.py:tiny.",
+    "Config file, as configs/bert.py:tiny. --config.FIELD=VALUE, after it, sets"
+    " any of its fields, as --config.optim.learning_rate=1e-3.",
     lock_config=False,
     accept_new_attributes=True,
   )
+  flags.declare_key_flag("config")
+  return holder
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:

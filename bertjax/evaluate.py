@@ -119,7 +119,10 @@ _SPLIT = flags.DEFINE_string("split", "test", "Split of the source.")
 _SOURCE = flags.DEFINE_string("source", None, "JSON of the source's options.")
 _DATA_FLAG = flags.DEFINE_string("data", None, "JSON of options of data.")
 _EVALUATORS = flags.DEFINE_list(
-  "evaluators", None, "What to measure; by default what suits the data."
+  "evaluators",
+  None,
+  f"What to measure, of {', '.join(EVALUATORS)}; by default what suits the"
+  " data.",
 )
 _NUM_BATCHES = flags.DEFINE_integer(
   "num_batches", 50, "Batches to read.", lower_bound=1

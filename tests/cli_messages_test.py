@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import sys
 import tempfile
 import types
@@ -14,8 +15,9 @@ from absl import app, flags
 from absl.testing import absltest, parameterized
 from ml_collections import config_flags
 
-from bertjax import cli, evals, expressions, train
+from bertjax import cli, evals, evaluate, expressions, train
 from bertjax.metrics import writers
+from bertjax.predict import __main__ as predict_command
 from bertjax.predict.requests import requests_of
 
 _CONFIG = """
@@ -146,6 +148,31 @@ class MessagesTest(parameterized.TestCase):
     with contextlib.redirect_stdout(told):
       self.assertEqual(self.parse("--config.seed=1", argument), "")
     self.assertIn(text, told.getvalue())
+
+  def test_help_lists_the_flags_that_commands_share(self):
+    of_train = flags.FLAGS.get_key_flags_for_module("bertjax.train")
+    help_of = {flag.name: flag.help for flag in of_train}
+    self.assertContainsSubset(
+      {
+        "config",
+        "workdir",
+        "coordinator_address",
+        "num_processes",
+        "process_id",
+        "connect_timeout_s",
+        "heartbeat_timeout_s",
+      },
+      help_of,
+    )
+    self.assertIn("--config.FIELD=VALUE", help_of["config"])
+
+  def test_help_names_what_can_be_chosen(self):
+    told = predict_command.usage()
+    for name, (what, *_) in predict_command.TASKS.items():
+      self.assertRegex(told, rf"\n  {name} +{re.escape(what)}\n")
+    told = flags.FLAGS[evaluate._EVALUATORS.name].help
+    for name in evals.EVALUATORS:
+      self.assertIn(name, told)
 
   @parameterized.parameters(
     ("{name: x}", "--source={name: x} is no JSON: Expecting property name"),

@@ -206,6 +206,12 @@ TASKS: dict[str, tuple[str, tuple[str, ...], Command]] = {
 }  # fmt: skip
 
 
+def usage() -> str:
+  """What `--help` prints above the flags."""
+  tasks = "\n".join(f"  {name:17s}{what}" for name, (what, *_) in TASKS.items())
+  return f"{__doc__}\nTasks:\n{tasks}\n"
+
+
 def _define_flags() -> None:
   """Made when the command runs, so that importing adds none."""
   flags.DEFINE_string("model", None, "Workdir or published folder.")
@@ -244,9 +250,8 @@ def _define_flags() -> None:
 def main(argv: list[str]) -> None:
   f = flags.FLAGS
   if len(argv) != 2 or not f.model:
-    tasks = "\n".join(f"  {k:16s}{v[0]}" for k, v in TASKS.items())
     raise app.UsageError(
-      f"Usage: python -m bertjax.predict TASK --model=FOLDER ...\n{tasks}"
+      "Usage: python -m bertjax.predict TASK --model=FOLDER ..."
     )
   cli.quiet()
   cli.keep_compiled()
@@ -262,5 +267,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  __doc__ = usage()
   _define_flags()
   cli.run(main)
