@@ -22,6 +22,9 @@ from bertjax.hardware import CompilerEnded
 from bertjax.metrics.accumulator import NonFiniteError
 from bertjax.parallel import hosts
 
+# `--help` lists what is defined here among the flags of the command itself.
+flags.disclaim_key_flags()
+
 EXPECTED = (
   ValueError,
   FileExistsError,
@@ -77,13 +80,16 @@ def define_config() -> flags.FlagHolder:
   A field that the config file leaves at its default can be set as well; the
   builders refuse what they do not know, by name.
   """
-  return config_flags.DEFINE_config_file(
+  holder = config_flags.DEFINE_config_file(
     "config",
     None,
-    "Config file, as configs/bert.py:tiny.",
+    "Config file, as configs/bert.py:tiny. --config.FIELD=VALUE, after it, sets"
+    " any of its fields, as --config.optim.learning_rate=1e-3.",
     lock_config=False,
     accept_new_attributes=True,
   )
+  flags.declare_key_flag("config")
+  return holder
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -95,12 +101,27 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
   """
   try:
     return flags.FLAGS(list(argv))
+  except SyntaxError as err:
+    message = (
+      f"--config: {err.filename}, line {err.lineno} is no Python ({err.msg});"
+      " name a config file, as configs/bert.py:tiny."
+    )
+  except AttributeError as err:
+    if err.name != "get_config":
+      raise
+    file = getattr(err.obj, "__file__", err.obj)
+    message = (
+      f"--config: {file} has no function get_config; name a config file, as"
+      " configs/bert.py:tiny."
+    )
   except KeyError as err:
     missing, _, hint = str(err.args[0]).partition("\n")
     name = missing.strip("'")
     given = [x for x in argv if name in x.partition("=")[0].split(".")]
+    if not given:  # of get_config itself
+      raise
     hint = hint.partition(" instead of ")[0].replace('"', "'")
-    message = f"{' '.join(given) or 'flags'}: the config has no group {name!r}."
+    message = f"{' '.join(given)}: the config has no group {name!r}."
     message += f" {hint}?" if hint else ""
   except flags.Error as err:
     message = str(err).strip()

@@ -21,9 +21,11 @@ from absl import app, flags
 
 from bertjax import cli, registry
 from bertjax.config import cache_path
+from bertjax.data.dataset import EVALUATION_SEED
 from bertjax.evals import EVALUATORS
 from bertjax.experiment import build_data, takes
 from bertjax.loading import LoadedModel, load_model
+from bertjax.parallel import hosts
 from bertjax.parallel.mesh import make_mesh
 
 # For a model that brings no `data` of its own.
@@ -59,6 +61,16 @@ def _data_spec(
   return spec | dict(data) | {"name": name}
 
 
+def _what(spec: Mapping[str, Any], split: str, rows: int) -> str:
+  """What values depend on beside the model: two runs of this may differ."""
+  source = spec.get("source") or spec.get("task") or spec
+  lengths = [f"{k}={spec[k]}" for k in ("seq_len", "num_points") if k in spec]
+  return (
+    f"{source.get('name', spec['name'])}, split {split!r}, {rows} rows of"
+    f" {', '.join(lengths)}"
+  )
+
+
 def evaluate(
   path: str | os.PathLike,
   *,
@@ -69,7 +81,7 @@ def evaluate(
   num_rows: int = 16,
   data: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
-  """Metrics of a model on a split of a source.
+  """Metrics of a model on a split of a source, which is told first.
 
   Args:
     path: a workdir, or a published folder.
@@ -93,6 +105,9 @@ def evaluate(
     spec["tokenizer"] = model.need_tokenizer()
   built = build_data(spec, seed=0, cache_dir=cache_path())
   built.objective(model.objective_spec)
+  stream = built.dataset(split).reseeded(EVALUATION_SEED)
+  told = _what(spec, split, stream.rows_per_epoch(0))
+  hosts.say(f"Evaluating {path} on {told}.")
   # One device: the batch need not divide over anything.
   mesh = make_mesh(devices=jax.devices()[:1])
   options = {
@@ -119,7 +134,10 @@ _SPLIT = flags.DEFINE_string("split", "test", "Split of the source.")
 _SOURCE = flags.DEFINE_string("source", None, "JSON of the source's options.")
 _DATA_FLAG = flags.DEFINE_string("data", None, "JSON of options of data.")
 _EVALUATORS = flags.DEFINE_list(
-  "evaluators", None, "What to measure; by default what suits the data."
+  "evaluators",
+  None,
+  f"What to measure, of {', '.join(EVALUATORS)}; by default what suits the"
+  " data.",
 )
 _NUM_BATCHES = flags.DEFINE_integer(
   "num_batches", 50, "Batches to read.", lower_bound=1

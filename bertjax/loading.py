@@ -33,6 +33,12 @@ _PUBLISHED = {
   TF1: published.read_tf1,
   POINT_BERT: point_bert_files.read,
 }
+# What `bertjax.predict` does with models of clouds, by objective.
+_CLOUD_TASKS = {
+  "part_segmentation": "segment_points",
+  "point_classification": "classify_points",
+  "point_reconstruction": "tokenize_points",
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,7 +86,8 @@ class LoadedModel:
 
   @property
   def max_positions(self) -> int:
-    """The longest row."""
+    """The longest row; ValueError if the model reads no texts."""
+    self.need_text()
     return self.spec["max_positions"]
 
   @property
@@ -88,9 +95,19 @@ class LoadedModel:
     """Number of values in `params`."""
     return sum(x.size for x in jax.tree.leaves(self.params))
 
+  def need_text(self) -> None:
+    """Raises ValueError if the model reads clouds of points."""
+    if "max_positions" not in self.spec:
+      task = _CLOUD_TASKS.get(self.objective_spec["name"])
+      raise ValueError(
+        f"{self.path} reads clouds of points, not texts;"
+        + (f" it is for {task}." if task else " no task uses it as it is.")
+      )
+
   def need_tokenizer(self) -> Tokenizer:
-    """The tokenizer; ValueError if the folder had none."""
+    """The tokenizer; ValueError if the folder had none, or reads no texts."""
     if self.tokenizer is None:
+      self.need_text()
       raise ValueError(
         f"{self.path} holds no tokenizer; put its vocab.txt or tokenizer.json"
         " there."

@@ -2,13 +2,13 @@
 
 `python -m bertjax.report WORKDIR` reads `metrics.csv`, `config.json` and
 `health.json` of a workdir and writes `WORKDIR/report/` with `report.md`,
-`curves.png` and the `metrics.csv` behind it.
+`curves.png`, and the `metrics.csv` and `samples.json` behind it.
 """
 
+import argparse
 import json
 import pathlib
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +25,7 @@ from bertjax.metrics.writers import read_csv
 
 # What writers='csv' writes in a workdir.
 CURVES = "metrics.csv"
+_SAMPLES = "samples.json"
 
 
 def write_report(
@@ -32,7 +33,7 @@ def write_report(
   *,
   reference: str | pathlib.Path | None = None,
   tolerance: float = REFERENCE_TOLERANCE,
-  samples: Sequence[tuple[str, str]] = (),
+  samples: Sequence[tuple[str, str]] | None = None,
 ) -> pathlib.Path:
   """Writes `workdir/report/` and returns the path of its `report.md`.
 
@@ -40,9 +41,11 @@ def write_report(
     workdir: has `metrics.csv`; `config.json` and `health.json` are optional.
       `health.json` may also hold `initial_loss`, `clip_norm`, and `baselines`,
       values by name that are shown beside the results.
-    reference: CSV of `step,loss` of a run known to be good.
+    reference: CSV of `step,loss` of a run known to be good; by default the
+      config's `reference_curve`, and "" is none.
     tolerance: allowed relative distance from it.
-    samples: (masked sentence, completion) pairs to show.
+    samples: (masked sentence, completion) pairs to show; by default those of
+      the report that is there.
 
   Raises:
     FileNotFoundError: no `metrics.csv`, or no reference at the path given.
@@ -58,7 +61,9 @@ def write_report(
   table = read_csv(source)
   health = _json(workdir / "health.json")
   config = _json(workdir / "config.json")
-  known = None if reference is None else read_reference(reference)
+  if reference is None:
+    reference = config.get("reference_curve")
+  known = read_reference(reference) if reference else None
   checks = data_checks(health) + curve_checks(
     table,
     initial_loss=health.get("initial_loss"),
@@ -69,6 +74,11 @@ def write_report(
   )
   folder = workdir / "report"
   folder.mkdir(exist_ok=True)
+  if samples is None:
+    samples = _json(folder / _SAMPLES).get("samples", ())
+  else:
+    kept = json.dumps({"samples": samples}, indent=2)
+    (folder / _SAMPLES).write_text(kept + "\n")
   shutil.copyfile(source, folder / CURVES)
   _plot(folder / "curves.png", table, health, known)
   report = folder / "report.md"
@@ -212,14 +222,25 @@ def _plot(
   figure.savefig(path, dpi=100)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
   """Command line: a workdir and, if wanted, the path of a reference curve."""
-  if len(arguments) not in (1, 2):
-    raise SystemExit("usage: python -m bertjax.report WORKDIR [REFERENCE.csv]")
-  reference = arguments[1] if len(arguments) == 2 else None
+  parser = argparse.ArgumentParser(
+    prog="python -m bertjax.report",
+    description="Writes WORKDIR/report/ from what training left in WORKDIR.",
+  )
+  parser.add_argument(
+    "workdir", help="folder of a run that has logged at least once"
+  )
+  parser.add_argument(
+    "reference",
+    nargs="?",
+    help="CSV with the columns step and loss of a run known to be good; by"
+    " default the run's own reference_curve, '' is none",
+  )
+  given = parser.parse_args(arguments)
   with cli.clear_errors():
-    print(write_report(arguments[0], reference=reference))
+    print(write_report(given.workdir, reference=given.reference))
 
 
 if __name__ == "__main__":
-  main(sys.argv[1:])
+  main()

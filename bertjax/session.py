@@ -235,14 +235,20 @@ class Session:
       with self._throughput.pause():
         return evaluator({"params": state.params, **state.extra}, key)
 
+    prefix = f"{name}/"
+
     def write(step, values):
       self._history[step] = {**self._history.get(step, {}), **values}
       self._writer.write(step, values)
-      shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+      # Values by class, name/class, are for the files.
+      shown = "  ".join(
+        f"{k} {v:.4g}"
+        for k, v in values.items()
+        if "/" not in k.removeprefix(prefix)
+      )
       self._bar.note(f"step {step}  {shown}")
 
     when = hooks_lib.Every(every) if every else hooks_lib.AtSteps(())
-    prefix = f"{name}/"
     hook = hooks_lib.EvaluationHook(when, evaluate, write, prefix=prefix)
     for _, values in sorted(self._history.items()):
       mine = {k: v for k, v in values.items() if k.startswith(prefix)}

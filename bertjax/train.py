@@ -259,11 +259,7 @@ def _report(
       experiment.settings.to_json(),
     )
     samples = predict.samples(model, texts)
-  return report.write_report(
-    workdir,
-    reference=experiment.settings.reference_curve or None,
-    samples=samples,
-  )
+  return report.write_report(workdir, samples=samples)
 
 
 cli.define_config()

@@ -8,10 +8,10 @@ minutes. FOLDER is that of the experiments by default. Below stand the headlines
 of the benchmarks by commit, as `make bench` has collected them.
 """
 
+import argparse
 import collections
 import json
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from benchmarks import history
@@ -79,15 +79,24 @@ def speed() -> str:
   return f"{told}:\n\n{tables.markdown(lines)}"
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
   """Command line: the folder, if it is another one."""
-  if len(arguments) > 1:
-    raise SystemExit("usage: python -m experiments.report [FOLDER]")
-  default = pathlib.Path(__file__).parent
+  parser = argparse.ArgumentParser(
+    prog="python -m experiments.report",
+    description="Prints one table of what all experiments found.",
+  )
+  parser.add_argument(
+    "folder",
+    nargs="?",
+    type=pathlib.Path,
+    default=pathlib.Path(__file__).parent,
+    help="of the experiments; default %(default)s",
+  )
+  folder = parser.parse_args(arguments).folder
   with cli.clear_errors():
-    print(report(pathlib.Path(arguments[0]) if arguments else default))
+    print(report(folder))
     print(f"\n{speed()}".rstrip())
 
 
 if __name__ == "__main__":
-  main(sys.argv[1:])
+  main()

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import sys
 import tempfile
 import types
@@ -16,7 +17,16 @@ from ml_collections import config_flags
 
 from bertjax import cli, evals, evaluate, expressions, records, train
 from bertjax.metrics import writers
+from bertjax.predict import __main__ as predict_command
 from bertjax.predict.requests import requests_of
+
+_CONFIG = """
+import ml_collections
+def get_config(variant='tiny'):
+  if variant != 'tiny':
+    raise ValueError(f'{variant} is unknown; choose from tiny.')
+  return ml_collections.ConfigDict(dict(seed=0, model=dict(size=variant)))
+"""
 
 
 class MessagesTest(parameterized.TestCase):
@@ -41,17 +51,12 @@ class MessagesTest(parameterized.TestCase):
     path.write_text("def get_config():\n  return {'seed': 3}\n")
     self.assertEqual(self.config(path)["seed"], 3)
 
-  def parse(self, *arguments):
+  def parse(self, *arguments, text=_CONFIG):
     """What `parse_flags` says to a config of two fields and these."""
     path = self.root / "config.py"
-    path.write_text(
-      "import ml_collections\n"
-      "def get_config(variant='tiny'):\n"
-      "  if variant != 'tiny':\n"
-      "    raise ValueError(f'{variant} is unknown; choose from tiny.')\n"
-      "  return ml_collections.ConfigDict(dict(\n"
-      "    seed=0, model=dict(size=variant)))\n"
-    )
+    path.write_text(text)
+    # What is loaded keeps the functions of the config before.
+    sys.modules.pop("config_config", None)
     given = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=given)
     for flag in (app.HelpFlag(), app.HelpfullFlag()):
@@ -98,6 +103,31 @@ class MessagesTest(parameterized.TestCase):
     self.assertEqual(self.parse(argument), f"Error: {message}\n")
 
   @parameterized.parameters(
+    ("x = 1\na page: of text", ", line 2 is no Python (invalid syntax);"),
+    ("x = 3", " has no function get_config;"),
+  )
+  def test_a_file_that_is_no_config_is_one_line(self, text, message):
+    hint = "name a config file, as configs/bert.py:tiny."
+    self.assertEqual(
+      self.parse(text=text),
+      f"Error: --config: {self.root / 'config.py'}{message} {hint}\n",
+    )
+
+  @parameterized.parameters(
+    ("{}['modle']", KeyError), ("[].modle", AttributeError)
+  )
+  def test_a_bug_of_the_config_itself_keeps_its_traceback(self, bug, error):
+    path = self.root / "config.py"
+    path.write_text(f"def get_config():\n  return {bug}\n")
+    given = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=given)
+    with (
+      mock.patch.object(flags, "FLAGS", given),
+      self.assertRaisesRegex(error, "modle"),
+    ):
+      cli.parse_flags(["train", f"--config={path}"])
+
+  @parameterized.parameters(
     (
       "--num_row=3",
       "Unknown command line flag 'num_row'. Did you mean: num_rows ?",
@@ -118,6 +148,31 @@ class MessagesTest(parameterized.TestCase):
     with contextlib.redirect_stdout(told):
       self.assertEqual(self.parse("--config.seed=1", argument), "")
     self.assertIn(text, told.getvalue())
+
+  def test_help_lists_the_flags_that_commands_share(self):
+    of_train = flags.FLAGS.get_key_flags_for_module("bertjax.train")
+    help_of = {flag.name: flag.help for flag in of_train}
+    self.assertContainsSubset(
+      {
+        "config",
+        "workdir",
+        "coordinator_address",
+        "num_processes",
+        "process_id",
+        "connect_timeout_s",
+        "heartbeat_timeout_s",
+      },
+      help_of,
+    )
+    self.assertIn("--config.FIELD=VALUE", help_of["config"])
+
+  def test_help_names_what_can_be_chosen(self):
+    told = predict_command.usage()
+    for name, (what, *_) in predict_command.TASKS.items():
+      self.assertRegex(told, rf"\n  {name} +{re.escape(what)}\n")
+    told = flags.FLAGS[evaluate._EVALUATORS.name].help
+    for name in evals.EVALUATORS:
+      self.assertIn(name, told)
 
   @parameterized.parameters(
     ("{name: x}", "--source={name: x} is no JSON: Expecting property name"),
@@ -192,6 +247,36 @@ class MessagesTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, f"{path} is not UTF-8 text"):
       asked = types.SimpleNamespace(text=[], pair=[], file=path)
       requests_of(asked, ("text",))
+
+  def requests(self, name="texts.txt", content=None, text=(), stdin=b""):
+    path = self.root / name
+    if content is not None:
+      path.write_bytes(content)
+    file = None if content is None else path
+    asked = types.SimpleNamespace(text=[*text], pair=[], file=file)
+    with mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin))):
+      return [request["text"] for request in requests_of(asked, ("text",))]
+
+  def test_a_line_ends_at_a_line_feed_alone(self):
+    text = "a\u2028b\fc\rd"
+    lines = f"{text}\r\nend".encode()
+    self.assertEqual(self.requests(content=lines), [text, "end"])
+    self.assertEqual(self.requests(stdin=lines + b"\n"), [text, "end"])
+    objects = '{"text": "a\u2028b"}\n'.encode()
+    self.assertEqual(self.requests("a.jsonl", objects), ["a\u2028b"])
+    # An empty file is not a wish to read standard input.
+    self.assertEmpty(self.requests(content=b"", stdin=b"else"))
+
+  @parameterized.parameters(
+    (dict(content=b"a\n \nb\n"), "texts.txt, line 2"),
+    (dict(stdin=b"a\n\n"), "standard input, line 2"),
+    (dict(text=["a", ""]), "--text number 2"),
+    (dict(name="a.jsonl", content=b'{"text": "a"}\n\n'), "a.jsonl, line 2"),
+    (dict(name="a.jsonl", content=b'{"text": ""}\n'), "a.jsonl, line 1"),
+  )
+  def test_an_empty_text_is_refused_where_it_stands(self, given, where):
+    with self.assertRaisesRegex(ValueError, f"{where}: the text is empty"):
+      self.requests(**given)
 
   def test_an_expression_that_is_none_is_quoted(self):
     with self.assertRaisesRegex(

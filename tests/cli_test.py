@@ -77,6 +77,11 @@ class CommandsTest(absltest.TestCase):
     self.assertEqual(done.returncode, 0, done.stderr)
     for name in ("unigram_accuracy", "mlm_accuracy", "pseudo_perplexity"):
       self.assertRegex(done.stdout, rf"{name}\s+[\d.]+")
+    self.assertRegex(
+      done.stderr,
+      rf"Evaluating {self.workdir} on text_files, split 'validation', \d+ rows"
+      r" of seq_len=\d+\.\n",
+    )
     done = _run(
       "bertjax.predict",
       "fill_mask",

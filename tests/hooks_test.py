@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from absl.testing import absltest, parameterized
 
-from bertjax import checkpoint, hooks, stopping
+from bertjax import checkpoint, hooks, session, stopping
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -59,6 +59,18 @@ class WhenTest(parameterized.TestCase):
 
 
 class HookTest(absltest.TestCase):
+  def test_values_by_class_are_written_and_not_shown(self):
+    run = mock.MagicMock(_history={})
+    found = {"loss": 2.0, "loss/cup": 1.5}
+    evaluation = session.Session._evaluation(
+      run, "a/b", 3, lambda variables, key: found
+    )
+    evaluation.run(3, mock.MagicMock(key=jax.random.key(0), extra={}))
+    written = {"a/b/loss": 2.0, "a/b/loss/cup": 1.5}
+    self.assertEqual(run._history, {3: written})
+    run._writer.write.assert_called_once_with(3, written)
+    run._bar.note.assert_called_once_with("step 3  a/b/loss 2")
+
   def test_evaluation_writes_under_its_prefix_when_due(self):
     written = []
     hook = hooks.EvaluationHook(

@@ -19,7 +19,13 @@ from bertjax import experiment, loading
 from bertjax.config import settings
 from bertjax.convert import write_workdir
 from bertjax.data.shapes.procedural import normalised
-from bertjax.predict import classify_points, segment_points, tokenize_points
+from bertjax.predict import (
+  classify_points,
+  embed,
+  fill_mask,
+  segment_points,
+  tokenize_points,
+)
 from bertjax.predict.__main__ import TASKS
 from bertjax.predict.clouds import (
   points_to_sample,
@@ -202,6 +208,13 @@ class PredictPointsTest(parameterized.TestCase):
       task(getattr(self, model), self.clouds)
     with self.assertRaisesRegex(ValueError, "There is no cloud"):
       classify_points(self.classes, [])
+
+  @parameterized.parameters(embed, fill_mask)
+  def test_tasks_of_texts_say_what_the_model_is_for(self, task):
+    with self.assertRaisesRegex(
+      ValueError, "clouds of points, not texts; it is for classify_points"
+    ):
+      task(self.classes, ["a [MASK]"])
 
   def test_clouds_of_less_than_their_patches_are_refused(self):
     few = self.clouds[0][:6]

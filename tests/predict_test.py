@@ -205,7 +205,7 @@ class PredictTest(parameterized.TestCase):
     folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
     done = self.run_command(
       "embed", f"--model={self.folder}", "--pooling=max",
-      f"--output={folder / 'v.npy'}", stdin="a mat\n\nthe cats\n",
+      f"--output={folder / 'v.npy'}", stdin="a mat\nthe cats\n",
     )  # fmt: skip
     self.assertEqual(done.returncode, 0, done.stderr)
     want = predict.embed(self.model, ["a mat", "the cats"], "max")

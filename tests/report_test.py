@@ -1,5 +1,7 @@
 """The report tells a healthy run from a stuck one."""
 
+import contextlib
+import io
 import json
 import math
 import pathlib
@@ -133,6 +135,32 @@ class ReportTest(parameterized.TestCase):
     write_run(self.workdir, grad_norm=0.0)
     text = self.write(HEALTHY)
     self.assertRegex(text, r"gradient norm, median \| 0 .*warn")
+
+  def test_a_report_made_again_keeps_samples_and_reference(self):
+    write_run(self.workdir)
+    config = {"reference_curve": str(self.reference())}
+    (self.workdir / "config.json").write_text(json.dumps(config))
+    first = self.write(HEALTHY, samples=[("a [MASK]", "a cat")])
+    self.assertIn("| a [MASK] | a cat |", first)
+    self.assertIn("loss against the reference", first)
+    with contextlib.redirect_stdout(io.StringIO()):
+      report.main([str(self.workdir)])
+    path = self.workdir / "report" / "report.md"
+    self.assertEqual(path.read_text(), first)
+    # Neither an old sample nor a reference stays that is not wanted.
+    text = self.write(HEALTHY, samples=[], reference="")
+    self.assertNotIn("Samples", text)
+    self.assertNotIn("against the reference", text)
+    self.assertNotIn("Samples", self.write(HEALTHY))
+
+  def test_help_is_help(self):
+    told = io.StringIO()
+    with (
+      contextlib.redirect_stdout(told),
+      self.assertRaisesRegex(SystemExit, "0"),
+    ):
+      report.main(["--help"])
+    self.assertIn("Writes WORKDIR/report/", told.getvalue())
 
   def test_command_line(self):
     write_run(self.workdir)

@@ -373,9 +373,7 @@ class TrainTest(_Configured):
     )
     result = train.train(config, folder)
     self.assertEqual(result.step, 5)
-    train.report.write_report.assert_called_with(
-      folder / "two", reference=None, samples=[]
-    )
+    train.report.write_report.assert_called_with(folder / "two", samples=[])
     rates = [
       float(r["learning_rate"])
       for name in ("one", "two")

@@ -396,6 +396,17 @@ def _tensorflow():
   return tf
 
 
+_HELP = {
+  "max_seq_length": "Tokens per instance.",
+  "max_predictions_per_seq": "Masked tokens per instance at most.",
+  "masked_lm_prob": "Share of the tokens, special ones counted, to mask.",
+  "dupe_factor": "Passes over the documents, each masked anew.",
+  "short_seq_prob": "Probability that a document aims at a random length.",
+  "do_whole_word_mask": "Mask the pieces of a word together.",
+  "random_seed": "Seed of the one stream of draws.",
+}
+
+
 def _define_flags() -> None:
   """Only when run: training imports this module and has flags of its own."""
   flags.DEFINE_list("input", None, "Text files or patterns.", required=True)
@@ -407,7 +418,7 @@ def _define_flags() -> None:
     float: flags.DEFINE_float,
   }
   for name, default in _defaults().items():
-    define[type(default)](name, default, "As in `Generator`.")
+    define[type(default)](name, default, _HELP[name])
 
 
 def _defaults() -> dict[str, bool | int | float]:

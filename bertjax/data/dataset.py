@@ -14,7 +14,7 @@ import grain
 import jax
 import numpy as np
 
-_EVALUATION_SEED = 20_181_011
+EVALUATION_SEED = 20_181_011
 
 
 class RowDataset(abc.ABC):
@@ -141,7 +141,7 @@ class RowDataset(abc.ABC):
     num_batches: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
-    seed: int = _EVALUATION_SEED,
+    seed: int = EVALUATION_SEED,
   ) -> Iterator[dict[str, np.ndarray]]:
     """Epoch 0 under a seed of its own: the same rows and masks every time.
 

@@ -16,7 +16,8 @@ r"""Uses a trained or published model from the command line.
 
 Texts come from --text (several times), --file (a text a line, or a .jsonl file
 of objects) or standard input; second texts, such as contexts, from --pair (as
-often as --text). Objects have the fields text, pair (classify), text or words
+often as --text). An empty text is refused, so that answers stand in the lines
+of their texts. Objects have the fields text, pair (classify), text or words
 (tag), question, context (answer), text, endings (choose). Classes, tags,
 answers, choices, codes and parts of points are written as JSON lines. Point
 clouds come from --input (as often as one likes): arrays (.npy), tables (.txt,
@@ -205,12 +206,25 @@ TASKS: dict[str, tuple[str, tuple[str, ...], Command]] = {
 }  # fmt: skip
 
 
+def usage() -> str:
+  """What `--help` prints above the flags."""
+  tasks = "\n".join(f"  {name:17s}{what}" for name, (what, *_) in TASKS.items())
+  return f"{__doc__}\nTasks:\n{tasks}\n"
+
+
 def _define_flags() -> None:
   """Made when the command runs, so that importing adds none."""
   flags.DEFINE(cli.PATH, "model", None, "Workdir or published folder.")
-  flags.DEFINE_multi_string("text", [], "A text; may be given several times.")
+  flags.DEFINE_multi_string(
+    "text", [], "A text, not empty; as often as needed."
+  )
   flags.DEFINE_multi_string("pair", [], "The second text of each --text.")
-  flags.DEFINE(cli.PATH, "file", None, "File with a text a line, or .jsonl.")
+  flags.DEFINE(
+    cli.PATH,
+    "file",
+    None,
+    "File with a text a line, or .jsonl; without empty lines.",
+  )
   flags.DEFINE(
     cli.PATH, "output", None, "File to write; standard output if none."
   )
@@ -241,9 +255,8 @@ def _define_flags() -> None:
 def main(argv: list[str]) -> None:
   f = flags.FLAGS
   if len(argv) != 2 or not f.model:
-    tasks = "\n".join(f"  {k:16s}{v[0]}" for k, v in TASKS.items())
     raise app.UsageError(
-      f"Usage: python -m bertjax.predict TASK --model=FOLDER ...\n{tasks}"
+      "Usage: python -m bertjax.predict TASK --model=FOLDER ..."
     )
   cli.quiet()
   cli.keep_compiled()
@@ -259,5 +272,6 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+  __doc__ = usage()
   _define_flags()
   cli.run(main)

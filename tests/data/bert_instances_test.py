@@ -151,6 +151,11 @@ class GeneratorTest(parameterized.TestCase):
     self.assertEqual((len(a), len(b)), (4, 4))
     self.assertEqual(a, list(range(a[0], a[0] + 4)))
 
+  def test_every_option_has_its_help(self):
+    self.assertEqual(
+      bert_instances._HELP.keys(), bert_instances._defaults().keys()
+    )
+
   def test_empty_input(self):
     with self.assertRaisesRegex(ValueError, "--input holds no documents"):
       self.generator([[], [[]]])
