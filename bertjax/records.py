@@ -14,13 +14,23 @@ import jax
 from bertjax.experiment import Experiment
 from bertjax.grid import CSV
 from bertjax.interop.names import listed
-from bertjax.requests import REQUESTS
 
 _LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _ABSENT = "absent"
 # One of them is there from a run's first write on; see `write_json`.
 _SIGNS = {"run.json", "run.partial", "checkpoints"}
-_NOBODYS = {"lost+found", *REQUESTS}
+# What else a run would write over; other files, such as a log, are left alone.
+_TAKEN = {
+  "best",
+  "config.json",
+  "events",
+  "health.json",
+  "last",
+  "metrics.csv",
+  "report",
+  "tokenizer",
+  CSV,
+}
 
 
 def record(experiment: Experiment, workdir: pathlib.Path) -> None:
@@ -43,7 +53,7 @@ def record(experiment: Experiment, workdir: pathlib.Path) -> None:
 def check_workdir(
   workdir: pathlib.Path, parts: Collection[str], cache: pathlib.Path
 ) -> None:
-  """Refuses a folder that holds anything but this run, or a part of it.
+  """Refuses a folder that holds another run, or files that this one writes.
 
   Args:
     workdir: may be new or empty.
@@ -59,12 +69,10 @@ def check_workdir(
   found = {
     path.name
     for path in workdir.iterdir()
-    if not path.name.startswith(".")
-    and path.name not in _NOBODYS
-    and not cache.absolute().is_relative_to(path.absolute())
+    if not cache.absolute().is_relative_to(path.absolute())
   }
   plain = found & _SIGNS
-  if not found or (found & {*parts, CSV} and not plain if parts else plain):
+  if found & {*parts, CSV} and not plain if parts else plain:
     return
   if plain:
     what = (
@@ -77,8 +85,10 @@ def check_workdir(
     for path in workdir.glob(f"{level}/{sign}")
   }:
     what = f"runs in {listed(runs)}, but not this one"
+  elif taken := found & _TAKEN:
+    what = f"{listed(taken)}, but no run of bertjax"
   else:
-    what = f"{listed(found)}, but no run of bertjax"
+    return
   raise ValueError(f"workdir={workdir} holds {what}; name a new folder.")
 
 

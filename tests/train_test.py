@@ -439,13 +439,13 @@ class WorkdirTest(_Configured):
     (
       ["config.json", "model.safetensors"],
       {},
-      "config.json, model.safetensors, but no run of bertjax; name a new f",
+      "config.json, but no run of bertjax; name a new f",
     ),
-    (["a.txt"], STAGES, "holds a.txt, but no run"),
+    (["tokenizer/", "a.txt"], STAGES, "holds tokenizer, but no run"),
     (["one/run.json", "a.txt"], {}, "holds runs in one, but not this one"),
     (["seed=3/one/run.json", "grid.csv"], {}, "holds runs in seed=3, but"),
     (["three/run.json"], STAGES, "holds runs in three, but not"),
-    (["one/a.txt"], STAGES, "one holds a.txt, but no run"),
+    (["one/config.json"], STAGES, "one holds config.json, but no run"),
     (["run.json"], STAGES, "without stages or a grid, but .* one, two; name"),
     (["checkpoints/"], GRID, "without stages .* has seed=3, seed=4"),
     (["seed=3/run.json"], STAGES, "runs in seed=3, but not this one"),
@@ -457,6 +457,8 @@ class WorkdirTest(_Configured):
 
   @parameterized.parameters(
     ([".hidden", "lost+found/", "switch_now", "freeze_now"], {}),
+    (["log.txt", "data/a.txt"], {}),
+    (["one/a.txt"], STAGES),
     (["cache/tokens"], {}),  # it was killed before it wrote anything else
     (["run.partial"], {}),
     (["run.json", "config.json", "notes.txt"], {}),
