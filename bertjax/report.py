@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bertjax import cli
+from bertjax.checkpoint import located
 from bertjax.health import (
   REFERENCE_TOLERANCE,
   Check,
@@ -38,7 +39,8 @@ def write_report(
   """Writes `workdir/report/` and returns the path of its `report.md`.
 
   Args:
-    workdir: has `metrics.csv`; `config.json` and `health.json` are optional.
+    workdir: has `metrics.csv`, or is of a run of several, of which the best or
+      the last stage counts; `config.json` and `health.json` are optional.
       `health.json` may also hold `initial_loss`, `clip_norm`, and `baselines`,
       values by name that are shown beside the results.
     reference: CSV of `step,loss` of a run known to be good; by default the
@@ -51,7 +53,7 @@ def write_report(
     FileNotFoundError: no `metrics.csv`, or no reference at the path given.
     ValueError: the reference has no curve of the loss.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = pathlib.Path(located(workdir))
   source = workdir / CURVES
   if not source.exists():
     raise FileNotFoundError(

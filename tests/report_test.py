@@ -13,7 +13,7 @@ import tempfile
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from bertjax import report
+from bertjax import checkpoint, report
 from bertjax.metrics import writers
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -152,6 +152,15 @@ class ReportTest(parameterized.TestCase):
     self.assertNotIn("Samples", text)
     self.assertNotIn("against the reference", text)
     self.assertNotIn("Samples", self.write(HEALTHY))
+
+  def test_of_stages_the_last_is_reported(self):
+    write_run(self.workdir)
+    whole = pathlib.Path(self.create_tempdir())
+    checkpoint.link(whole / checkpoint.LAST, str(self.workdir))
+    self.assertEqual(
+      report.write_report(whole).resolve(),
+      (self.workdir / "report" / "report.md").resolve(),
+    )
 
   def test_help_is_help(self):
     told = io.StringIO()
