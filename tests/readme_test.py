@@ -85,8 +85,10 @@ def _flags(module: str) -> set[str]:
     path = path.with_name("__main__.py")
   for node in ast.walk(ast.parse(path.read_text("utf-8"))):
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-      if node.func.attr.startswith("DEFINE_"):
-        found.add(node.args[0].value)
+      if node.func.attr.startswith("DEFINE"):
+        # What parses it may stand before the name.
+        names = [x.value for x in node.args if isinstance(x, ast.Constant)]
+        found.add(names[0])
       elif node.func.attr == "define_config":
         found.add("config")
   return found
@@ -110,7 +112,9 @@ class CommandsTest(parameterized.TestCase):
     fields = {field.name for field in dataclasses.fields(config.Settings)}
     for argument in arguments:
       name, _, value = argument.removeprefix("--").partition("=")
-      if not argument.startswith("--"):
+      if module == "bertjax.report":
+        self.assertStartsWith(argument, "runs/")
+      elif not argument.startswith("--"):
         self.assertIn(name, {*predict.TASKS, *ANALYSES, *beam.COMMANDS})
       elif name.startswith("config."):
         self.assertIn("config", known)
