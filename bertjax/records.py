@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from bertjax.checkpoint import BEST, LAST
 from bertjax.experiment import Experiment
 from bertjax.grid import CSV
 from bertjax.interop.names import listed
@@ -21,15 +22,15 @@ _ABSENT = "absent"
 _SIGNS = {"run.json", "run.partial", "checkpoints"}
 # What else a run would write over; other files, such as a log, are left alone.
 _TAKEN = {
-  "best",
   "config.json",
   "events",
   "health.json",
-  "last",
   "metrics.csv",
   "report",
   "tokenizer",
+  BEST,
   CSV,
+  LAST,
 }
 
 

@@ -272,6 +272,15 @@ class CheckpointTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "'opt_state/.*differs"):
       saver(self.workdir).restore(abstract(other, 1))
 
+  def test_a_run_of_several_is_its_best_or_last(self):
+    folder = self.workdir / "seed=3" / "two" / "checkpoints"
+    folder.mkdir(parents=True)
+    checkpoint.link(self.workdir / checkpoint.BEST, "seed=3")
+    checkpoint.link(self.workdir / "seed=3" / checkpoint.LAST, "two")
+    self.assertTrue(folder.parent.samefile(checkpoint.located(self.workdir)))
+    folder.rmdir()  # what has no checkpoints is nobody's run
+    self.assertEqual(checkpoint.located(self.workdir), self.workdir)
+
   def test_another_generator_is_named_as_the_config_would(self):
     save(saver(self.workdir), 2)
     other = make_state(2).replace(key=jax.random.key(2, impl="threefry2x32"))

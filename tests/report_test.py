@@ -15,6 +15,7 @@ from absl.testing import absltest, parameterized
 
 from bertjax import checkpoint, report
 from bertjax.metrics import writers
+from experiments import report as experiments_report
 
 ROOT = pathlib.Path(__file__).parents[1]
 HEALTHY = {
@@ -155,6 +156,7 @@ class ReportTest(parameterized.TestCase):
 
   def test_of_stages_the_last_is_reported(self):
     write_run(self.workdir)
+    (self.workdir / "checkpoints").mkdir()
     whole = pathlib.Path(self.create_tempdir())
     checkpoint.link(whole / checkpoint.LAST, str(self.workdir))
     self.assertEqual(
@@ -162,14 +164,18 @@ class ReportTest(parameterized.TestCase):
       (self.workdir / "report" / "report.md").resolve(),
     )
 
-  def test_help_is_help(self):
+  @parameterized.parameters(
+    (report.main, "Writes WORKDIR/report/"),
+    (experiments_report.main, "what all experiments found"),
+  )
+  def test_help_is_help(self, main, what):
     told = io.StringIO()
     with (
       contextlib.redirect_stdout(told),
       self.assertRaisesRegex(SystemExit, "0"),
     ):
-      report.main(["--help"])
-    self.assertIn("Writes WORKDIR/report/", told.getvalue())
+      main(["--help"])
+    self.assertIn(what, told.getvalue())
 
   def test_command_line(self):
     write_run(self.workdir)

@@ -94,8 +94,11 @@ def located(workdir: epath.PathLike) -> epath.Path:
   workdir = epath.Path(workdir)
   if not (workdir / "checkpoints").exists():
     for name in (BEST, LAST):
+      # A published folder may have one of this name, too.
       if (workdir / name).exists():
-        return located(workdir / name)
+        found = located(workdir / name)
+        if (found / "checkpoints").exists():
+          return found
   return workdir
 
 

@@ -64,15 +64,6 @@ class ReportTest(absltest.TestCase):
       report.main([str(self.folder)])
     self.assertRegex(told.getvalue(), r"\AError: .* holds no experiment .*\n\Z")
 
-  def test_help_is_help(self):
-    told = io.StringIO()
-    with (
-      contextlib.redirect_stdout(told),
-      self.assertRaisesRegex(SystemExit, "0"),
-    ):
-      report.main(["--help"])
-    self.assertIn("what all experiments found", told.getvalue())
-
   def test_the_command_prints_what_is_committed(self):
     done = subprocess.run(
       [sys.executable, "-m", "experiments.report"],
