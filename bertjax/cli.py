@@ -15,7 +15,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from bertjax import garbage
+from bertjax import garbage, overrides
 from bertjax.checkpoint import CheckpointError
 from bertjax.config import cache_path
 from bertjax.hardware import CompilerEnded
@@ -24,6 +24,8 @@ from bertjax.parallel import hosts
 
 # `--help` lists what is defined here among the flags of the command itself.
 flags.disclaim_key_flags()
+
+_OVERRIDES = "config_overrides"  # a flag, so that they are parsed with the rest
 
 EXPECTED = (
   ValueError,
@@ -74,33 +76,33 @@ class _Path(flags.ArgumentParser):
 PATH = _Path()  # for `flags.DEFINE`
 
 
-def define_config() -> flags.FlagHolder:
+def define_config(given: flags.FlagValues = flags.FLAGS) -> None:
   """The flag `--config`, and `--config.FIELD=VALUE` for any field.
 
-  A field that the config file leaves at its default can be set as well; the
-  builders refuse what they do not know, by name.
+  The latter are `bertjax.overrides`; `parse_flags` hands them on.
   """
-  holder = config_flags.DEFINE_config_file(
+  config_flags.DEFINE_config_file(
     "config",
     None,
-    "Config file, as configs/bert.py:tiny. --config.FIELD=VALUE, after it, sets"
-    " any of its fields, as --config.optim.learning_rate=1e-3.",
-    lock_config=False,
-    accept_new_attributes=True,
+    "Config file, as configs/bert.py:tiny. --config.FIELD=VALUE sets any of its"
+    " fields, as --config.optim.learning_rate=1e-3.",
+    flag_values=given,
+    sys_argv=[],  # its own search for overrides finds none
   )
-  flags.declare_key_flag("config")
-  return holder
+  flags.declare_key_flag("config", flag_values=given)
+  flags.DEFINE_multi_string(
+    _OVERRIDES, [], "FIELD=VALUE of the config.", flag_values=given
+  )
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-  """For `app.run`: mistakes in flags, a config or an override end in one line.
-
-  `--config.modle=x` is refused by the config's own check, but of
-  `--config.modle.size=x` the parser of flags wants to know what `modle` is.
-  Nothing is parsed twice: the overrides would be defined twice.
-  """
+  """For `app.run`: mistakes in flags or in a config end in one line."""
+  argv = flags.FLAGS.read_flags_from_files(list(argv))  # of --flagfile
+  with clear_errors():
+    others, found = overrides.separate(argv)
+  given = [f"--{_OVERRIDES}={field}={text}" for field, text in found]
   try:
-    return flags.FLAGS(list(argv))
+    return flags.FLAGS([*others[:1], *given, *others[1:]])
   except SyntaxError as err:
     message = (
       f"--config: {err.filename}, line {err.lineno} is no Python ({err.msg});"
@@ -114,15 +116,6 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
       f"--config: {file} has no function get_config; name a config file, as"
       " configs/bert.py:tiny."
     )
-  except KeyError as err:
-    missing, _, hint = str(err.args[0]).partition("\n")
-    name = missing.strip("'")
-    given = [x for x in argv if name in x.partition("=")[0].split(".")]
-    if not given:  # of get_config itself
-      raise
-    hint = hint.partition(" instead of ")[0].replace('"', "'")
-    message = f"{' '.join(given)}: the config has no group {name!r}."
-    message += f" {hint}?" if hint else ""
   except flags.Error as err:
     message = str(err).strip()
     kind, _, refusal = message.splitlines()[-1].strip().partition(": ")
@@ -170,20 +163,21 @@ def connected() -> contextlib.AbstractContextManager[None]:
   )
 
 
-def config(given: flags.FlagValues = flags.FLAGS) -> Any:
+def config(given: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
   """What `--config` names, with its overrides.
 
   Raises:
-    ValueError: there is no such file.
+    ValueError: there is no such file, or no such group in it.
   """
   try:
     hasattr(given.config, "name")  # a failure to load waits for the first use
-    return given.config
   except OSError as err:  # a page of attempts, the last line says why
     raise ValueError(
       f"--config={given['config'].config_filename} cannot be read:"
       f" {str(err).strip().splitlines()[-1].strip()}"
     ) from err
+  found = [text.partition("=") for text in given[_OVERRIDES].value]
+  return overrides.override(given.config, [(x[0], x[2]) for x in found])
 
 
 def json_object(name: str, text: str | None) -> dict[str, Any] | None:

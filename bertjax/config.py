@@ -156,10 +156,7 @@ def _first_not_plain(value: Any, name: str = "") -> tuple[str, Any] | None:
 
 
 def new_config() -> ml_collections.ConfigDict:
-  """What a config starts from: the optional groups of `Settings`, empty.
-
-  A flag can add to a group that is there: `--config.mesh.model=2`.
-  """
+  """What a config starts from: the optional groups of `Settings`, empty."""
   config = ml_collections.ConfigDict()
   for name in (
     "model", "seeds", "mesh", "evals", "every", "keep", "init_from", "profile",
