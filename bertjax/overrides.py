@@ -48,13 +48,26 @@ def separate(
   return [*rest, *argv[end:]], found
 
 
-def value(text: str) -> Any:
-  """What a text says as JSON or as Python, else the text itself."""
+def value(field: str, text: str) -> Any:
+  """What a text says as JSON or as Python, else the text itself.
+
+  Args:
+    field: of errors.
+    text: of a command line.
+
+  Raises:
+    ValueError: it begins as a group, a list or a quoted text and is none.
+  """
   for parse in (json.loads, ast.literal_eval):
     try:
       return parse(text)
     except (ValueError, SyntaxError):
       pass
+  if text.startswith(("{", "[", "(", '"', "'")):
+    raise ValueError(
+      f"{field}={text} is no JSON: a shell takes quotes away, so put others"
+      """ around, as '{"name": "lamb"}'; text that begins so is '"[MASK]"'."""
+    )
   return text
 
 
@@ -67,7 +80,7 @@ def assign(config: Any, field: str, text: str) -> None:
     text: see `value`; a field that holds a string takes numbers as text.
 
   Raises:
-    ValueError: the way leads through what has no such fields.
+    ValueError: the way leads through what has no such fields, or see `value`.
   """
   *ways, last = re.findall(r"\[\d+\]|[^.\[\]]+", field)
   group, path = config, ""
@@ -77,7 +90,7 @@ def assign(config: Any, field: str, text: str) -> None:
       group[key] = {}
     group = group[key]
     path += name if isinstance(key, int) or not path else f".{name}"
-  key, new = _key(group, path, last), value(text)
+  key, new = _key(group, path, last), value(f"--config.{field}", text)
   is_text = isinstance(_get(group, key), str) and isinstance(new, int | float)
   group[key] = text if is_text else new
 

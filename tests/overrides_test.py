@@ -1,5 +1,7 @@
 """Fields of a config on the command line."""
 
+import re
+
 from absl.testing import absltest, parameterized
 from ml_collections import ConfigDict, config_dict
 
@@ -63,9 +65,16 @@ class OverrideTest(parameterized.TestCase):
         self.assertEqual(found, {"x": expected})
         self.assertIs(type(found["x"]), type(expected))
 
+  @parameterized.parameters("{name: lamb}", "[0, 1", "[MASK]", "'x", '"')
+  def test_what_lost_its_quotes_is_refused(self, text):
+    with self.assertRaisesRegex(
+      ValueError, rf"^--config\.x={re.escape(text)} is no JSON: "
+    ):
+      overrides.override({"x": "old"}, [("x", text)])
+
   def test_a_string_takes_numbers_as_text_and_anything_else_as_itself(self):
     config = {"path": "a"}
-    for text, expected in (("2024", "2024"), ("null", None), ("[1]", [1])):
+    for text, expected in {"2024": "2024", "null": None, "*": "*"}.items():
       self.assertEqual(
         overrides.override(config, [("path", text)]), {"path": expected}
       )

@@ -10,9 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import yaml
-
-from bertjax import grid, hardware
+from bertjax import grid, hardware, overrides
 from bertjax.planning import units
 from bertjax.planning.outcome import Plan
 
@@ -57,12 +55,17 @@ def axes(text: str) -> dict[str, list[Any]]:
     text: "mesh.fsdp=1,4 microbatches=1,2".
 
   Raises:
-    ValueError: it says something else, or something twice.
+    ValueError: it says something else, or something twice, or see
+      `bertjax.overrides.value`.
   """
   found: dict[str, list[Any]] = {}
   for word in text.split():
     path, _, values = word.partition("=")
-    tried = [_value(path, value) for value in values.split(",") if value]
+    tried = [
+      overrides.value(f"sweep: {path}", text)
+      for text in values.split(",")
+      if text
+    ]
     if not (all(path.split(".")) and tried):
       raise ValueError(
         f"sweep: {word!r} names no field with values to try; write"
@@ -81,23 +84,6 @@ def axes(text: str) -> dict[str, list[Any]]:
   if not found:
     raise ValueError('sweep: it is empty; write --sweep="microbatches=1,2".')
   return found
-
-
-def _value(path: str, text: str) -> Any:
-  """What YAML reads, or a number as Python writes it: 1e-3."""
-  try:
-    value = yaml.safe_load(text)
-  except (yaml.YAMLError, ValueError) as err:  # the latter of a date
-    raise ValueError(
-      f"sweep: {path}={text} is no value; put text with marks in it in quotes,"
-      f" as {path}='*.txt'."
-    ) from err
-  if not isinstance(value, str):
-    return value
-  try:
-    return float(value)
-  except ValueError:
-    return value
 
 
 def trials(

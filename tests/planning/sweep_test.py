@@ -131,10 +131,8 @@ class SweepTest(parameterized.TestCase):
       sweep.axes(text)
 
   @parameterized.parameters(
-    ("microbatches=[1", r"microbatches=\[1 is no value"),
-    ("paths=*.txt", r"paths=\*\.txt is no value.* in quotes, as paths='"),
-    ("x='", "x=' is no value"),
-    ("x=2020-13-13", "x=2020-13-13 is no value"),
+    ("microbatches=[1", r"microbatches=\[1 is no JSON"),
+    ("x='", "x=' is no JSON"),
     ("mesh=1 mesh.fsdp=2", "mesh.fsdp stands beside mesh;"),
     ("mesh.fsdp=2 mesh=1", "mesh stands beside mesh.fsdp;"),
     ("seed=1 microbatches=1 seed=2", "seed stands beside seed; name a .* once"),
@@ -144,11 +142,11 @@ class SweepTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, rf"\Asweep: {message}.*\Z"):
       sweep.axes(text)
 
-  def test_values_are_those_of_yaml(self):
+  def test_values_are_those_of_overrides(self):
     self.assertEqual(
       sweep.axes(
         "model.remat=none,full model.scan=true,false rate=1.0e-3,1e-4,1"
-        " mesh.data=1 mesh.data2=1 glob='*.txt'"
+        " mesh.data=1 mesh.data2=1 glob=*.txt"
       ),
       {
         "model.remat": ["none", "full"],
