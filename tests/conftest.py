@@ -66,6 +66,7 @@ _LONGEST = (
   "tpu_kernels_test.py",
   "configs_test.py",
   "plan_test.py",
+  "plan_configs_test.py",
   "encoder_test.py",
   "battery_test.py",
   "predict_test.py",
