@@ -6,17 +6,15 @@ splits, ids, fingerprints, errors, the option `split`) with
 `bertjax.data.sources`.
 """
 
-import csv
 import functools
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from bertjax import registry
-from bertjax.data.sources import base, files
+from bertjax.data.sources import base, files, formats
 from bertjax.data.sources.files import Record
 from bertjax.data.sources.options import with_changes
 from bertjax.data.sources.package_docstrings import PackageDocstrings
@@ -27,8 +25,7 @@ Reader = Callable[..., Iterator[dict[str, Any]]]
 
 def _read(path: str, *, rows: Reader, **options: Any) -> Iterator[Record]:
   for number, fields in enumerate(rows(path, **options), 1):
-    # The text only serves to divide a source by hash.
-    yield Record(number, json.dumps(fields, sort_keys=True), fields)
+    yield Record(number, None, fields)
 
 
 def _jsonl(path: str, encoding: str) -> Iterator[dict[str, Any]]:
@@ -43,30 +40,8 @@ def _jsonl(path: str, encoding: str) -> Iterator[dict[str, Any]]:
           ) from err
 
 
-def _csv(
-  path: str,
-  encoding: str,
-  delimiter: str | None,
-  columns: Sequence[str] | None,
-) -> Iterator[dict[str, Any]]:
-  if delimiter is None:
-    name = os.path.basename(path)  # perhaps with .gz behind
-    delimiter = "\t" if ".tsv" in name or ".tab" in name else ","
-  # Tables with tabs, GLUE's among them, hold bare quotation marks.
-  quoting = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-  with files.open_text(path, encoding) as f:
-    rows = csv.reader(f, delimiter=delimiter, quoting=quoting)
-    header = list(columns) if columns is not None else next(rows, [])
-    for row in rows:
-      if not row:
-        continue
-      if len(row) != len(header):
-        raise ValueError(
-          f"{path}, line {rows.line_num} has {len(row)} cells, not"
-          f" {len(header)} ({', '.join(header)}); is delimiter {delimiter!r}"
-          " right?"
-        )
-      yield dict(zip(header, row))
+def _csv(path: str, **options: Any) -> Iterator[dict[str, Any]]:
+  return (cells for _, cells in formats.read_cells(path, **options))
 
 
 def _columns(
@@ -132,17 +107,16 @@ def csv_table(
   paths,
   delimiter: str | None = None,
   columns: Sequence[str] | None = None,
+  quotes: bool | None = None,
   encoding: str = "utf-8",
   fractions: Mapping[str, float] | None = None,
   licence: str = "unknown",
 ):
-  """Tables; `columns` names those of files without a header.
-
-  `delimiter=None` is a tab in .tsv and .tab files, else a comma.
-  """
+  """Tables; for the options see `bertjax.data.sources.formats.csv`."""
   options = dict(
     delimiter=delimiter,
     columns=None if columns is None else tuple(columns),
+    quotes=quotes,
     encoding=encoding,
   )
   return _files("csv", _csv)(paths, fractions, licence, **options)

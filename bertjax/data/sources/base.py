@@ -219,6 +219,14 @@ class AssignedSplit(Derived):
     return (example for example in examples if self._assign(example) == split)
 
 
+def content(example: Example) -> str:
+  """The text; of a labelled example without one, all of its fields."""
+  if isinstance(example.get("text"), str):
+    return example["text"]
+  rest = {k: v for k, v in example.items() if k != "id"}
+  return json.dumps(rest, sort_keys=True, default=str)
+
+
 class HashSplit(AssignedSplit):
   """One split of a source dealt out by the hash of the normalised text.
 
@@ -232,7 +240,7 @@ class HashSplit(AssignedSplit):
     fractions: Mapping[str, float],
     of: str = "train",
     *,
-    key: Callable[[Example], str] = lambda example: example["text"],
+    key: Callable[[Example], str] = content,
     identity: Sequence[Any] = ("hash_split",),
     seed: int = 0,
   ):

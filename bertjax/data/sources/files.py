@@ -49,13 +49,13 @@ class Record(NamedTuple):
 
   Attributes:
     key: number or name of the record within its file.
-    text: the document.
+    text: the document; None: there is none, only features.
     features: further features of the example.
     id: the record's own id, if it has one.
   """
 
   key: int | str
-  text: str
+  text: str | None
   features: Mapping[str, Any] = {}
   id: str | None = None
 
@@ -167,7 +167,8 @@ class FileSource:
   def _of(self, path: str) -> Iterator[base.Example]:
     for record in self._records(path):
       key = record.id or f"{self._id(path)}:{record.key}"
-      yield {"id": key, "text": record.text, **record.features}
+      text = {} if record.text is None else {"text": record.text}
+      yield {"id": key, **text, **record.features}
 
   def _records(self, path: str) -> Iterator[Record]:
     try:

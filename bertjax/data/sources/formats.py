@@ -57,35 +57,55 @@ def read_jsonl(path: str, encoding: str, **fields: Any) -> Iterator[Record]:
       yield Record(number, text, features, key)
 
 
-def read_csv(
+def read_cells(
   path: str,
   encoding: str,
   delimiter: str | None,
   columns: Sequence[str] | None,
-  **fields: Any,
-) -> Iterator[Record]:
-  """Rows under a header, or under given column names."""
+  quotes: bool | None,
+) -> Iterator[tuple[int, dict[str, str]]]:
+  """Line number and cells by column of a table's rows; see `csv`.
+
+  Raises:
+    ValueError: a row of more or fewer cells than there are columns.
+  """
   bare = path
   while os.path.splitext(bare)[1] in OPENERS:
     bare = os.path.splitext(bare)[0]
   if delimiter is None:
     delimiter = "\t" if bare.endswith((".tsv", ".tab")) else ","
+  if quotes is None:
+    quotes = delimiter != "\t"
   # A document may be longer than csv's 128 kB; the limit is the library's own.
   csv_lib.field_size_limit(min(sys.maxsize, 2**31 - 1))
+  quoting = csv_lib.QUOTE_MINIMAL if quotes else csv_lib.QUOTE_NONE
   with open_text(path, encoding) as f:
-    rows = csv_lib.reader(f, delimiter=delimiter)
-    header = list(columns) if columns is not None else next(rows, None)
+    rows = csv_lib.reader(f, delimiter=delimiter, quoting=quoting)
+    header = list(columns) if columns is not None else next(rows, [])
     for row in rows:
       if not row:
         continue
-      where = f"{path}, line {rows.line_num}"
       if len(row) != len(header):
         raise ValueError(
-          f"{where} has {len(row)} cells, not {len(header)}"
-          f" ({', '.join(header)}); is delimiter {delimiter!r} right?"
+          f"{path}, line {rows.line_num} has {len(row)} cells, not"
+          f" {len(header)} ({', '.join(header)}); are delimiter={delimiter!r}"
+          f" and quotes={quotes} right?"
         )
-      text, key, features = pick(dict(zip(header, row)), where, **fields)
-      yield Record(rows.line_num, text, features, key)
+      yield rows.line_num, dict(zip(header, row))
+
+
+def read_csv(
+  path: str,
+  encoding: str,
+  delimiter: str | None,
+  columns: Sequence[str] | None,
+  quotes: bool | None,
+  **fields: Any,
+) -> Iterator[Record]:
+  """Rows under a header, or under given column names."""
+  for number, cells in read_cells(path, encoding, delimiter, columns, quotes):
+    text, key, features = pick(cells, f"{path}, line {number}", **fields)
+    yield Record(number, text, features, key)
 
 
 def read_parquet(
@@ -184,13 +204,26 @@ def csv(
   features: Sequence[str] = (),
   delimiter: str | None = None,
   columns: Sequence[str] | None = None,
+  quotes: bool | None = None,
   encoding: str = "utf-8",
   fractions: Mapping[str, float] | None = None,
   licence: str = "unknown",
 ) -> base.Source:
-  """Tables; `delimiter=None` is a tab in .tsv and .tab files, else a comma.
+  """Tables.
 
-  `columns` names the columns of files without a header.
+  Args:
+    paths: patterns, or patterns by split.
+    text_field: column of the document.
+    id_field: column of its id.
+    features: further columns to keep.
+    delimiter: None is a tab in .tsv and .tab files, else a comma.
+    columns: names of those of files without a header.
+    quotes: whether a cell may stand in `"`, with delimiters and line ends in
+      it. None: unless cells are divided by tabs, for such tables, GLUE's among
+      them, hold single quotation marks.
+    encoding: of the files.
+    fractions: share of each split, by hash of the text.
+    licence: of the texts.
   """
   options = dict(
     text_field=text_field,
@@ -198,6 +231,7 @@ def csv(
     features=tuple(features),
     delimiter=delimiter,
     columns=None if columns is None else tuple(columns),
+    quotes=quotes,
     encoding=encoding,
   )
   return file_source("csv", paths, read_csv, options, fractions, licence)

@@ -9,7 +9,6 @@ option, which makes cross-validation `split=dict(name="k_fold", k=5, fold=i)`.
 """
 
 import functools
-import json
 import re
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
@@ -18,14 +17,6 @@ from typing import Any
 from bertjax import registry
 from bertjax.data.sources import base
 from bertjax.data.sources.base import Example, Source
-
-
-def content(example: Example) -> str:
-  """The text; of a labelled example without one, all of its fields."""
-  if isinstance(example.get("text"), str):
-    return example["text"]
-  rest = {k: v for k, v in example.items() if k != "id"}
-  return json.dumps(rest, sort_keys=True, default=str)
 
 
 def host(value: Any) -> str:
@@ -108,7 +99,7 @@ def random(
     of: the split of the source that is divided.
     source: what to divide.
   """
-  return base.HashSplit(source, fractions, of, key=content, seed=seed)
+  return base.HashSplit(source, fractions, of, seed=seed)
 
 
 def by_field(
@@ -255,7 +246,7 @@ def k_fold(
 
   def group(example: Example) -> int:
     if field is None:
-      key = content(example)
+      key = base.content(example)
     else:
       key = str(_field(example, field, source.name))
     return base.text_hash(key, f"fold{seed}")
