@@ -2,6 +2,7 @@
 
 A value is what its text says, not what the config has in its place: 2 of a
 warm-up are steps and 0.1 is a part, whichever of them the config file chose.
+Text that looks like something else stands in quotes of its own: '"2"'.
 """
 
 import ast
@@ -77,22 +78,31 @@ def assign(config: Any, field: str, text: str) -> None:
   Args:
     config: a mapping or ConfigDict.
     field: names apart by dots; numbers in brackets count in lists.
-    text: see `value`; a field that holds a string takes numbers as text.
+    text: see `value`.
 
   Raises:
     ValueError: the way leads through what has no such fields, or see `value`.
   """
-  *ways, last = re.findall(r"\[\d+\]|[^.\[\]]+", field)
-  group, path = config, ""
-  for name in ways:
-    key = _key(group, path, name)
-    if _get(group, key) is None:
-      group[key] = {}
-    group = group[key]
-    path += name if isinstance(key, int) or not path else f".{name}"
-  key, new = _key(group, path, last), value(f"--config.{field}", text)
-  is_text = isinstance(_get(group, key), str) and isinstance(new, int | float)
-  group[key] = text if is_text else new
+  names = re.findall(r"\[\d+\]|[^.\[\]]+", field)
+  _assign(config, "", names, value(f"--config.{field}", text))
+
+
+def _assign(group: Any, path: str, names: Sequence[str], new: Any) -> None:
+  """Sets what `names` lead to from a group, to which `path` leads."""
+  name, *rest = names
+  key = _key(group, path, name)
+  if not rest:
+    group[key] = new
+    return
+  if not isinstance(group, list) and group.get(key) is None:
+    group[key] = {}
+  inner = group[key]
+  if isinstance(inner, tuple):
+    inner = list(inner)
+  path += name if isinstance(key, int) or not path else f".{name}"
+  _assign(inner, path, rest, new)
+  if isinstance(group[key], tuple):
+    group[key] = tuple(inner)
 
 
 def _key(group: Any, path: str, name: str) -> str | int:
@@ -113,10 +123,6 @@ def _key(group: Any, path: str, name: str) -> str | int:
   if is_number:
     raise ValueError(f"--config.{path}={plain(group)!r} is no list.")
   return name
-
-
-def _get(group: Any, key: str | int) -> Any:
-  return group[key] if isinstance(key, int) else group.get(key)
 
 
 def override(config: Any, given: Sequence[tuple[str, str]]) -> dict[str, Any]:
