@@ -88,6 +88,7 @@ FIELDS: dict[str, Kind] = {
   "data.files": MAPPING,
   "data.batch_size": POSITIVE_INTEGER,
   "data.seq_len": POSITIVE_INTEGER,
+  "data.max_examples": POSITIVE_INTEGER.or_none(),
   "optim": MAPPING,
   "optim.learning_rate": POSITIVE,
   "optim.schedule": MAPPING,

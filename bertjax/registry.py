@@ -7,7 +7,7 @@ arguments.
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -51,6 +51,17 @@ def call(
   Raises:
     ValueError: unknown, reserved or missing option.
   """
+  check(builder, options, field, context)
+  return builder(**options, **context)
+
+
+def check(
+  builder: Callable[..., Any],
+  options: Mapping[str, Any],
+  field: str,
+  context: Collection[str] = (),
+) -> None:
+  """Refuses options that `call` would refuse; `context` holds their names."""
   prefix = f"{field}." if field else ""
   parameters = [
     p
@@ -75,7 +86,6 @@ def call(
   for p in parameters:
     if p.default is p.empty and p.name not in {*options, *context}:
       raise ValueError(f"{prefix}{p.name} is required.")
-  return builder(**options, **context)
 
 
 def build(

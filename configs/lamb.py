@@ -139,7 +139,7 @@ def _mlperf(c, batch: str):
   )
   batch_size = int(batch.partition("_")[0])
   c.init_from = dict(path="phase1")
-  c.data.update(seq_len=512, batch_size=batch_size, masking=dict(max_masked=77))
+  c.data.update(seq_len=512, batch_size=batch_size, masking=dict(max_masked=76))
   c.microbatches = 1
   c.optim = dict(
     name="lamb",

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -12,7 +12,8 @@ import jax
 
 from bertjax import registry
 from bertjax.data import instances as instances_lib
-from bertjax.data import text_dataset, textual
+from bertjax.data import sentences, text_dataset, textual
+from bertjax.data.text import TextData
 from bertjax.data.tokenizers import TOKENIZERS, build_tokenizer, training
 
 _NOMINAL_ROWS = 1_000_000
@@ -108,7 +109,9 @@ def abstract_text(
   Raises:
     ValueError: an option that does not fit, or a vocabulary of unknown size.
   """
-  require(spec, "tokenizer", "seq_len", "batch_size", "instances")
+  check_options(TextData, spec)
+  if "splitter" in spec:
+    registry.lookup(sentences.SPLITTERS, spec["splitter"], "data.splitter")
   mode = registry.build(
     instances_lib.INSTANCES, spec["instances"], "data.instances"
   )
@@ -118,6 +121,7 @@ def abstract_text(
   if vocab_size is None:
     vocab_size = tokenizer_size(spec["tokenizer"])
   seq_len = spec["seq_len"]
+  text_dataset.check_seq_len(seq_len, mode, spec["instances"]["name"])
   return AbstractText(
     batch_size=spec["batch_size"],
     row_spec=text_dataset.text_row_spec(mode, masking, seq_len),
@@ -126,11 +130,15 @@ def abstract_text(
   )
 
 
-def require(spec: Mapping[str, Any], *fields: str) -> None:
-  """Raises ValueError for a field that `config.data` lacks."""
-  for field in fields:
-    if field not in spec:
-      raise ValueError(f"data.{field} is required.")
+def check_options(builder: Callable[..., Any], spec: Mapping[str, Any]) -> None:
+  """Raises ValueError for what `config.data` lacks or has too much.
+
+  Args:
+    builder: of the real data.
+    spec: its arguments, and its name.
+  """
+  options = {k: v for k, v in spec.items() if k != "name"}
+  registry.check(builder, options, "data", ("seed", "mask_seed", "cache_dir"))
 
 
 def tokenizer_size(spec: Mapping[str, Any]) -> int:

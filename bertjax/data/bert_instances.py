@@ -21,9 +21,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 import numpy as np
 from absl import app, flags
-from jaxtyping import Int
 
 from bertjax.data import dataset as dataset_lib
+from bertjax.data.orders import Orders
 
 _SPECIALS = 3  # [CLS] A [SEP] B [SEP]
 Document = Sequence[Sequence[int]]
@@ -329,6 +329,7 @@ class StaticDataset(dataset_lib.RowDataset):
     if not self._count:
       raise ValueError("data.source.files hold no examples.")
     self.pad_id, self.seed = pad_id, seed
+    self._orders = Orders(self._count, seed)
     digest = hashlib.sha256()
     for name in sorted(rows):
       digest.update(rows[name].tobytes())
@@ -349,15 +350,8 @@ class StaticDataset(dataset_lib.RowDataset):
     return divmod(row, self._count)
 
   def rows(self, first: int, stop: int) -> dict[str, np.ndarray]:
-    epochs, indices = np.divmod(np.arange(first, stop), self._count)
-    picked = np.empty(len(indices), np.int64)
-    for epoch in np.unique(epochs):
-      order = self._order(int(epoch))
-      picked[epochs == epoch] = order[indices[epochs == epoch]]
+    _, picked = self._orders.find(first, stop)
     return {k: v[picked] for k, v in self._rows.items()}
-
-  def _order(self, epoch: int) -> Int[np.ndarray, "n"]:
-    return np.random.default_rng([self.seed, epoch]).permutation(self._count)
 
   def fingerprint(self) -> str:
     return f"{self._digest}-{self.seed}"

@@ -88,16 +88,19 @@ class Masking:
     """Label slots m per row.
 
     Raises:
-      ValueError: `max_masked` cannot hold what a full row asks for, or exceeds
-        the row.
+      ValueError: `max_masked` is far from what a full row asks for: it does not
+        even hold the rate of its ordinary tokens (76 of 512, as in MLPerf), or
+        exceeds the row.
     """
-    full_row = _counts(np.array([seq_len]), self.rate)[0]
+    ordinary, full_row = _counts(
+      np.array([max(seq_len - _SPECIALS, 1), seq_len]), self.rate
+    )
     if self.max_masked is None:
       return int(full_row)
-    if not full_row <= self.max_masked <= seq_len:
+    if not ordinary <= self.max_masked <= seq_len:
       raise ValueError(
         f"data.masking.max_masked={self.max_masked} must be at least"
-        f" {full_row}, what data.masking.rate={self.rate:g} asks of a full"
+        f" {ordinary}, what data.masking.rate={self.rate:g} asks of a full"
         f" row of data.seq_len={seq_len}, and at most the row; leave it out"
         f" to get {full_row}."
       )
@@ -114,6 +117,7 @@ class Masking:
 
 
 UNITS = ("token", "whole_word", "span", "ngram")
+_SPECIALS = 3  # of a pair: [CLS] and two [SEP]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -231,19 +235,25 @@ def unit_starts(
   """True at the words that begin a unit.
 
   A row's words are parted into consecutive units of random length; a special
-  token always ends a unit. Each row starts in the middle of a unit of random
-  age, so that no word begins units more often than another.
+  token always ends a unit. A row begins in the middle of a unit: what is left
+  of it has k words with a probability proportional to that of units of k words
+  or more, so that of the words behind it none begins units more often than
+  another.
   """
   if span_lengths is None:
     return words
   num_rows, seq_len = words.shape
   max_length = len(span_lengths)
+  left = np.cumsum(span_lengths[::-1])[::-1]  # P(k words or more)
   draws = _uniform(keys, np.arange(seq_len + 1)[None], stream=3)
   cumulative = np.cumsum(span_lengths)
   cumulative[-1] = 1
   lengths = 1 + np.searchsorted(cumulative, draws, side="right")
+  first = np.cumsum(left / left.sum())
+  first[-1] = 1
+  lengths[:, 0] = 1 + np.searchsorted(first, draws[:, 0], side="right")
   # Word numbers, counted from 0 along the row, at which units begin.
-  ends = np.cumsum(lengths[:, 1:], axis=1) - lengths[:, :1] % max_length
+  ends = np.cumsum(lengths, axis=1)
   begins = np.zeros((num_rows, seq_len + max_length + 1), bool)
   np.put_along_axis(begins, np.clip(ends, 0, seq_len + max_length), True, 1)
   number = np.cumsum(words, axis=1) - 1

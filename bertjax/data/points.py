@@ -10,7 +10,7 @@ import flax.linen as nn
 import numpy as np
 
 from bertjax import registry
-from bertjax.data.abstract import AbstractData, require
+from bertjax.data.abstract import AbstractData
 from bertjax.data.base import Data
 from bertjax.data.shapes.dataset import PointDataset, Reading
 from bertjax.data.shapes.files import Clouds
@@ -256,7 +256,6 @@ def abstract_points(
       f"vocab_size={vocab_size} is for data of text; data.name='points' has"
       " none, leave it out."
     )
-  require(spec, "source", "num_points", "batch_size")
   options = {k: v for k, v in spec.items() if k != "name"}
   data = registry.call(
     PointData, options, "data", seed=0, cache_dir=pathlib.Path()

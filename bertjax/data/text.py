@@ -45,6 +45,7 @@ class TextData(MaskedData):
     seed: int,
     cache_dir: pathlib.Path,
     mask_seed: int | None = None,
+    verify: str = "checksums",
   ):
     """Builds the tokenizer; token caches are built when a split is asked for.
 
@@ -63,6 +64,8 @@ class TextData(MaskedData):
       seed: of shuffling, instance making and masking.
       cache_dir: where vocabularies and token caches live.
       mask_seed: of masking, if it is another one.
+      verify: how token caches that are there are checked: "checksums" reads
+        them whole, a second or less per GB; "sizes" does not.
     """
     self.seq_len = seq_len
     self.source = registry.build(SOURCES, source, "data.source")
@@ -84,7 +87,7 @@ class TextData(MaskedData):
     )
     self.splitter = splitter
     self._cut = max_tokens_per_document
-    self._cache_dir = cache_dir
+    self._cache_dir, self._verify = cache_dir, verify
     self._caches: dict[str, TokenCache] = {}
     facts = [self.tokenizer.fingerprint(), splitter, self._cut, seq_len]
     self.source = measured(
@@ -116,6 +119,7 @@ class TextData(MaskedData):
       self.splitter,
       self._cache_dir,
       max_tokens_per_document=self._cut,
+      verify=self._verify,
       make_shards=make_shards,
     )
 

@@ -122,17 +122,7 @@ class TextDataset(RowDataset):
 
   def _check(self, instances) -> None:
     name = instances["name"]
-    if self.seq_len < self.mode.min_seq_len:
-      raise ValueError(
-        f"data.seq_len={self.seq_len} is too short for"
-        f" data.instances.name={name!r}, which needs"
-        f" {self.mode.min_seq_len} or more."
-      )
-    if self.seq_len > masking_lib.MAX_SEQ_LEN:
-      raise ValueError(
-        f"data.seq_len={self.seq_len} must be at most"
-        f" {masking_lib.MAX_SEQ_LEN}."
-      )
+    check_seq_len(self.seq_len, self.mode, name)
     if self.masking is not None:
       self.masking.slots(self.seq_len)  # refuses what does not fit
     count = len(self.cache.document_lengths)
@@ -348,6 +338,19 @@ class _Block:
       begin, end = self._offsets[number : number + 2]
       self._tokens[begin:end] = document.tokens
     self._read[missing] = True
+
+
+def check_seq_len(seq_len: int, mode: plan_lib.InstanceMode, name: str) -> None:
+  """Raises ValueError for a length of rows that the mode, by name, has not."""
+  if seq_len < mode.min_seq_len:
+    raise ValueError(
+      f"data.seq_len={seq_len} is too short for data.instances.name={name!r},"
+      f" which needs {mode.min_seq_len} or more."
+    )
+  if seq_len > masking_lib.MAX_SEQ_LEN:
+    raise ValueError(
+      f"data.seq_len={seq_len} must be at most {masking_lib.MAX_SEQ_LEN}."
+    )
 
 
 def text_row_spec(

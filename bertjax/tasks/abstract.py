@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from bertjax.data import abstract
-from bertjax.tasks.data import objective_of
+from bertjax.tasks.data import TaskData, check_seq_len, objective_of
 from bertjax.tasks.kinds import Kind
 from bertjax.tasks.table import PUBLISHED, build_task
 
@@ -45,7 +45,8 @@ def abstract_task(
   Raises:
     ValueError: an option that does not fit, or a vocabulary of unknown size.
   """
-  abstract.require(spec, "task", "seq_len", "batch_size")
+  abstract.check_options(TaskData, {"tokenizer": None} | dict(spec))
+  check_seq_len(spec["seq_len"])
   task = dict(spec["task"])
   if task.get("name") in PUBLISHED:
     task["source"] = {}  # not even where TFDS has none

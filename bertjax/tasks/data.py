@@ -23,6 +23,12 @@ from bertjax.tasks.kinds import Features, Kind
 from bertjax.tasks.table import Task, build_task
 
 
+def check_seq_len(seq_len: int) -> None:
+  """Raises ValueError for rows too short for two texts and what parts them."""
+  if seq_len < 8:
+    raise ValueError(f"data.seq_len={seq_len} must be at least 8.")
+
+
 class TaskDataset(RowDataset):
   """Features in memory, in another order every epoch.
 
@@ -142,8 +148,7 @@ class TaskData(TextualData):
     """
     self.seq_len = seq_len
     self.task: Task = build_task(task)
-    if seq_len < 8:
-      raise ValueError(f"data.seq_len={seq_len} must be at least 8.")
+    check_seq_len(seq_len)
     self.source = records.build_source(
       self.task.source, self.task.kind.fields, "data.task.source"
     )

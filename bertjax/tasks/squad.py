@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from bertjax.data.tokenizers import Tokenizer
+from bertjax.data.tokenizers.words import WordTokenizer
 
 _MARKS = "\u0120\u2581"  # how byte-level BPE and SentencePiece write a space
 
@@ -80,34 +81,67 @@ def units(text: str) -> Iterator[tuple[int, int]]:
       yield start, found.end()
 
 
+def words(text: str, tokenizer: Tokenizer) -> Iterator[tuple[int, int]]:
+  """Character ranges of what can be encoded alone, as in the whole text.
+
+  A vocabulary of words divides at punctuation, any other at spaces alone; a
+  user token stays whole.
+  """
+  if tokenizer.backend != WordTokenizer.backend:
+    yield from (found.span() for found in re.finditer(r"\S+", text))
+    return
+  begin = 0
+  for i, part in enumerate(tokenizer.parts(text)):
+    if i % 2:
+      yield begin, begin + len(part)
+    else:
+      yield from ((begin + a, begin + b) for a, b in units(part))
+    begin += len(part)
+
+
 def tokenize(text: str, tokenizer: Tokenizer) -> Pieces:
   """Tokens with the characters they came from.
 
-  Where the pieces of a word spell it letter by letter, each has its own
-  characters; where normalisation changed its length, each has the whole word.
+  They are those of `Tokenizer.encode`, but for runs of spaces, which count as
+  one. Where the pieces of a word spell it letter by letter, each has its own
+  characters; where normalisation changed it, each has the whole word.
   """
-  ranges = list(units(text))
+  ranges = list(words(text, tokenizer))
   # With its space before, if there is one: byte-level vocabularies tell apart.
   texts = [
     text[max(a - (a > 0 and text[a - 1].isspace()), 0) : b] for a, b in ranges
   ]
   ids, starts, ends = [], [], []
   for (a, b), unit in zip(ranges, tokenizer.encode_batch(texts)):
-    pieces = [
-      p.removeprefix("##").lstrip(_MARKS) for p in tokenizer.pieces(unit)
-    ]
-    edges = a + np.cumsum([0, *map(len, pieces)])
     ids.append(unit)
-    if edges[-1] == b and tokenizer.unk_id not in unit:
-      starts.append(edges[:-1])
-      ends.append(edges[1:])
-    else:
-      starts.append(np.full(len(unit), a))
-      ends.append(np.full(len(unit), b))
+    found = _spelled(text[a:b], unit, tokenizer)
+    if found is None:
+      found = np.zeros(len(unit), np.int64), np.full(len(unit), b - a)
+    starts.append(a + found[0])
+    ends.append(a + found[1])
   if not ids:
     empty = np.zeros(0, np.int64)
     return Pieces(empty.astype(np.int32), empty, empty)
   return Pieces(*map(np.concatenate, (ids, starts, ends)))
+
+
+def _spelled(
+  word: str, ids: np.ndarray, tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray] | None:
+  """First and last character + 1 of every token; None if they spell it not."""
+  if tokenizer.unk_id in ids:
+    return None
+  pieces = [p.removeprefix("##").lstrip(_MARKS) for p in tokenizer.pieces(ids)]
+  edges = np.cumsum([0, *map(len, pieces)])
+  if edges[-1] == len(word):
+    return edges[:-1], edges[1:]
+  # Tokens of bytes: of a character that is not complete yet, each has it all.
+  said = [tokenizer.decode(ids[: i + 1]).lstrip() for i in range(len(ids))]
+  if not said or said[-1] != word:
+    return None
+  whole = [len(text.rstrip("\ufffd")) for text in said]
+  parted = [len(text) > count for text, count in zip(said, whole)]
+  return np.array([0, *whole[:-1]]), np.add(whole, parted)
 
 
 def window_ranges(

@@ -199,7 +199,12 @@ PUBLISHED: dict[str, tuple[Kind, str | None]] = {
     "glue/qqp",
   ),
   "glue/stsb": (
-    Sentences("sentence1", "sentence2", metrics=("pearson", "spearman")),
+    Sentences(
+      "sentence1",
+      "sentence2",
+      metrics=("pearson", "spearman"),
+      unlabelled=-1.0,  # of TFDS's test split
+    ),
     "glue/stsb",
   ),
   # Its splits are validation_matched and validation_mismatched.

@@ -7,6 +7,7 @@ from absl.testing import absltest, parameterized
 from bertjax import registry
 from bertjax.data.abstract import abstract_text, tokenizer_size
 from bertjax.data.text import TextData
+from bertjax.tasks.abstract import abstract_task
 from tests import tiny
 
 
@@ -36,8 +37,31 @@ class AbstractTextTest(parameterized.TestCase):
     )
 
   def test_a_missing_field_is_named(self):
+    spec = dict(source={}, tokenizer={}, batch_size=2, instances={})
     with self.assertRaisesRegex(ValueError, "data.seq_len is required"):
-      abstract_text(dict(tokenizer={}, batch_size=2, instances={}))
+      abstract_text(spec)
+
+  @parameterized.parameters(
+    (dict(seq_lenn=1), "data.seq_lenn is not an option.*'seq_len'"),
+    (dict(splitter="lins"), "data.splitter='lins' is unknown.*'lines'"),
+    (dict(seq_len=2), "data.seq_len=2 is too short for"),
+    (dict(seed=1), "data.seed is set by the library"),
+  )
+  def test_what_training_refuses_is_refused(self, changes, message):
+    spec = tiny.config(pathlib.Path("nowhere"))["data"] | changes
+    with self.assertRaisesRegex(ValueError, message):
+      abstract_text(spec, vocab_size=96)
+
+  @parameterized.parameters(
+    (dict(pair_stile="bert"), "data.pair_stile is not an option"),
+    (dict(seq_len=4), "data.seq_len=4 must be at least 8"),
+  )
+  def test_so_it_is_of_a_task(self, changes, message):
+    task = dict(name="regression", source=dict(name="jsonl", paths="a"))
+    spec = dict(task=task, seq_len=16, batch_size=2)
+    self.assertEqual(abstract_task(spec, vocab_size=96).seq_len, 16)
+    with self.assertRaisesRegex(ValueError, message):
+      abstract_task(spec | changes, vocab_size=96)
 
 
 class TokenizerSizeTest(parameterized.TestCase):

@@ -134,6 +134,18 @@ class MaskingTest(parameterized.TestCase):
     share = np.bincount(sizes, minlength=len(lengths) + 1)[1:] / len(sizes)
     np.testing.assert_allclose(share, lengths, atol=0.003)  # 4e5 draws
 
+  @parameterized.parameters("span", "ngram")
+  def test_no_word_of_a_row_is_as_good_as_another_for_a_unit(self, unit):
+    """But the first one, which begins what is left of one."""
+    shape = (20_000, 24)
+    words = np.ones(shape, bool)
+    lengths = masking.Masking(unit=unit).span_lengths
+    keys = masking.row_keys(0, np.zeros(len(words), int), np.arange(len(words)))
+    shares = masking.unit_starts(keys, words, words, lengths).mean(0)
+    mean = lengths @ np.arange(1, 1 + len(lengths))
+    self.assertEqual(shares[0], 1)
+    np.testing.assert_allclose(shares[1:], 1 / mean, atol=0.015)
+
   def test_spans_run_longer_than_single_words(self):
     def runs(unit):
       chosen = self.chosen(unit)
@@ -204,6 +216,8 @@ class MaskingTest(parameterized.TestCase):
       ValueError, r"max_masked=10 must be at least 19, what data.masking.rate"
     ):
       masking.Masking(max_masked=10).slots(128)
+    self.assertEqual(masking.Masking(max_masked=76).slots(512), 76)
+    self.assertEqual(masking.Masking().slots(512), 77)
 
 
 if __name__ == "__main__":

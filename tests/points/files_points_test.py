@@ -53,6 +53,16 @@ class FilesTest(absltest.TestCase):
     ):
       files.ShapeNet55(self.root)[0]
 
+  def test_a_number_means_one_class_in_every_split(self):
+    self.write("train.txt", "a-1.npy\nb-1.npy\nc-1.npy\n")
+    self.write("test.txt", "b-2.npy\nc-2.npy\n")
+    self.write("modelnet40_train.txt", "a_1\nb_1\nc_1\n")
+    self.write("modelnet40_test.txt", "b_2\nc_2\n")
+    for collection in (files.ShapeNet55, files.ModelNet40):
+      test = collection(self.root, "test")
+      self.assertEqual(test.classes, collection(self.root, "train").classes)
+      self.assertEqual(test.labels.tolist(), [1, 2])
+
   def test_modelnet40(self):
     self.write("modelnet40_train.txt", "night_stand_0001\nbed_0007\n")
     self.write("modelnet40_shape_names.txt", "bed\nchair\nnight_stand\n")
@@ -178,6 +188,16 @@ class FilesTest(absltest.TestCase):
       found[1].normals, _with_parts()[:, 3:6], atol=1e-6
     )
     self.assertLen(files.ShapeNetPart(self.root, "test"), 1)
+    # Other categories, in another order, keep their own parts.
+    listed = "synsetoffset2category.txt"
+    self.write(listed, "Bag\t02773838\nAirplane\t02691156\n")
+    found = files.ShapeNetPart(self.root)
+    self.assertEqual(found.class_parts, ((4, 5), (0, 1, 2, 3)))
+    self.write(listed, "Bag\t02773838\nSofa\t1\n")
+    with self.assertRaisesRegex(
+      ValueError, "category.txt, category='Sofa' is unk"
+    ):
+      files.ShapeNetPart(self.root)
 
 
 def _with_parts():

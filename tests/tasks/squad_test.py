@@ -1,8 +1,11 @@
 """Answers survive the way into windows of tokens and back."""
 
+import functools
+
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from bertjax.data.tokenizers import training
 from bertjax.data.tokenizers.words import WordTokenizer
 from bertjax.tasks import kinds, squad
 from bertjax.tasks.inputs import PAIR_STYLES
@@ -30,6 +33,15 @@ ANSWERS = ("1980", "$5.6 million", "caf\u00e9", "M\u00fcnchen", "330",
 
 def tokenizer():
   return WordTokenizer(PIECES, lowercase=True)
+
+
+@functools.cache
+def vocabulary(kind):
+  sizes = {"wordpiece": 140, "bpe": 140, "byte_bpe": 330, "unigram": 60}
+  options = {"vocab_size": sizes[kind]} if kind in sizes else {}
+  return training.train_tokenizer(
+    kind, [CONTEXT] * 9, user_tokens=("[ENT]",), **options
+  )
 
 
 def record(answer, start, question="what is it ?"):
@@ -63,6 +75,22 @@ class WindowTest(parameterized.TestCase):
     (found,) = kind.answer(logits, features)
     self.assertEqual(found.text, answer)
     self.assertEqual(kind.score(logits, features)["exact"], 100.0)
+
+  @parameterized.parameters(*training.TRAINERS)
+  def test_answers_come_back_whatever_the_vocabulary(self, kind):
+    trained = vocabulary(kind)
+    context = CONTEXT.strip().replace("note 12", "note[ENT]12")
+    pieces = squad.tokenize(context, trained)
+    # As in a question, but for runs of spaces, which are one here.
+    once = " ".join(context.split())
+    np.testing.assert_array_equal(pieces.ids, trained.encode(once))
+    self.assertIn(trained.piece_id("[ENT]"), pieces.ids)
+    # Whole words: what is learned from so little joins their letters.
+    for answer in (*ANSWERS[1:], "1980s", "[ENT]", "high"):
+      start = context.index(answer)
+      first, last = pieces.span(start, start + len(answer))
+      found = context[pieces.starts[first] : pieces.ends[last]]
+      self.assertEqual(found, answer)
 
   def test_windows_show_every_token_within_the_row(self):
     seq_len = 40

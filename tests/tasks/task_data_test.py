@@ -239,6 +239,12 @@ class DatasetTest(TaskTestCase):
     data = self.data("pairs", records=[{"x": "ba", "label": 0}])
     with self.assertRaisesRegex(ValueError, "lacks 'y'"):
       data.dataset()
+    # Nothing stands in for it, least of all the label.
+    data = self.data("classification", records=[{"txt": "ba", "label": "no"}])
+    with self.assertRaisesRegex(
+      ValueError, "lacks 'text'; it has id, label, t"
+    ):
+      data.dataset()
 
   @parameterized.parameters(*KINDS)
   def test_training_split_without_labels_is_refused(self, name):
@@ -370,6 +376,16 @@ class ReaderTest(TaskTestCase):
     self.assertEqual((found[0]["text"], found[0]["label"]), ('"so', "yes"))
     found = self.read("csv", 'text,label\n"a,b",no\n', ".csv")
     self.assertEqual((found[0]["text"], found[0]["label"]), ("a,b", "no"))
+
+  def test_a_cell_may_be_long_and_a_record_may_have_lists(self):
+    found = self.read("csv", f"text,label\n{'a ' * 100_000},no\n", ".csv")
+    self.assertLen(found[0]["text"], 200_000)
+    path = self.folder() / "tags.txt"
+    path.write_text("".join(f"w{i} O\nx{i} O\n\n" for i in range(40)))
+    halves = {"train": 0.5, "test": 0.5}
+    source = READERS["columns"](paths=str(path), fractions=halves)
+    found = [r["words"] for s in halves for r in source.examples(s)]
+    self.assertCountEqual(found, [[f"w{i}", f"x{i}"] for i in range(40)])
 
   def test_squad_files(self):
     question = {

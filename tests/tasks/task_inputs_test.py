@@ -8,6 +8,7 @@ from absl.testing import absltest, parameterized
 from bertjax.data.tokenizers.words import WordTokenizer
 from bertjax.tasks import inputs, kinds, metrics
 from bertjax.tasks.inputs import PAIR_STYLES
+from bertjax.tasks.table import PUBLISHED
 
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "b", "##b", "##c"]
 
@@ -125,6 +126,35 @@ class SentencesTest(parameterized.TestCase):
     np.testing.assert_array_equal(
       found.arrays["labels"], [[1, 0, 1], [0, 0, 0], [-1, -1, -1]]
     )
+
+  @parameterized.parameters("", -1, None)
+  def test_what_is_unknown_is_no_label_among_several(self, unknown):
+    kind = kinds.Sentences("text", labels=("x", "y"), multilabel=True)
+    with self.assertRaisesRegex(ValueError, "label=.* holds .*; leave out"):
+      kind.features(
+        [{"text": "a", "label": ["x", unknown]}],
+        tokenizer(),
+        8,
+        PAIR_STYLES["bert"],
+      )
+
+  @parameterized.parameters(0.7, 1.9, float("nan"), ((1,),))
+  def test_what_is_no_whole_number_is_no_class(self, value):
+    kind = kinds.Sentences("text", labels=("no", "yes"))
+    with self.assertRaisesRegex(
+      ValueError, "is no class; write one of no, yes"
+    ):
+      kind.features(
+        [{"text": "a", "label": value}], tokenizer(), 8, PAIR_STYLES["bert"]
+      )
+
+  def test_a_number_may_stand_for_no_label(self):
+    kind, _ = PUBLISHED["glue/stsb"]
+    records = [
+      {"sentence1": "a", "sentence2": "b", "label": x} for x in (-1.0, 2.5)
+    ]
+    found = kind.features(records, tokenizer(), 8, PAIR_STYLES["bert"])
+    self.assertEqual(found.labelled.tolist(), [False, True])
 
   def test_other_number_of_classes_is_refused(self):
     kind = kinds.Sentences("text", labels=("no", "yes"))

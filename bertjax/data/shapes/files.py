@@ -5,6 +5,7 @@ neither sampled nor scaled. Point-BERT (Yu et al. 2022) uses all of them, and
 ScanObjectNN (`hdf5`).
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -103,7 +104,8 @@ class ShapeNet55(Clouds):
       if "-" not in name or not name.endswith(".npy"):
         raise ValueError(f"{folder}: {name!r} is no SYNSET-MODEL.npy.")
     synsets = [name.partition("-")[0] for name in names]
-    self.classes = tuple(sorted(set(synsets)))
+    every = _every_line(folder, splits["all"], "{}.txt", ("ShapeNet-55", "."))
+    self.classes = tuple(sorted({name.partition("-")[0] for name in every}))
     numbers = {name: i for i, name in enumerate(self.classes)}
     clouds = folder / "shapenet_pc"
     home = clouds if clouds.is_dir() else folder
@@ -135,9 +137,11 @@ class ModelNet40(Clouds):
     names = lines_of(folder, f"modelnet40_{part}.txt")
     kinds = [name.rpartition("_")[0] for name in names]
     listed = folder / "modelnet40_shape_names.txt"
-    every = (
-      listed.read_text().split() if listed.exists() else sorted(set(kinds))
-    )
+    if listed.exists():
+      every = listed.read_text().split()
+    else:
+      both = _every_line(folder, ("train", "test"), "modelnet40_{}.txt")
+      every = sorted({name.rpartition("_")[0] for name in both})
     self.classes = tuple(every)
     numbers = {name: i for i, name in enumerate(every)}
     for name, kind in zip(names, kinds):
@@ -310,6 +314,10 @@ class ShapeNetPart(Clouds):
     if not all(len(pair) == 2 for pair in pairs):
       raise ValueError(f"{folder / listed} should hold NAME SYNSET a line.")
     self.classes = tuple(name for name, _ in pairs)
+    parts = dict(zip(ShapeNetPart.classes, ShapeNetPart.class_parts))
+    self.class_parts = tuple(
+      lookup(parts, name, f"{listed}, category") for name in self.classes
+    )
     numbers = {synset: i for i, (_, synset) in enumerate(pairs)}
     paths, labels = [], []
     for part in lookup(splits, split, "split"):
@@ -355,6 +363,23 @@ def lines_of(
   raise FileNotFoundError(
     f"{folder} has no {name}; looked in {', '.join(homes)}."
   )
+
+
+def _every_line(
+  folder: pathlib.Path,
+  splits: Sequence[str],
+  name: str,
+  homes: Sequence[str] = (".",),
+) -> list[str]:
+  """Of the lists of all splits that are there, `name` with {} for a split.
+
+  Classes are numbered by them, so that a number means one class in every split.
+  """
+  found = []
+  for split in splits:
+    with contextlib.suppress(FileNotFoundError):
+      found += lines_of(folder, name.format(split), homes)
+  return found
 
 
 def _read(

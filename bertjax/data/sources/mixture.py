@@ -193,6 +193,8 @@ class Mixture:
     # Held-out splits stay as they are: weighting them changes the question.
     factor = self.factors()[i] if split == "train" else 1
     for example in part():
-      key = f"{i}/{example['id']}"
-      for number in range(copies(factor, key)):
+      key, copy_of = f"{i}/{example['id']}", example.get("copy", 0)
+      count = copies(factor, key)
+      # Of a nested mixture each copy counts apart.
+      for number in range(count * copy_of, count * (copy_of + 1)):
         yield {**example, "id": key, "copy": number, "component": i}

@@ -150,6 +150,11 @@ class Tokenizer(abc.ABC):
   def _continues(self, piece: str) -> bool:
     """Whether an ordinary piece goes on with the word of the one before."""
 
+  def searches_for(self, piece: str) -> bool:
+    """Whether a new piece is found in words without being a user token."""
+    del piece
+    return False
+
   @abc.abstractmethod
   def with_pieces(
     self, pieces: Sequence[str], user_tokens: Sequence[str]
@@ -213,6 +218,11 @@ class Tokenizer(abc.ABC):
       ],
       bool,
     )
+
+  def parts(self, text: str) -> list[str]:
+    """Plain text, user token, plain text, ..., plain text: all of the text."""
+    pattern = self._text_tokens
+    return [text] if pattern is None else pattern.split(text)
 
   def encode(self, text: str, *, parse_special: bool = False) -> np.ndarray:
     """Ids of a text, int32 [n], without [CLS] and [SEP].

@@ -1,8 +1,9 @@
 """New rows for a vocabulary that has a model already.
 
-Only WordPiece takes a new piece into its search for the longest match. For the
-other kinds it becomes a user token: found by its spelling in any text, also
-inside a word.
+Only WordPiece takes a new piece into its search for the longest match, and only
+where its rules leave the spelling whole (of an uncased vocabulary, lower case
+without accents or hyphens). Any other becomes a user token: found by its
+spelling in any text, also inside a word.
 """
 
 from collections.abc import Iterable
@@ -27,7 +28,19 @@ def _new(tokenizer: base.Tokenizer, pieces: Iterable[str]) -> list[str]:
 
 
 def _user_tokens(tokenizer: base.Tokenizer, pieces: list[str]) -> list[str]:
-  more = [] if tokenizer.kind == "wordpiece" else pieces
+  """All user tokens, new ones among them.
+
+  Raises:
+    ValueError: a continuation that no word has.
+  """
+  more = [piece for piece in pieces if not tokenizer.searches_for(piece)]
+  if tokenizer.kind == "wordpiece":
+    for piece in more:
+      if piece.startswith("##"):
+        raise ValueError(
+          f"piece {piece!r} continues no word: the tokenizer changes or divides"
+          f" {piece[2:]!r} before it looks for pieces."
+        )
   return [*tokenizer.user_tokens, *more]
 
 
@@ -39,7 +52,8 @@ def append_pieces(
   The model needs as many further embedding rows.
 
   Raises:
-    ValueError: an empty, repeated or known piece.
+    ValueError: an empty, repeated or known piece, or a continuation that no
+      word has.
   """
   pieces = _new(tokenizer, pieces)
   return tokenizer.with_pieces(
@@ -55,7 +69,7 @@ def reuse_unused(
   The model keeps its shape.
 
   Raises:
-    ValueError: too few [unusedN] rows; an empty, repeated or known piece.
+    ValueError: too few [unusedN] rows; see `append_pieces`.
   """
   pieces = _new(tokenizer, pieces)
   rows = [

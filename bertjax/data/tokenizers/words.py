@@ -184,6 +184,10 @@ class WordTokenizer(base.Tokenizer):
   def _continues(self, piece: str) -> bool:
     return piece.startswith("##")
 
+  def searches_for(self, piece: str) -> bool:
+    part = piece.removeprefix("##")
+    return self._merges is None and self._rules(part).split() == [part]
+
   def files(self) -> dict[str, bytes]:
     exported = library.bert_pipeline(
       self._model(),

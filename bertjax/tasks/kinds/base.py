@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -142,6 +143,11 @@ def label_id(value: Any, labels: Sequence[str], field: str) -> int:
         f"{field}={value!r} is no label; choose from {', '.join(labels)}."
       )
     return list(labels).index(value)
+  if not (isinstance(value, numbers.Real) and float(value).is_integer()):
+    raise ValueError(
+      f"{field}={value!r} is no class; write one of {', '.join(labels)}, or its"
+      " index."
+    )
   if not -1 <= int(value) < len(labels):
     raise ValueError(
       f"{field}={value!r} is outside -1..{len(labels) - 1}; the labels are"

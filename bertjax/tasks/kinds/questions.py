@@ -165,7 +165,7 @@ class Questions(Kind):
     return [
       {
         "answer": "" if self.null and a.null_score > a.score else a.text,
-        "score": a.score,
+        "score": a.score if np.isfinite(a.score) else None,  # no span
         "null_score": a.null_score,
       }
       for a in self.answer(logits, features)

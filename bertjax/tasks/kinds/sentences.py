@@ -22,6 +22,7 @@ class Sentences(Kind):
     labels: names of the classes; () means a number.
     multilabel: whether a text has any number of labels.
     metrics: keys of `METRICS`.
+    unlabelled: a number that says that there is no label, besides None and "".
   """
 
   first: Field
@@ -30,6 +31,7 @@ class Sentences(Kind):
   labels: tuple[str, ...] = ()
   multilabel: bool = False
   metrics: tuple[str, ...] = ("accuracy",)
+  unlabelled: float | None = None
 
   def __post_init__(self):
     base.check_metrics(self.metrics)
@@ -66,12 +68,18 @@ class Sentences(Kind):
     value = record[self.label]
     if self.multilabel:
       row = np.full(len(self.labels), -1 if value is None else 0, np.int32)
-      chosen = value or ()
-      row[[base.label_id(v, self.labels, self.label) for v in chosen]] = 1
+      for chosen in value or ():
+        number = base.label_id(chosen, self.labels, self.label)
+        if number < 0:
+          raise ValueError(
+            f"{self.label}={value!r} holds {chosen!r}; leave out what no label"
+            " is, or write null if nothing is known."
+          )
+        row[number] = 1
       return row
     if self.labels:
       return base.label_id(value, self.labels, self.label)
-    return np.nan if value in (None, "") else float(value)
+    return np.nan if value in (None, "", self.unlabelled) else float(value)
 
   def features(self, records, tokenizer, seq_len, style) -> Features:
     parts = [self.texts(r) for r in records]

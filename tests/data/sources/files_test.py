@@ -100,7 +100,8 @@ class FilesTest(parameterized.TestCase):
     else:
       content = as_csv("\t" if format == "tsv" else ",")
       path = self.write(f"a.{format}{suffix}", content)
-    found = self.read(format.replace("tsv", "csv"), path)
+    options = {"quotes": True} if format == "tsv" else {}
+    found = self.read(format.replace("tsv", "csv"), path, **options)
     self.assertEqual([e["text"] for e in found], _TEXTS)
     self.assertLen({e["id"] for e in found}, len(_TEXTS))
 
@@ -136,6 +137,11 @@ class FilesTest(parameterized.TestCase):
       found,
       [{"id": "k1", "text": "one text"}, {"id": "k2", "text": "two texts"}],
     )
+
+  def test_a_quotation_mark_swallows_no_rows_of_a_table_with_tabs(self):
+    path = self.write("a.tsv", 'id\ttext\n1\t"one\n2\ttwo\n3\ta" b\n')
+    found = self.read("csv", path)
+    self.assertEqual([e["text"] for e in found], ['"one', "two", 'a" b'])
 
   def test_csv_cell_may_be_longer_than_the_library_allows(self):
     text = "word " * 100_000

@@ -121,6 +121,17 @@ class MixtureTest(SourceTestCase):
     )
     self.assertEqual((cache.num_documents, cache.duplicates), (600, 0))
 
+  def test_copies_of_a_nested_mixture_survive_as_well(self):
+    inner = dict(name="mixture", sources=[self.b], dupe_factors=[3])
+    source = self.build(
+      name="mixture", sources=[inner, self.a], dupe_factors=[2, 1]
+    )
+    cache = cache_build.build_cache(
+      source, "train", _Words(), "none", self.folder / "cache"
+    )
+    self.assertEqual(cache.duplicates, 0)
+    self.assertEqual(np.bincount(cache.document_sources).tolist(), [1200, 1000])
+
   def test_held_out_splits_are_not_reweighted(self):
     shares = {"train": 0.5, "test": 0.5}
     parts = [{**self.a, "fractions": shares}, self.b]

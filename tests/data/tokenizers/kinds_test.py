@@ -155,6 +155,18 @@ class EveryKindTest(parameterized.TestCase):
     self.assertFalse(tokenizer.continues_word[row])
     self.assertIn("<URL>", tokenizer.decode(ids))
 
+  def test_a_piece_that_no_word_has_is_found_by_its_spelling(self):
+    tokenizer = _train("wordpiece")
+    new = ["COVID-19", "Übermut", "new york", "zyx"]
+    longer = tokenizers.append_pieces(tokenizer, new)
+    size = tokenizer.vocab_size
+    self.assertEqual(
+      longer.encode(" ".join(new)).tolist(), list(range(size, size + 4))
+    )
+    self.assertEqual(longer.user_tokens, tuple(new[:3]))
+    with self.assertRaisesRegex(ValueError, "'##É' continues no word"):
+      tokenizers.append_pieces(tokenizer, ["##É"])
+
   def test_too_many_or_known_pieces_are_refused(self):
     tokenizer = _train("wordpiece")
     with self.assertRaisesRegex(ValueError, "do not fit into the 0"):
