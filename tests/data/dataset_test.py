@@ -347,7 +347,7 @@ class BadInputTest(parameterized.TestCase):
     (dict(name="pack"), r"data.instances.name='pack' is unknown.*'packed'"),
     (dict(name="nsp", seq_len=4), "data.seq_len=4 is too short for"),
     (dict(masking=dict(rte=0.2)), r"data.masking.rte is not an option"),
-    (dict(masking=dict(max_masked=2)), r"max_masked=2 must be at least 5"),
+    (dict(masking=dict(max_masked=2)), r"max_masked=2 must be at least 4"),
   )
   def test_bad_options_are_named(self, options, message):
     with self.assertRaisesRegex(ValueError, message):
