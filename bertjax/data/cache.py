@@ -22,10 +22,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int, UInt
 
+from bertjax import registry
 from bertjax.data.sources import base
 
 FORMAT = 1
 DIGEST_BYTES = 16
+CHECKS = ("checksums", "sizes")  # of `verify`
 _READER = "readahead_buffer_size:0,max_parallelism:0"
 
 
@@ -139,10 +141,8 @@ class TokenCache:
     Raises:
       CorruptCacheError: names the bad file.
     """
-    if verify not in ("checksums", "sizes", None):
-      raise ValueError(
-        f"verify={verify!r} is unknown; choose 'checksums' or 'sizes'."
-      )
+    if verify is not None:
+      registry.lookup(dict.fromkeys(CHECKS), verify, "verify")
     self.path = pathlib.Path(path)
     self.manifest = _read_manifest(self.path)
     if verify:

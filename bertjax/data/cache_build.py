@@ -81,6 +81,7 @@ def build_cache(
     ValueError: unknown split or splitter, limits below 1, or no document.
   """
   base.check_split(source, split)
+  registry.lookup(dict.fromkeys(cache_lib.CHECKS), verify, "verify")
   registry.lookup(sentences_lib.SPLITTERS, splitter, "data.splitter")
   for field, value in (
     ("max_tokens_per_document", max_tokens_per_document),

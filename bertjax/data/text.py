@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from bertjax import registry
-from bertjax.data.cache import TokenCache
+from bertjax.data.cache import CHECKS, TokenCache
 from bertjax.data.cache_build import (
   MakeShards,
   build_cache,
@@ -87,6 +87,7 @@ class TextData(MaskedData):
     )
     self.splitter = splitter
     self._cut = max_tokens_per_document
+    registry.lookup(dict.fromkeys(CHECKS), verify, "data.verify")
     self._cache_dir, self._verify = cache_dir, verify
     self._caches: dict[str, TokenCache] = {}
     facts = [self.tokenizer.fingerprint(), splitter, self._cut, seq_len]

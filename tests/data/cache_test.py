@@ -18,8 +18,11 @@ from absl.testing import absltest, parameterized
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from bertjax import registry
 from bertjax.data import cache as cache_lib
 from bertjax.data import cache_build, cache_shards, sentences
+from bertjax.data.text import TextData
+from tests import tiny
 
 _REPOSITORY = pathlib.Path(__file__).parents[2]
 
@@ -295,6 +298,25 @@ class TokenCacheTest(parameterized.TestCase):
     _cut(cache.path / "shard-00000.arrayrecord")
     with self.assertRaisesRegex(cache_lib.CorruptCacheError, "shard-00000"):
       cache_lib.TokenCache(cache.path, verify="sizes")
+
+  def test_data_may_leave_the_contents_unread(self):
+    folder = pathlib.Path(self.create_tempdir())
+    tiny.write_corpus(folder)
+
+    def read(**options):
+      spec = tiny.config(folder)["data"] | options
+      context = dict(seed=0, cache_dir=folder / "cache")
+      return registry.call(TextData, spec, "data", **context).cache("train")
+
+    cache = read()
+    _flip(cache.path / "shard-00000.arrayrecord")
+    with self.assertNoLogs(level="WARNING"):
+      read(verify="sizes")
+    with self.assertLogs(level="WARNING") as logs:
+      read()
+    self.assertIn("Rebuilding", logs.output[0])
+    with self.assertRaisesRegex(ValueError, "data.verify='size' .* 'sizes'?"):
+      read(verify="size")
 
   def test_record_damaged_after_opening_is_an_error_not_other_tokens(self):
     cache = self.build(FakeSource(texts()), documents_per_shard=100)

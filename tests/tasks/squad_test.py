@@ -92,6 +92,14 @@ class WindowTest(parameterized.TestCase):
       found = context[pieces.starts[first] : pieces.ends[last]]
       self.assertEqual(found, answer)
 
+  def test_of_a_context_without_tokens_there_is_no_score(self):
+    empty = record("", 0) | {"context": " ", "answers": None}
+    kind = kinds.Questions()
+    features = kind.features([empty], tokenizer(), 32, PAIR_STYLES["bert"])
+    logits = np.zeros((*features.arrays["tokens"].shape, 2), np.float32)
+    (said,) = kind.predictions(logits, features)
+    self.assertEqual(said, {"answer": "", "score": None, "null_score": 0.0})
+
   def test_windows_show_every_token_within_the_row(self):
     seq_len = 40
     words = tokenizer()
