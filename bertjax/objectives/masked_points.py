@@ -199,6 +199,11 @@ class MaskedPoints(nn.Module):
       self.queue = Queue(self.options.queue_size, self.options.contrast_dim)
 
   @property
+  def least_points(self) -> int:
+    """Of a cloud that this can be asked of."""
+    return self.encoder.least_points
+
+  @property
   def contrasts(self) -> bool:
     """Whether there is a contrast head."""
     return self.options.contrast or self.options.mixed_contrast
