@@ -269,8 +269,7 @@ def _tokens(model: LoadedModel) -> dict[str, np.ndarray]:
 
 
 def _clouds(model: LoadedModel) -> dict[str, np.ndarray]:
-  levels = model.objective_spec.get("levels", (512,))  # of segmentation
-  count = max(model.objective.encoder.least_points, *levels)
+  count = model.objective.least_points
   cloud = np.random.default_rng(0).normal(size=(2, count, 3))
   category = np.zeros(2, np.int32)
   return {"points": cloud.astype(np.float32), "category": category}

@@ -211,8 +211,9 @@ def build_objective(settings: Settings, data: Data) -> nn.Module:
   dtype = lookup(DTYPES, settings.dtype, "dtype")
   spec = data.model(settings.model)
   encoder = registry.build(MODELS, spec, "model", dtype=dtype)
-  data.check(encoder)
-  return objectives.build_objective(settings.objective, encoder)
+  objective = objectives.build_objective(settings.objective, encoder)
+  data.check(objective)
+  return objective
 
 
 def _optim(settings: Settings, mesh: Mesh) -> dict[str, Any]:

@@ -145,8 +145,8 @@ def train_step(
     def gradients(params, extra, batch, key):
       variables = {"params": params}
       if wanted is not None:
-        rows = next(iter(batch.values())).shape[0] // microbatches
-        variables |= wanted.probes(rows)
+        rows = statistics.rows_of(batch)
+        variables |= wanted.probes(rows // microbatches)
       return accumulate(
         loss_fn, variables, extra, batch, key, microbatches, scale
       )

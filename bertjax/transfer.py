@@ -44,7 +44,8 @@ def load_variables_for(
     fresh: parts of the target that stay without value where the saved model has
       none. With any, heads of the saved model that the target lacks are left.
     renames: `(regex, replacement)`, applied in order with `re.sub` to the names
-      of the saved parameters (in our spelling, layers as the target has them).
+      of the saved parameters (in our spelling, layers as the target has them);
+      each must match a name that the ones before it leave.
     allow_missing: regexes of target parameters that may stay without value.
     ignore: regexes of saved parameters (after renaming) or of published tensors
       that are left out.
@@ -124,15 +125,16 @@ def _published_only(
 def _renamed(
   params: Mapping[str, Any], renames: Sequence[tuple[str, str]]
 ) -> dict[str, np.ndarray]:
+  renamed = list(params)
+  for pattern, replacement in renames:
+    compiled = regex(pattern, "init_from.renames")
+    names.refuse_unused([pattern], renamed, "init_from.renames")
+    renamed = [compiled.sub(replacement, name) for name in renamed]
   have: dict[str, np.ndarray] = {}
-  compiled = [(regex(p, "init_from.renames"), r) for p, r in renames]
-  for name, leaf in params.items():
-    for pattern, replacement in compiled:
-      name = pattern.sub(replacement, name)
+  for name, leaf in zip(renamed, params.values(), strict=True):
     if name in have:
       raise ValueError(f"init_from.renames maps two parameters to {name!r}.")
     have[name] = np.asarray(leaf)
-  names.refuse_unused((p for p, _ in renames), params, "init_from.renames")
   return have
 
 

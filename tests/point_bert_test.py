@@ -134,7 +134,13 @@ class RunTest(parameterized.TestCase):
 
   @parameterized.parameters(
     (dict(data=dict(num_points=7)), "data.num_points=7 is too few .* need 8"),
-    (dict(model=dict(name="bert", size="tiny", vocab_size=9)), "reads no poin"),
+    (
+      dict(
+        model=dict(name="bert", size="tiny", vocab_size=9),
+        objective=dict(name="masked_lm"),
+      ),
+      "reads no points",
+    ),
     (dict(model=dict(patch_size=10)), "model.patch_size=10 must be a multiple"),
     (dict(model=dict(shrink=3)), "model.shrink=3 must be a power of 2"),
     (dict(objective=dict(name="masked_lm")), "trains a model of the kind Enco"),

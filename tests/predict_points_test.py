@@ -220,11 +220,21 @@ class PredictPointsTest(parameterized.TestCase):
     few = self.clouds[0][:6]
     self.assertLen(classify_points(self.classes, [self.clouds[0][:7]]), 1)
     with self.assertRaisesRegex(
-      ValueError, "Cloud 1 has 6 points, too few .*, which take 7"
+      ValueError, "Cloud 1 has 6 points, too few .*, which takes 7"
     ):
       classify_points(self.classes, [self.clouds[0], few])
-    with self.assertRaisesRegex(ValueError, "Cloud 0 has 6 points"):
+    few = self.clouds[0][:19]  # enough for its patches, but not for its levels
+    with self.assertRaisesRegex(
+      ValueError, "Cloud 0 has 19 points, .*, which takes 20"
+    ):
       segment_points(self.parts, [few], "box")
+
+  def test_clouds_of_less_than_their_levels_are_not_trained_on(self):
+    fields = config(dict(name="part_segmentation", levels=(41, 11)), parts=True)
+    with self.assertRaisesRegex(
+      ValueError, "data.num_points=40 is too few .*objective.levels.* need 41"
+    ):
+      experiment.build(settings(fields), devices=jax.devices()[:1])
 
   def test_meshes_are_sampled_as_densely_as_clouds_of_training(self):
     self.assertEqual(points_to_sample(self.classes), 90)

@@ -10,6 +10,7 @@ from absl.testing import absltest, parameterized
 from bertjax import optim, train_state, train_step
 from bertjax.models import bert
 from bertjax.objectives import masked_lm
+from bertjax.objectives.fine_tuning import multiple_choice
 from bertjax.parallel.mesh import make_mesh
 from bertjax.parallel.sharding import put_batch
 
@@ -205,6 +206,43 @@ class TrainStepTest(parameterized.TestCase):
   def test_a_batch_that_does_not_divide_is_refused(self, layout, message):
     with self.assertRaisesRegex(ValueError, message):
       _run(**layout)
+
+
+class ChoicesTest(parameterized.TestCase):
+  @parameterized.parameters(1, 2)
+  def test_each_choice_is_a_sample_of_its_own(self, microbatches):
+    examples, choices = 4, 3
+    encoder = bert(vocab_size=_VOCABULARY, num_layers=1, emb_dim=8, num_heads=2)
+    objective = multiple_choice(encoder=encoder)
+    rows = jax.ShapeDtypeStruct((examples, choices, _LENGTH), np.int32)
+    batch = {
+      "tokens": rows,
+      "segment_ids": rows,
+      "labels": jax.ShapeDtypeStruct((examples,), np.int32),
+    }
+    params, names = train_state.abstract_params(objective, batch)
+    optimizer = optim.build_optimizer(
+      dict(
+        name="sgd",
+        learning_rate=0.1,
+        precondition=dict(
+          name="sngd", rank=examples * choices, skip_padding=True
+        ),
+      ),
+      total_steps=9,
+      params=params,
+      logical_axes=names,
+      linear_layers=lambda: train_state.linear_layers(objective, batch),
+    )
+    state = jax.eval_shape(
+      lambda key: train_state.init_state(
+        objective, optimizer.transform, batch, key
+      ),
+      jax.random.key(0),
+    )
+    step = train_step.train_step(objective, optimizer, microbatches)
+    after, _ = jax.eval_shape(step, state, batch)
+    self.assertEqual(after.params, state.params)
 
 
 if __name__ == "__main__":

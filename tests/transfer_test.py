@@ -57,6 +57,23 @@ class LoadParamsForTest(LoadingTestCase):
         self.workdir, target, renames=[("(scale|bias)$", "x")]
       )
 
+  def test_a_rename_matches_what_those_before_it_leave(self):
+    target = self.target()
+    target["head"] = target.pop("mlm_head")
+    first = ("^mlm_head/", "between/")
+    found = transfer.load_params_for(
+      self.workdir, target, renames=[first, ("^between/", "head/")]
+    )
+    np.testing.assert_array_equal(
+      found["head"]["bias"], self.params["mlm_head"]["bias"]
+    )
+    with self.assertRaisesRegex(
+      ValueError, "renames: pattern 'mlm_head/bias' matches nothing"
+    ):
+      transfer.load_params_for(
+        self.workdir, target, renames=[first, ("mlm_head/bias", "x")]
+      )
+
   @parameterized.parameters("renames", "ignore", "allow_missing")
   def test_a_pattern_that_matches_nothing_is_an_error(self, field):
     pattern = ("^nothing", "") if field == "renames" else "^nothing"

@@ -73,12 +73,29 @@ def _spelling(old: Tokenizer, new: Tokenizer, piece: str | None) -> np.ndarray:
     return np.zeros(0, np.int32)
   if new.kind == "wordpiece":
     text = piece.removeprefix("##")
+    if text != piece and (inside := _continuation(old, text)):
+      return np.array(inside, np.int32)
   elif piece in new.user_tokens:
     text = piece
   else:
     text = new.decode([new.vocabulary.index(piece)])
   ids = old.encode(text)
   return ids[ids != old.unk_id]
+
+
+def _continuation(old: Tokenizer, text: str) -> list[int]:
+  """Ids of the pieces that spell a text within a word; [] if none do."""
+  ids, start = [], 0
+  while start < len(text):
+    for end in range(len(text), start, -1):
+      found = old.piece_id(f"##{text[start:end]}")
+      if found is not None:
+        break
+    else:
+      return []
+    ids.append(found)
+    start = end
+  return ids
 
 
 # How a row begins: old table, ids of its spelling, the row of a fresh model.

@@ -57,9 +57,9 @@ class AbstractData(abc.ABC):
     """`config.model`; by default the data add nothing to it."""
     return dict(given)
 
-  def check(self, encoder: nn.Module) -> None:
-    """Raises ValueError for a model that cannot read the rows."""
-    del encoder
+  def check(self, objective: nn.Module) -> None:
+    """Raises ValueError for a model or objective that cannot read the rows."""
+    del objective
 
   def steps(self, epochs: float) -> int:
     """Steps of epochs of a million rows: how many there are the data know.
@@ -89,8 +89,8 @@ class AbstractText(AbstractData):
     """`config.model` with the size of the vocabulary."""
     return textual.with_vocabulary(given, self.vocab_size)
 
-  def check(self, encoder: nn.Module) -> None:
-    textual.check_length(encoder, self.seq_len)
+  def check(self, objective: nn.Module) -> None:
+    textual.check_length(objective.encoder, self.seq_len)
 
   def tokens_per_batch(self, batch_size: int) -> int:
     return batch_size * self.seq_len

@@ -60,9 +60,9 @@ class Data(abc.ABC):
     """`config.model`, completed by what the data know of it."""
     return dict(given)
 
-  def check(self, encoder: nn.Module) -> None:
-    """Raises ValueError for a model that cannot read the rows."""
-    del encoder
+  def check(self, objective: nn.Module) -> None:
+    """Raises ValueError for a model or objective that cannot read the rows."""
+    del objective
 
   def identity(self) -> dict[str, str]:
     """By name, what must be the same on all hosts."""

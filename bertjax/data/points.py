@@ -130,8 +130,8 @@ class PointData(Data):
       return dict(given)  # and no cloud needs to be there
     return with_classes(given, self.about, self.dataset().clouds.classes)
 
-  def check(self, encoder: nn.Module) -> None:
-    check_patches(encoder, self.reading.num_points)
+  def check(self, objective: nn.Module) -> None:
+    check_points(objective, self.reading.num_points)
 
   def facts(self) -> dict[str, Any]:
     clouds = self.dataset().clouds
@@ -198,21 +198,22 @@ def _plain(value: Any) -> Any:
   return [*map(_plain, value)] if isinstance(value, (list, tuple)) else value
 
 
-def check_patches(encoder: nn.Module, num_points: int) -> None:
-  """Refuses clouds that a model would need more points of.
+def check_points(objective: nn.Module, num_points: int) -> None:
+  """Refuses clouds that an objective would need more points of.
 
   Raises:
     ValueError: too few points, or a model that reads no points.
   """
-  if not hasattr(encoder, "least_points"):
+  if not hasattr(objective, "least_points"):
     raise ValueError(
-      f"model: {type(encoder).__name__} reads no points, which is what data"
-      " has; choose a model of point clouds."
+      f"model: {type(objective.encoder).__name__} reads no points, which is"
+      " what data has; choose a model and an objective of point clouds."
     )
-  if num_points < encoder.least_points:
+  if num_points < objective.least_points:
     raise ValueError(
-      f"data.num_points={num_points} is too few for model.patches and"
-      f" model.patch_size, which need {encoder.least_points}."
+      f"data.num_points={num_points} is too few for model.patches,"
+      " model.patch_size and the objective.levels of part segmentation, which"
+      f" need {objective.least_points}."
     )
 
 
@@ -232,8 +233,8 @@ class AbstractPoints(AbstractData):
   def objective(self, given: Mapping[str, Any]) -> dict[str, Any]:
     return with_classes(given, self.about)
 
-  def check(self, encoder: nn.Module) -> None:
-    check_patches(encoder, self.reading.num_points)
+  def check(self, objective: nn.Module) -> None:
+    check_points(objective, self.reading.num_points)
 
   def tokens_per_batch(self, batch_size: int) -> int:
     return batch_size * self.reading.num_points

@@ -53,8 +53,8 @@ class TextualData(Data):
     """`config.model` with the size of the vocabulary."""
     return with_vocabulary(given, self.tokenizer.vocab_size)
 
-  def check(self, encoder: nn.Module) -> None:
-    check_length(encoder, self.seq_len)
+  def check(self, objective: nn.Module) -> None:
+    check_length(objective.encoder, self.seq_len)
 
   def identity(self) -> dict[str, str]:
     # Trained on each host alone, pieces of one count may be ordered anyhow.

@@ -279,7 +279,7 @@ def _shapes(
   """Shapes of parameters and averages by name, layers apart; and how many."""
   model = registry.build(MODELS, spec, "model")
   module = build_objective(objective, model)
-  count = max(_POINTS, model.least_points)
+  count = max(_POINTS, module.least_points)
   batch = {
     "points": jnp.zeros((1, count, 3)),
     "labels": jnp.zeros((1,), jnp.int32),

@@ -25,7 +25,8 @@ class Attend(Protocol):
   """Scores to outputs: what an attention implementation must accept.
 
   Shapes: q [b, t, h, d]; k, v [b, s, h, d]; the result is [b, t, h, d] in the
-  dtype of v. A query with no visible key returns 0. An implementation refuses
+  dtype of v. A query with no visible key returns 0. Where lengths differ the
+  last query stands at the position of the last key. An implementation refuses
   with a ValueError what it cannot do; it never ignores an argument.
 
   One that reads its operands and writes its output in another order of axes
@@ -52,6 +53,11 @@ class Attend(Protocol):
   ) -> jax.Array: ...
 
 
+def _positions(t: int, s: int) -> tuple[jax.Array, jax.Array]:
+  """Those of queries [t, 1] and keys [1, s], the last ones aligned."""
+  return jnp.arange(t)[:, None] + s - t, jnp.arange(s)[None, :]
+
+
 def visible(
   t: int,
   s: int,
@@ -69,10 +75,11 @@ def visible(
     segment_ids: 0 is padding, which nobody sees; equal ids see each other.
     window: a query sees keys at a distance of at most this many positions.
     block_mask: visible tiles; it must divide t and s evenly.
-    causal: a query sees no later key.
+    causal: a query sees no later key; the last query is aligned with the last
+      key, here and in `window`.
   """
   masks = []
-  rows, columns = jnp.arange(t)[:, None], jnp.arange(s)[None, :]
+  rows, columns = _positions(t, s)
   if segment_ids is not None:
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     masks.append((same & (segment_ids[:, None, :] > 0))[:, None])
@@ -123,7 +130,7 @@ def reference_attend(
     alibi_slopes: per head, times the negative distance (Press et al. 2021, in
       its symmetric form for encoders).
     relative_bias: per relative position of the n = t + s - 1 from the key's
-      being t - 1 before the query's to s - 1 after it, added like `bias`.
+      being s - 1 before the query's to t - 1 after it, added like `bias`.
     relative_keys: per relative position; their products with the queries are
       scaled and added.
     relative_queries: likewise; their products with the keys are.
@@ -134,13 +141,14 @@ def reference_attend(
     dropout_seed: PRNG key, required if `dropout_rate` is positive.
   """
   t, s = q.shape[1], k.shape[1]
+  rows, columns = _positions(t, s)
   logits = einsum("bthd,bshd->bhts", q, k, q.dtype) * q.shape[-1] ** -0.5
   if bias is not None:
     logits += bias
   if alibi_slopes is not None:
-    distance = jnp.abs(jnp.arange(t)[:, None] - jnp.arange(s)[None, :])
-    logits -= (alibi_slopes[:, None, None] * distance[None])[None]
-  place = jnp.arange(s)[None] - jnp.arange(t)[:, None] + t - 1
+    distance = jnp.abs(rows - columns)[None, None]
+    logits -= alibi_slopes[None, :, None, None] * distance
+  place = columns - rows + s - 1
   if relative_bias is not None:
     logits += relative_bias[..., place]
   for spec, x, entries in (

@@ -174,7 +174,7 @@ class Wanted:
     """Collections of zeros to differentiate by.
 
     Args:
-      rows: of a microbatch.
+      rows: of a microbatch, see `rows_of`.
     """
     found: dict[str, dict] = {}
     for path, names in self.names.items():
@@ -262,6 +262,13 @@ def divide_gradients(
   return dict(jax.tree_util.tree_map_with_path(divided, dict(gradients)))
 
 
+def rows_of(batch: Mapping[str, ArrayLike]) -> int:
+  """Rows that layers see: an example has several where it has choices."""
+  if "tokens" in batch:
+    return math.prod(batch["tokens"].shape[:-1])
+  return next(iter(batch.values())).shape[0]
+
+
 @contextlib.contextmanager
 def capture(
   wanted: Wanted | None, batch: Mapping[str, ArrayLike]
@@ -288,7 +295,8 @@ def capture(
     weights = None
     _, kept, _ = _split(module.spec)
     if wanted.skip_padding and kept == ["b", "t"] and "segment_ids" in batch:
-      weights = (batch["segment_ids"] > 0).astype(jnp.float32)
+      ids = batch["segment_ids"]
+      weights = (ids > 0).reshape(-1, ids.shape[-1]).astype(jnp.float32)
     return _tap((module.spec, wanted.groups), y, args[0], weights, probes)
 
   with nn.intercept_methods(tapped):

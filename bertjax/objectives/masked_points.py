@@ -27,7 +27,7 @@ from bertjax import registry
 from bertjax.layers.feed_forward import gelu
 from bertjax.layers.linear import Linear
 from bertjax.metrics import flops, meters
-from bertjax.models.point_bert import PointEncoder
+from bertjax.models.point_bert import PointEncoder, PointTokenizer
 from bertjax.models.point_bert.starts import kernel_init
 from bertjax.objectives.base import BatchSpec, Metrics, Terms
 from bertjax.objectives.frozen import Frozen, FrozenSpec, build_frozen
@@ -39,7 +39,12 @@ from bertjax.objectives.momentum import (
   mixed_contrast,
   unit,
 )
-from bertjax.objectives.point_masks import MASKINGS, mixed, replacements
+from bertjax.objectives.point_masks import (
+  MASKINGS,
+  block_hides,
+  mixed,
+  replacements,
+)
 from bertjax.objectives.point_reconstruction import real
 from bertjax.objectives.step import current_step
 from bertjax.points import Patches
@@ -192,6 +197,11 @@ class MaskedPoints(nn.Module):
       self.contrast_head = ContrastHead(self.options.contrast_dim, dtype)
       self.slow = SlowCopy(self.options.momentum)
       self.queue = Queue(self.options.queue_size, self.options.contrast_dim)
+
+  @property
+  def least_points(self) -> int:
+    """Of a cloud that this can be asked of."""
+    return self.encoder.least_points
 
   @property
   def contrasts(self) -> bool:
@@ -421,19 +431,35 @@ def masked_points(
     **options: see `Options`.
 
   Raises:
-    ValueError: an unknown option or a bad value.
+    ValueError: an unknown option, a bad value, a frozen model that is no
+      tokenizer of the encoder's patches, or rates that hide none of them.
   """
   made = build_frozen(
     tokenizer, "objective.tokenizer", dtype=encoder.style.dtype
   )
+  if not isinstance(made, PointTokenizer):
+    raise ValueError(
+      f"objective.tokenizer.name={tokenizer['name']!r} gives a"
+      f" {type(made).__name__}, which has no codes of patches; choose"
+      " 'point_tokenizer'."
+    )
   if made.size != encoder.patch_size:
     raise ValueError(
       f"objective.tokenizer.patch_size={made.size} differs from"
       f" model.patch_size={encoder.patch_size}: both read the same patches."
     )
+  chosen = registry.call(Options, options, "objective")
+  rates, patches = tuple(chosen.mask_rates), encoder.patches
+  bounded = MASKINGS[chosen.masking].bounded
+  if bounded and not (chosen.replace_rate or block_hides(*rates, patches)):
+    raise ValueError(
+      f"objective.mask_rates={rates} of model.patches={patches} never hide a"
+      " patch, so that no code is guessed; the largest share times the patches"
+      " must exceed 1."
+    )
   return MaskedPoints(
     encoder,
     Partial(_itself, made),  # an attribute that is a module would be trained
     made.vocab_size,
-    registry.call(Options, options, "objective"),
+    chosen,
   )

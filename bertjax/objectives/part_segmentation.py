@@ -143,6 +143,10 @@ class PartSegmentation(PointFineTuning):
     )
 
   @property
+  def least_points(self) -> int:
+    return max(super().least_points, self.levels[0])
+
+  @property
   def coefficients(self) -> dict[str, float]:
     return {"segmentation": 1.0}
 

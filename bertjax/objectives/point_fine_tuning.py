@@ -33,6 +33,11 @@ class PointFineTuning(nn.Module):
   reads: ClassVar[tuple[str, ...]] = ("points", "labels")
   independent_rows: ClassVar[bool] = False
 
+  @property
+  def least_points(self) -> int:
+    """Of a cloud that this can be asked of."""
+    return self.encoder.least_points
+
   def encode(self, batch: Batch) -> Float[Array, "b t e"]:
     """Final states of [CLS] and of patches."""
     return self.encoder(batch, train=False).hidden

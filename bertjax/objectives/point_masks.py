@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from bertjax.points import Patches, squared_distances
@@ -32,6 +33,14 @@ def block_mask(
   distances = squared_distances(middle, centres)[:, 0]
   rank = jnp.argsort(jnp.argsort(distances, axis=1), axis=1)
   return rank < jnp.floor(share * g)[:, None]
+
+
+def block_hides(low: float, high: float, patches: int) -> bool:
+  """Whether `block_mask` ever hides one of so many patches."""
+  low, high = np.float32(low), np.float32(high)
+  most = high * np.float32(patches)
+  # A share is less than `high`, unless there is no other.
+  return bool(most > 1 or (most == 1 and low == high))
 
 
 def random_mask(

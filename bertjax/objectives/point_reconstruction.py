@@ -55,6 +55,11 @@ class PointReconstruction(nn.Module):
   independent_rows: ClassVar[bool] = False
 
   @property
+  def least_points(self) -> int:
+    """Of a cloud that this can be asked of."""
+    return self.encoder.least_points
+
+  @property
   def coefficients(self) -> dict[str, float]:
     return {"reconstruction": 1.0, "kl": 1.0}
 

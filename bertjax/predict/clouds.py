@@ -192,12 +192,12 @@ def check_clouds(
     )
   if not len(clouds):
     raise ValueError("There is no cloud; pass at least one (--input).")
-  least = model.objective.encoder.least_points
+  least = model.objective.least_points
   for number, cloud in enumerate(clouds):
     if len(cloud) < least:
       raise ValueError(
-        f"Cloud {number} has {len(cloud)} points, too few for the patches of"
-        f" {model.path}, which take {least}."
+        f"Cloud {number} has {len(cloud)} points, too few for"
+        f" {model.path}, which takes {least}."
       )
 
 

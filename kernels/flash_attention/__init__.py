@@ -4,6 +4,8 @@
 every option (`options.py`) and are tested against `reference.py`.
 """
 
+import numbers
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -174,7 +176,7 @@ def flash_attention(
   options = Options(
     scale=n.d**-0.5 if sm_scale is None else sm_scale,
     causal=causal,
-    window=(window, window) if isinstance(window, int) else window,
+    window=(window, window) if isinstance(window, numbers.Integral) else window,
     softcap=logit_softcap,
     dropout_rate=dropout_rate,
     dropout_generator=dropout_generator,

@@ -347,7 +347,7 @@ def forward(
   """Output and lse, by running maxima and sums per row."""
   plan = _plan(q, k, v, extras, options)
   n = plan.n
-  if plan.at_once:
+  if plan.at_once and extras.block_mask is None:  # `_loop` is what reads one
     return _forward_at_once(q, k, v, extras, options, plan)
   x = _operands(q, k, v, extras, options, plan)
 

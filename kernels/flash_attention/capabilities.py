@@ -40,6 +40,7 @@ class Capabilities:
     relative: whether it takes terms of relative positions.
     tiles: sides of a tile that a caller may ask for; None: it has no tiles.
     blocks: sides of a block of the mask.
+    lone_blocks: whether a block that spans a length alone may have any side.
     refuse_more: raises `Unsupported` for what no other field can tell.
   """
 
@@ -50,6 +51,7 @@ class Capabilities:
   relative: bool = True
   tiles: Sides | None = Sides("at least 1", lambda size: size > 0)
   blocks: Sides = Sides("at least 1", lambda size: size > 0)
+  lone_blocks: bool = True
   refuse_more: Callable[[Extras, Options, tuple | None], None] | None = None
 
 
@@ -99,7 +101,11 @@ def refuse(
   if extras.block_mask is not None:
     block = block_size(extras, options, n.t, n.s)
     counts = extras.block_mask.shape[1:]
-    sides = [side for count, side in zip(counts, block) if count > 1]
+    sides = [
+      side
+      for count, side in zip(counts, block)
+      if count > 1 or not can.lone_blocks
+    ]
     if not all(map(can.blocks.allows, sides)):
       raise Unsupported(
         f"block_mask has blocks of {block}; {can.name} takes {can.blocks.rule}."

@@ -41,9 +41,23 @@ class NewRowsTest(parameterized.TestCase):
     self.assertSequenceEqual(new.rows, range(50, 56))
     np.testing.assert_array_equal(table[:50], self.table)
     np.testing.assert_allclose(table[50], self.spelled("runner"), atol=1e-6)
-    np.testing.assert_allclose(table[51], self.spelled("run"), atol=1e-6)
+    within = self.table[self.old.encode("prun")[1:]].mean(0)
+    np.testing.assert_allclose(table[51], within, atol=1e-6)
     # Rows without a piece have no spelling.
     np.testing.assert_allclose(table[55], self.table.mean(0), atol=1e-6)
+
+  @parameterized.parameters(
+    # The longest first, as within a word; "run" begins one.
+    ("##runing", ("##r", "##u", "##ning")),
+    ("##ingning", ("##ing", "##ning")),
+    # No piece goes on with a "j": as a word of its own.
+    ("##jump", ("jump",)),
+    ("##xyz", ()),
+  )
+  def test_what_continues_a_word_is_spelled_within_one(self, piece, pieces):
+    tokenizer = append_pieces(self.old, [piece])
+    new = vocabulary.new_rows(self.old, tokenizer, 50, 51)
+    self.assertSequenceEqual(self.old.pieces(new.spelled[0]), pieces)
 
   def test_reused_rows_are_new_as_well(self):
     tokenizer = reuse_unused(self.old, ["playing"])

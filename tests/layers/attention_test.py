@@ -58,6 +58,26 @@ class ReferenceAttendTest(absltest.TestCase):
       atol=1e-6,  # the same float32 sums
     )
 
+  def test_the_last_query_stands_at_the_last_key_as_in_the_kernels(self):
+    q, k, v = (
+      normal(0, B, T, H, D),
+      normal(1, B, 19, H, D),
+      normal(2, B, 19, H, D),
+    )
+    slopes = np.float32([0.5, 0.25, 0.125])
+    for arguments in (
+      {"causal": True},
+      {"window": 3},
+      {"alibi_slopes": slopes},
+      {"relative_bias": normal(3, 1, H, T + 19 - 1)},
+    ):
+      found, want = (
+        jax.jit(functools.partial(attend, **arguments))(q, k, v)
+        for attend in (reference_attend, FlashAttend("blockwise", "bthd"))
+      )
+      # Other orders of the same float32 sums.
+      np.testing.assert_allclose(found, want, atol=1e-5)
+
   def test_a_query_with_no_visible_key_returns_zero(self):
     ids = np.zeros((B, T), np.int32)
     ids[0, 0] = 1

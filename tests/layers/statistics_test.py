@@ -15,6 +15,7 @@ from bertjax.models import bert
 from bertjax.models.encoder import unstack_layers
 from bertjax.objectives import masked_lm
 from bertjax.objectives.base import total_loss
+from bertjax.objectives.fine_tuning import multiple_choice
 from bertjax.optim.preconditioning.layers import find_layers
 from bertjax.parallel.mesh import make_mesh
 from bertjax.parallel.sharding import put_batch
@@ -287,6 +288,51 @@ class StatisticsTest(parameterized.TestCase):
     # Of masked positions nobody knows what is padding.
     head = found["mlm_head/transform"]["token_count"].sum()
     self.assertEqual(head, _ROWS * _MASKED)
+
+  def test_choices_are_rows(self):
+    rows, choices = 2, 4
+    objective = multiple_choice(encoder=_objective().encoder, dropout_rate=0.0)
+    batch = {
+      key: _batch()[key].reshape(rows, choices, _LENGTH)
+      for key in ("tokens", "segment_ids")
+    } | {"labels": jnp.array([1, 3])}
+    params = nn.meta.unbox(
+      jitted.init(objective, jax.random.key(0), batch, train=False)["params"]
+    )
+    layers = find_layers(
+      params,
+      lambda name, leaf: (0,) if "/layers/" in name else (),
+      train_state.linear_layers(objective, _spec(batch)),
+    )
+    wanted = statistics.Wanted(
+      {layer.path: layer.size for layer in layers},
+      {layer.path: statistics.NAMES for layer in layers},
+      skip_padding=True,
+    )
+    self.assertEqual(statistics.rows_of(batch), rows * choices)
+
+    @jax.jit
+    def run(params):
+      def loss(variables):
+        with statistics.capture(wanted, batch):
+          return _loss(objective, variables, batch, objective.weights(batch))
+
+      probes = wanted.probes(statistics.rows_of(batch))
+      grads = jax.grad(loss)({"params": params} | probes)
+      return grads["params"], wanted.collect(grads)
+
+    grads, found = jax.device_get(run(params))
+    up = found["encoder/layers/mlp/up"]
+    real = (np.array(batch["segment_ids"]) > 0).sum()
+    np.testing.assert_array_equal(up["token_count"].sum((1, 2)), real)
+    self.assertEqual(up["input_rows"].shape, (_LAYERS, rows * choices, 16))
+    # The kernel's gradient has no other rows: one token each.
+    classifier = found["classifier"]
+    np.testing.assert_allclose(
+      classifier["input_rows"].T @ classifier["output_rows"],
+      grads["classifier"]["kernel"],
+      atol=1e-6,
+    )
 
   def test_the_bias_gradient_is_the_output_sum(self):
     wanted = _wanted()

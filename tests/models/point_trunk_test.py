@@ -202,6 +202,11 @@ class TrunkTest(parameterized.TestCase):
       dict(drop_path_rate=1.0),
       r"drop_path_rate=1.0 must lie in \[0, 1",
     ),
+    (
+      "shrink",
+      dict(shrink=300),
+      "shrink=300 must be a power of 2, at most 32",
+    ),
     ("start", dict(start="zero"), "model.start='zero' is unknown"),
   )
   def test_bad_options_are_named(self, options, message):

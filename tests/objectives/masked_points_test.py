@@ -14,6 +14,7 @@ from bertjax import optim, train_state, train_step
 from bertjax.layers.batch_norm import batch_norm
 from bertjax.models import MODELS
 from bertjax.models.point_bert import PointTokenizer
+from bertjax.objectives import build_objective
 from bertjax.objectives.masked_points import (
   ContrastHead,
   MaskedPoints,
@@ -363,6 +364,42 @@ class ObjectiveTest(parameterized.TestCase):
   def test_bad_options_are_named(self, options, message):
     with self.assertRaisesRegex(ValueError, message):
       Options(**options)
+
+  @parameterized.named_parameters(
+    (
+      "rates",
+      dict(patches=2),
+      dict(),
+      r"mask_rates=\(0.25, 0.45\) of model.patches=2 never hide",
+    ),
+    ("replaced", dict(patches=2), dict(replace_rate=0.1), None),
+    ("random", dict(patches=2), dict(masking="random"), None),
+    (
+      "kind",
+      dict(),
+      dict(tokenizer=dict(name="bert", vocab_size=8)),
+      "objective.tokenizer.name='bert' gives a .*choose 'point_tokenizer'",
+    ),
+    (
+      "size",
+      dict(),
+      dict(tokenizer=dict(name="point_tokenizer", patch_size=8)),
+      "objective.tokenizer.patch_size=8 differs from model.patch_size=4",
+    ),
+  )
+  def test_encoders_that_do_not_fit_are_refused(self, model, options, message):
+    sizes = dict(patch_size=4, attend="reference") | model
+    tokenizer = dict(name="point_tokenizer", patch_size=4)
+    spec = dict(name="masked_points", tokenizer=tokenizer) | options
+
+    def build():
+      return build_objective(spec, MODELS["point_bert"](**sizes))
+
+    if message is None:
+      build()
+      return
+    with self.assertRaisesRegex(ValueError, message):
+      build()
 
   def test_a_queue_that_batches_do_not_divide(self):
     made = objective(queue_size=50)

@@ -39,6 +39,21 @@ class MasksTest(parameterized.TestCase):
     self.assertTrue(all(balls))
     self.assertGreater(len({tuple(row) for row in mask}), B - 3)
 
+  @parameterized.parameters(
+    (0.25, 0.45, 2, False),
+    (0.25, 0.45, 3, True),
+    (0.25, 0.5, 2, False),  # a share is less than the largest
+    (0.5, 0.5, 2, True),  # but for where there is one alone
+    (0.25, 0.51, 2, True),
+    (0.1, 1.0, 1, False),
+    (1.0, 1.0, 1, True),
+  )
+  def test_blocks_hide_a_patch_at_all(self, low, high, patches, hides):
+    centres = jnp.zeros((2000, patches, 3))
+    mask = point_masks.block_mask(jax.random.key(0), centres, low, high)
+    self.assertEqual(point_masks.block_hides(low, high, patches), hides)
+    self.assertEqual(bool(mask.any()), hides)
+
   def test_random_masks_have_one_share_for_all_clouds(self):
     centres = jnp.zeros((40, 1000, 3))
     shares = []

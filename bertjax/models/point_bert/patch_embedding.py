@@ -9,6 +9,17 @@ from jaxtyping import Array, Float
 from bertjax.layers.batch_norm import batch_norm
 from bertjax.layers.matmul import einsum
 
+_SHRINKS = (1, 2, 4, 8, 16, 32)
+
+
+def check_shrink(shrink: int) -> None:
+  """Raises ValueError for a `model.shrink` that the widths do not allow."""
+  if shrink not in _SHRINKS:
+    raise ValueError(
+      f"model.shrink={shrink} must be a power of 2, at most {_SHRINKS[-1]}: it"
+      " divides widths of 128 and more, which groups of 4 divide."
+    )
+
 
 class SetDense(nn.Module):
   """`nn.Dense` of what is known of a set, joined to what is of a member.

@@ -11,7 +11,10 @@ from jaxtyping import Array, Float, Int
 from bertjax import points
 from bertjax.models.point_bert.dgcnn import DGCNN
 from bertjax.models.point_bert.folding import Folding
-from bertjax.models.point_bert.patch_embedding import MiniPointNet
+from bertjax.models.point_bert.patch_embedding import (
+  MiniPointNet,
+  check_shrink,
+)
 from bertjax.points import Patches
 
 
@@ -166,11 +169,7 @@ def point_tokenizer(
   for name, value in fours.items():
     if value < 4 or value % 4:
       raise ValueError(f"model.{name}={value} must be a multiple of 4.")
-  if shrink not in (1, 2, 4, 8, 16, 32):
-    raise ValueError(
-      f"model.shrink={shrink} must be a power of 2, at most 32: it divides"
-      " widths of 128 and more, which groups of 4 divide."
-    )
+  check_shrink(shrink)
   return PointTokenizer(
     patch_size,
     vocab_size,

@@ -21,6 +21,7 @@ from bertjax.models.point_bert.inputs import (
   PatchEmbeddings,
   grouped,
 )
+from bertjax.models.point_bert.patch_embedding import check_shrink
 from bertjax.models.point_bert.starts import STARTS, kernel_init
 from bertjax.registry import lookup
 from bertjax.reuse import Partial
@@ -129,9 +130,9 @@ def point_bert(
     num_heads=num_heads,
     mlp_dim=mlp_dim,
     patch_features=patch_features,
-    shrink=shrink,
     unroll=unroll,
   )
+  check_shrink(shrink)
   check_heads(num_heads, emb_dim)
   check_rates(
     dropout_rate=dropout_rate,

@@ -234,7 +234,8 @@ def sngd(
   """D = (F + damping I)^-1 G with F of the last refresh's batch.
 
   Args:
-    rank: samples kept: the rows of a batch; fewer with a reduction.
+    rank: samples kept: the rows of a batch, of which an example has as many as
+      it has choices; fewer with a reduction.
     reduction: "none" is SNGD. HyLo chooses among rows: "importance" draws them
       by their share in F, "interpolative" takes those that span the rest;
       `hylo` changes between the two during a run.

@@ -90,6 +90,7 @@ CAPABILITIES = Capabilities(
   generators=("counter", "hardware"),
   tiles=Sides(f"multiples of {LANES}", lambda size: size % LANES == 0),
   blocks=sparse.SIDES,
+  lone_blocks=False,
   refuse_more=_refuse_more,
 )
 

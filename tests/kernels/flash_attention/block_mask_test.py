@@ -69,6 +69,25 @@ class PatternTest(parameterized.TestCase):
     )
     np.testing.assert_allclose(found, want, atol=1e-5)
 
+  @parameterized.product(shown=(False, True), traced=(False, True))
+  def test_one_block_hides_or_shows_all(self, shown, traced):
+    arrays = [normal(i, 1, N, 2, 4) for i in range(3)]
+    mask = np.array([[shown]])
+    mask = jax.device_put(mask) if traced else mask
+
+    def solve(backend):
+      def loss(*x):
+        out, lse = flash_attention(
+          *x, block_mask=mask, backend=backend, return_lse=True
+        )
+        return (out**2).sum(), (out, lse)
+
+      return jax.grad(loss, (0, 1, 2), has_aux=True)(*arrays)
+
+    found, want = solve("blockwise"), solve("reference")
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-5)
+
 
 class TableTest(parameterized.TestCase):
   @parameterized.parameters(*PATTERNS)

@@ -112,6 +112,12 @@ class RefusalTest(parameterized.TestCase):
     ("gpu_tiles", "gpu", dict(tiles=(24, 16)), "powers of two from 16"),
     ("gpu_width", "gpu", dict(q=WIDE, k=WIDE, v=WIDE), "300.*exceed.*256"),
     (
+      "tpu_lone_block",
+      "tpu",
+      dict(block_mask=np.ones((1, 1), bool)),
+      r"blocks of \(6, 8\).*multiples of 128",
+    ),
+    (
       "gpu_blocks",
       "gpu",
       dict(block_mask=np.ones((3, 4), bool)),
@@ -148,6 +154,17 @@ class DispatchTest(parameterized.TestCase):
     entries = dict(relative_bias=jnp.ones((1, 1, T + S - 1)))
     self.assertNotIn("flash_attention_", self.lower("cuda", **entries))
     self.assertIn("flash_attention_tpu", self.lower("tpu", **entries))
+
+  def test_a_lone_block_needs_no_tiles_but_on_a_tpu(self):
+    mask = np.ones((1, 1), bool)
+    self.assertIn("flash_attention_", self.lower("cuda", block_mask=mask))
+    self.assertNotIn("flash_attention_", self.lower("tpu", block_mask=mask))
+
+  def test_a_window_may_be_an_integer_of_numpy(self):
+    found, want = (
+      flash_attention(Q, K, V, window=window) for window in (np.int32(2), 2)
+    )
+    np.testing.assert_array_equal(found, want)
 
   def test_auto_dropout_is_the_counter_where_there_is_no_other(self):
     drop = dict(dropout_rate=0.3, dropout_seed=1)

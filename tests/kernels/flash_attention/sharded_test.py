@@ -80,7 +80,7 @@ def solve(options, sharding, **more):
     "k": normal(1, B, T, KV, D),
     "v": normal(2, B, T, KV, DV),
   }
-  for key in DIFFERENTIABLE:
+  for key in (*diff, *DIFFERENTIABLE):
     if key in options:
       diff[key] = options.pop(key)
   weights = normal(3, B, T, H, DV), normal(4, B, H, T)
@@ -181,6 +181,17 @@ class ShardedTest(parameterized.TestCase):
   @functools.cache
   def whole_under_a_block_mask(cls, causal):
     return solve({"block_mask": cls.block_mask(), "causal": causal}, None)
+
+  @parameterized.product(sharding=(RING, GATHER), traced=(False, True))
+  def test_a_block_mask_of_one_block_on_each_device(self, sharding, traced):
+    mask = np.array([[True, True], [False, True]])
+    given = jax.device_put(mask) if traced else mask
+    # Heads of their own: keys that several share take another way.
+    keys = {"k": normal(1, B, T, H, D), "v": normal(2, B, T, H, DV)}
+    found = solve({"block_mask": given, **keys}, sharding)
+    want = solve({"block_mask": mask, **keys}, None)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+      np.testing.assert_allclose(a, b, atol=1e-4)
 
   def test_turns_in_which_nobody_sees_anything_compute_nothing(self):
     diagonal = np.eye(8, dtype=bool)[None]
