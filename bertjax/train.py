@@ -220,8 +220,7 @@ def _check_report(experiment: Experiment) -> None:
   if asked.reference_curve:
     report.read_reference(asked.reference_curve)
   if asked.samples:
-    name = asked.objective["name"]
-    predict.check_samples(name, experiment.data.tokenizer, asked.samples)
+    predict.check_samples(asked.to_json(), experiment.data.tokenizer)
 
 
 def _health(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float]:

@@ -215,7 +215,8 @@ class TrainTest(_Configured):
     self.assertIn("There is no report", said.getvalue())
 
   @parameterized.parameters(
-    (dict(samples=("no mask",)), "samples: 'no mask' has no .MASK."),
+    (dict(samples=("no mask",)), r"samples: Text 0 .'no mask'. has no .MASK."),
+    (dict(samples=("cat " * 32 + "[MASK]",)), "samples: .*after truncation"),
     (dict(reference_curve="/nope.csv"), "='/nope.csv' is not there; name a"),
     (dict(reference_curve="CSV"), "has the columns step, accuracy; it needs"),
   )
