@@ -15,6 +15,7 @@ from flax import linen as nn
 from bertjax.interop.heads import default_labels
 from bertjax.loading import LoadedModel
 from bertjax.predict import rows as rows_lib
+from bertjax.predict.requests import Field, Form
 from bertjax.tasks import (
   Choices,
   Kind,
@@ -283,9 +284,9 @@ def _refuse_strings(given: Mapping[str, Sequence[Any]]) -> None:
 
 
 # Fields of a request by task, and the function that answers their columns.
-REQUESTS: dict[str, tuple[tuple[str, ...], Callable[..., Answers]]] = {
-  "classify": (("text", "pair"), classify),
-  "tag": (("text",), tag),
-  "answer": (("question", "context"), answer),
-  "choose": (("text", "endings"), choose),
+REQUESTS: dict[str, tuple[tuple[Field, ...], Callable[..., Answers]]] = {
+  "classify": ((Field("text"), Field("pair", required=False)), classify),
+  "tag": ((Field("text", Form.WORDS),), tag),
+  "answer": ((Field("question"), Field("context")), answer),
+  "choose": ((Field("text"), Field("endings", Form.TEXTS)), choose),
 }
