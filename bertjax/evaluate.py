@@ -9,9 +9,11 @@ r"""Evaluates a trained run or a published checkpoint on any source.
   python -m bertjax.evaluate --model=runs/dvae --evaluators=reconstruction
 
 Of a masked LM its accuracy, loss and pseudo-perplexity, of a fine-tuned model
-the task's metrics, beside what guessing by frequency achieves.
+the task's metrics, beside what guessing by frequency achieves. A name that
+several evaluators give is preceded by theirs, as in task_metrics/accuracy.
 """
 
+import collections
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -52,7 +54,8 @@ def _data_spec(
     saved, name = {}, data.get("name", "text")
   needed = {k: v for k, v in _ANY.items() if takes({"name": name}, k)}
   spec = {**needed, **(_TEXT if name == "text" else {}), **saved}
-  if name == "text" and (source or "source" not in saved):
+  other = source or "source" in data or "source" not in saved
+  if name == "text" and other:
     # Guessing needs frequencies, and a foreign source may have one split only.
     spec["train_split"] = split
   if model.preprocess and name in ("text", "task"):
@@ -71,13 +74,25 @@ def _what(spec: Mapping[str, Any], split: str, rows: int) -> str:
   )
 
 
+def _told_apart(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+  """Values of evaluators by name, preceded by theirs where several give it."""
+  counts = collections.Counter(
+    name for values in found.values() for name in values
+  )
+  return {
+    f"{evaluator}/{name}" if counts[name] > 1 else name: value
+    for evaluator, values in found.items()
+    for name, value in values.items()
+  }
+
+
 def evaluate(
   path: str | os.PathLike,
   *,
   split: str = "test",
   source: Mapping[str, Any] | None = None,
   evaluators: Sequence[str] | None = None,
-  num_batches: int | None = 50,
+  num_batches: int | None = None,
   num_rows: int = 16,
   data: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
@@ -90,10 +105,15 @@ def evaluate(
       options; by default that of the run, or `python_docs` for a published
       model.
     evaluators: names of `EVALUATORS`; by default those that suit the data.
-    num_batches: of the evaluator "objective"; None reads the whole split.
+    num_batches: of the evaluator "objective"; 0 reads the whole split, None as
+      much as suits the data: some of a corpus, all of what is labelled.
     num_rows: of the evaluator "pseudo_perplexity".
     data: options of `config.data` to replace, such as `seq_len`, or with `name`
       a row of `DATA` and its options.
+
+  Returns:
+    Values by name; one that several evaluators measure is preceded by theirs,
+    as in "objective/accuracy".
 
   Raises:
     ValueError: unknown names, a model that does not fit the data, or a folder
@@ -103,18 +123,21 @@ def evaluate(
   spec = _data_spec(model, split, source, data or {})
   if takes(spec, "tokenizer"):
     spec["tokenizer"] = model.need_tokenizer()
-  built = build_data(spec, seed=0, cache_dir=cache_path())
+  cache = (model.config or {}).get("cache_dir")
+  built = build_data(spec, seed=0, cache_dir=cache_path(cache))
   built.objective(model.objective_spec)
   stream = built.dataset(split).reseeded(EVALUATION_SEED)
   told = _what(spec, split, stream.rows_per_epoch(0))
   hosts.say(f"Evaluating {path} on {told}.")
   # One device: the batch need not divide over anything.
   mesh = make_mesh(devices=jax.devices()[:1])
+  if num_batches is None:
+    num_batches = built.evaluated_batches
   options = {
-    "objective": {"num_batches": num_batches},
+    "objective": {"num_batches": num_batches or None},
     "pseudo_perplexity": {"num_rows": num_rows},
   }
-  values = {}
+  baseline, found = {}, {}
   for name in evaluators or built.evaluators:
     evaluator = registry.build(
       EVALUATORS,
@@ -124,9 +147,9 @@ def evaluate(
       data=built,
       mesh=mesh,
     )
-    values |= evaluator.baseline()
-    values |= evaluator(model.variables, jax.random.key(0))
-  return values
+    baseline |= evaluator.baseline()  # the same of all who have one
+    found[name] = evaluator(model.variables, jax.random.key(0))
+  return baseline | _told_apart(found)
 
 
 _MODEL = flags.DEFINE(cli.PATH, "model", None, "Workdir or published folder.")
@@ -140,7 +163,11 @@ _EVALUATORS = flags.DEFINE_list(
   " data.",
 )
 _NUM_BATCHES = flags.DEFINE_integer(
-  "num_batches", 50, "Batches to read.", lower_bound=1
+  "num_batches",
+  None,
+  "Batches that the objective reads, 0: all; by default some of a corpus, all"
+  " of what is labelled.",
+  lower_bound=0,
 )
 _NUM_ROWS = flags.DEFINE_integer(
   "num_rows", 16, "Rows for the perplexity.", lower_bound=1

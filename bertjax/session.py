@@ -43,6 +43,7 @@ class Session:
     watch: hooks_lib.Stopwatch,
     *,
     limit: int | None = None,
+    root: pathlib.Path | None = None,
   ):
     """Restores the newest checkpoint, or starts afresh, and opens the outputs.
 
@@ -52,6 +53,7 @@ class Session:
       stack: closes what is opened here.
       watch: runs since this process began to work for the run.
       limit: take at most so many steps, whatever the config says.
+      root: workdir of the stages or the grid that the run is part of.
 
     Raises:
       ValueError: the workdir holds a run of another model or optimizer, or of
@@ -112,7 +114,10 @@ class Session:
     for hook in (self.saving, *self.hooks):
       stack.callback(hook.close)
     self.amend = Requests(
-      hooks_lib.Every(settings.every["log"]), workdir, self.state.opt_state
+      hooks_lib.Every(settings.every["log"]),
+      workdir,
+      self.state.opt_state,
+      root,
     )
     self._guard = stack.enter_context(hooks_lib.PreemptionGuard())
 

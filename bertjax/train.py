@@ -126,11 +126,11 @@ def _train_grid(
   """Every combination of `config.grid`, if there is one; gives the best."""
   points = grid.points(config)
   if not points:
-    return _train_stages(config, workdir, limit)
+    return _train_stages(config, workdir, limit, workdir)
   by, results, metrics = grid.selection(config), {}, []
   for number, point in enumerate(points, 1):
     hosts.say(f"Run {number} of {len(points)}: {point.name}.")
-    result = _train_stages(point.config, workdir / point.name, limit)
+    result = _train_stages(point.config, workdir / point.name, limit, workdir)
     if result.interrupted:
       return result
     # The states of all runs together would not fit.
@@ -145,7 +145,7 @@ def _train_grid(
 
 
 def _train_stages(
-  config: Any, workdir: pathlib.Path, limit: int | None
+  config: Any, workdir: pathlib.Path, limit: int | None, root: pathlib.Path
 ) -> Result:
   result: Result | None = None
   previous: pathlib.Path | None = None
@@ -158,7 +158,7 @@ def _train_stages(
       stage = dataclasses.replace(stage, every={"log": 1, "checkpoint": 1})
     if name:
       hosts.say(f"Stage {name}.")
-    result = run(stage, workdir / name, limit=limit)
+    result = run(stage, workdir / name, limit=limit, root=root)
     if result.interrupted:
       break
     previous = workdir / name
@@ -168,7 +168,11 @@ def _train_stages(
 
 
 def run(
-  stage: Settings, workdir: pathlib.Path, *, limit: int | None = None
+  stage: Settings,
+  workdir: pathlib.Path,
+  *,
+  limit: int | None = None,
+  root: pathlib.Path | None = None,
 ) -> Result:
   """Trains one stage; continues if the workdir holds a checkpoint.
 
@@ -176,6 +180,7 @@ def run(
     stage: the checked config, without stages.
     workdir: created if needed.
     limit: take at most so many steps now, whatever the config says.
+    root: workdir of the stages or the grid that this is part of.
   """
   watch = Stopwatch()  # building a vocabulary is part of a budget
   experiment = experiment_lib.build(stage)
@@ -220,8 +225,7 @@ def _check_report(experiment: Experiment) -> None:
   if asked.reference_curve:
     report.read_reference(asked.reference_curve)
   if asked.samples:
-    name = asked.objective["name"]
-    predict.check_samples(name, experiment.data.tokenizer, asked.samples)
+    predict.check_samples(asked.to_json(), experiment.data.tokenizer)
 
 
 def _health(experiment: Experiment, workdir: pathlib.Path) -> dict[str, float]:

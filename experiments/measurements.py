@@ -12,11 +12,22 @@ from typing import Any
 _ROOT = pathlib.Path(__file__).parents[1]
 # All that the compiled step of a config may be made of.
 LIBRARY = tuple(_ROOT / name for name in ("bertjax", "configs", "kernels"))
+# What makes programs of them, for CPUs, TPUs and GPUs.
+_COMPILERS = ("jax", "libtpu", "nvidia-cuda-nvcc")
+
+
+def _version(package: str) -> str:
+  """Of an installed package; "" of another."""
+  try:
+    return importlib.metadata.version(package)
+  except importlib.metadata.PackageNotFoundError:
+    return ""
 
 
 def fingerprint(sources: Iterable[str | os.PathLike]) -> str:
-  """A hash of Python files, all those of a folder, and of JAX's version."""
-  digest = hashlib.sha256(importlib.metadata.version("jax").encode())
+  """A hash of Python files, all those of a folder, and of the compilers."""
+  versions = [_version(package) for package in _COMPILERS]
+  digest = hashlib.sha256(json.dumps(versions).encode())
   for source in map(pathlib.Path, sources):
     files = sorted(source.rglob("*.py")) if source.is_dir() else [source]
     for path in files:

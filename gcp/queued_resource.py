@@ -49,6 +49,28 @@ _STATES = {
 }
 
 
+_PACKING = ("git", "archive", "--format=tar.gz", "HEAD")
+
+
+def packed() -> bytes:
+  """This checkout's last commit, as .tar.gz.
+
+  Raises:
+    ValueError: git's words, as there is none.
+  """
+  try:
+    return subprocess.run(
+      _PACKING, cwd=_ROOT, check=True, capture_output=True
+    ).stdout
+  except FileNotFoundError as err:
+    raise ValueError("git, which packs what hosts get, is missing.") from err
+  except subprocess.CalledProcessError as err:
+    raise ValueError(
+      f"{_ROOT} has no commit that hosts could get; git says:"
+      f" {err.stderr.decode(errors='replace').strip()}"
+    ) from err
+
+
 class Tpu:
   """A queued resource, and the hosts that come of it."""
 
@@ -167,16 +189,17 @@ class Tpu:
     Args:
       bucket: of Cloud Storage, to mount as /mnt/shared; without it a file
         system that the hosts share must be mounted otherwise.
+
+    Raises:
+      ValueError: there is no commit.
     """
     script = (_ROOT / "gcp" / "setup_host.sh").read_text("utf-8")
     with tempfile.TemporaryDirectory() as folder:
       archive = pathlib.Path(folder) / f"{_HOME}.tar.gz"
-      packing = ["git", "archive", "--format=tar.gz", f"--output={archive}",
-                 "HEAD"]  # fmt: skip
       if self._dry_run:
-        print(shlex.join(packing))
+        print(shlex.join(_PACKING), ">", archive)
       else:
-        subprocess.run(packing, cwd=_ROOT, check=True)
+        archive.write_bytes(packed())
       self._gcloud(
         "scp", str(archive), f"{self._name}:", "--node=all", "--worker=all"
       )

@@ -28,10 +28,15 @@ srun --kill-on-bad-exit=1 {command} &
 status=0
 while wait "$!" && status=0 || status=$?; kill -0 "$!" 2> /dev/null; do :; done
 
-# A run that was cancelled (143) stays so; one that failed is tried again.
-if (( status && (limit || (status != 143
-      && ${{SLURM_RESTART_COUNT:-0}} < {restarts})) ))
-then
+# A run that was cancelled (143) stays so; one that failed is tried again. Slurm
+# counts restarts after limits and preemptions, too.
+again=$limit
+if (( status && !limit && status != 143 )); then
+  failures="{name}-${{SLURM_JOB_ID:?}}.failures"
+  echo "$(date): status $status" >> "$failures"
+  (( $(wc -l < "$failures") > {restarts} )) || again=1
+fi
+if (( status && again )); then
   echo "Status $status: requeued." >&2
   scontrol requeue "${{SLURM_JOB_ID:?}}"
 fi
@@ -70,5 +75,7 @@ def render(job: "Job") -> str:
     if value is not None:
       lines.append(f"#SBATCH --{name}" + (f"={value}" if value != "" else ""))
   command = shlex.join([job.python, "-m", *job.train_arguments])
-  body = _BODY.format(port=PORT, command=command, restarts=job.max_restarts)
+  body = _BODY.format(
+    port=PORT, command=command, name=job.name, restarts=job.max_restarts
+  )
   return "\n".join(lines) + "\n" + body

@@ -22,7 +22,15 @@ from absl import app, flags
 
 from bertjax import cli, hardware
 from bertjax.hardware.machines import machine_of
-from gcp.queued_resource import MOUNT, RUNNING, STOPPED, GcloudError, State, Tpu
+from gcp.queued_resource import (
+  MOUNT,
+  RUNNING,
+  STOPPED,
+  GcloudError,
+  State,
+  Tpu,
+  packed,
+)
 
 _MOST_FAILURES = 10  # of gcloud, in a row
 
@@ -54,6 +62,7 @@ def watch(
   Raises:
     GcloudError: a command failed before anything had worked, or again and
       again.
+    ValueError: there is no commit to copy to the hosts.
     RuntimeError: the run failed too often.
   """
   restarts, failures, ready, worked, begun = 0, 0, False, False, False
@@ -70,6 +79,7 @@ def watch(
       state = tpu.state()
       if state is State.ABSENT:
         ready = False
+        packed()  # refuses before anything is rented
         tpu.create(**create)
       worked = True
       if state is State.GONE:
@@ -167,7 +177,10 @@ def _run(tpu: Tpu, command: str, rest: list[str], given) -> None:
   elif command == "setup":
     tpu.setup(given.bucket)
   elif command == "status":
-    print(tpu.state(), *tpu.statuses())
+    state = tpu.state()
+    print(state, flush=True)
+    if state is State.ACTIVE:  # before that there are no hosts to ask
+      print(*tpu.statuses())
   elif command == "logs":
     tpu.logs(given.lines)
   elif command == "stop":

@@ -1,5 +1,6 @@
 """Fine-tuned models answer alone as in batches, and say what they cannot."""
 
+import dataclasses
 import functools
 import pathlib
 import tempfile
@@ -119,6 +120,32 @@ class AnswersTest(parameterized.TestCase):
     self.assertEqual(
       one["answer"], "" if logits[0].sum() > logits[4].sum() else "dog"
     )
+
+  def test_questions_are_asked_as_they_were_trained(self):
+    task = dict(
+      name="questions",
+      source=dict(name="jsonl", paths="not read"),
+      question="q",
+      context="c",
+      answers="a",
+      null=True,
+      max_answer_tokens=1,
+      max_question_tokens=3,
+    )
+    model = self.model("spans")
+    model = dataclasses.replace(
+      model, config=dict(data=dict(name="task", task=task, seq_len=24))
+    )
+    text = "the cat sat on the mat"
+    [one] = predict.answer(model, ["a cat"], [text], null=False)
+    self.assertIn(one["answer"], text.split())
+    [other] = predict.answer(self.model("spans"), ["a cat"], [text])
+    self.assertGreater(len(other["answer"].split()), 1)
+    [one] = predict.answer(model, ["a cat"], [text])
+    null = one["null_score"] > one["score"]
+    self.assertEqual(one["answer"] == "", null)
+    with self.assertRaisesRegex(ValueError, "row 0, .*--truncate"):
+      predict.answer(model, ["a cat a cat"], [text])
 
   def test_choices_follow_their_endings(self):
     model = self.model("choices")

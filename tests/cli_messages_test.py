@@ -17,7 +17,7 @@ from absl.testing import absltest, parameterized
 from bertjax import cli, evals, evaluate, expressions, records, train
 from bertjax.metrics import writers
 from bertjax.predict import __main__ as predict_command
-from bertjax.predict.requests import requests_of
+from bertjax.predict.requests import Field, requests_of
 
 _CONFIG = """
 import ml_collections
@@ -254,16 +254,25 @@ class MessagesTest(parameterized.TestCase):
     path.write_bytes(b"caf\xe9\n")
     with self.assertRaisesRegex(ValueError, f"{path} is not UTF-8 text"):
       asked = types.SimpleNamespace(text=[], pair=[], file=path)
-      requests_of(asked, ("text",))
+      requests_of(asked, [Field("text")])
 
-  def requests(self, name="texts.txt", content=None, text=(), stdin=b""):
+  def requests(
+    self,
+    name="texts.txt",
+    content=None,
+    text=(),
+    pair=(),
+    stdin=b"",
+    task="fill_mask",
+  ):
     path = self.root / name
     if content is not None:
       path.write_bytes(content)
     file = None if content is None else path
-    asked = types.SimpleNamespace(text=[*text], pair=[], file=file)
+    asked = types.SimpleNamespace(text=[*text], pair=[*pair], file=file)
     with mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin))):
-      return [request["text"] for request in requests_of(asked, ("text",))]
+      requests = requests_of(asked, predict_command.TASKS[task][1])
+    return [next(iter(request.values())) for request in requests]
 
   def test_a_line_ends_at_a_line_feed_alone(self):
     text = "a\u2028b\fc\rd"
@@ -272,8 +281,10 @@ class MessagesTest(parameterized.TestCase):
     self.assertEqual(self.requests(stdin=lines + b"\n"), [text, "end"])
     objects = '{"text": "a\u2028b"}\n'.encode()
     self.assertEqual(self.requests("a.jsonl", objects), ["a\u2028b"])
-    # An empty file is not a wish to read standard input.
-    self.assertEmpty(self.requests(content=b"", stdin=b"else"))
+
+  def test_an_empty_file_is_not_a_wish_to_read_standard_input(self):
+    with self.assertRaisesRegex(ValueError, "Nothing is asked; give --text"):
+      self.requests(content=b"", stdin=b"else")
 
   @parameterized.parameters(
     (dict(content=b"a\n \nb\n"), "texts.txt, line 2"),
@@ -285,6 +296,48 @@ class MessagesTest(parameterized.TestCase):
   def test_an_empty_text_is_refused_where_it_stands(self, given, where):
     with self.assertRaisesRegex(ValueError, f"{where}: the text is empty"):
       self.requests(**given)
+
+  @parameterized.parameters(
+    ("classify", '{"text": null}', "text=null must be a text"),
+    ("classify", '{"text": "a", "pair": null}', "pair=null must be a text"),
+    ("embed", '{"text": 5}', "text=5 must be a text"),
+    ("embed", '{"text": ["a", "b"]}', r'text=\["a", "b"\] must be a text'),
+    ("tag", '{"words": ["a", 5]}', "text=.* a text or a list of words"),
+    ("tag", '{"text": []}', "the text is empty"),
+    ("choose", '{"text": "a", "endings": "b"}', '="b" must be a list of texts'),
+    ("choose", '{"text": "a"}', "no 'endings' .a list of texts.; it has"),
+    ("answer", '{"question": "a"}', "no 'context' .a text, as of --pair."),
+    (
+      "classify",
+      '{"text": "a", "pair": "b"}\n{"text": "c"}',
+      "line 2 has no 'pair' .a text, as of --pair.; it has 'text'",
+    ),
+  )
+  def test_fields_that_a_task_needs_are_texts(self, task, lines, message):
+    where = f"{self.root}/x.jsonl, "
+    with self.assertRaisesRegex(ValueError, f"^{where}.*{message}"):
+      self.requests("x.jsonl", lines.encode(), task=task)
+
+  @parameterized.parameters(
+    ("answer", dict(text=["a"]), "--text number 1 has no 'context'.*--pair"),
+    ("choose", dict(text=["a"], pair=["b"]), "must be a list of texts"),
+    ("choose", dict(stdin=b"a"), "standard input, line 1 has no 'endings'"),
+    ("tag", dict(), "Nothing is asked; give --text"),
+  )
+  def test_what_flags_do_not_give_is_named(self, task, given, message):
+    with self.assertRaisesRegex(ValueError, message):
+      self.requests(task=task, **given)
+
+  def test_what_a_task_reads_is_asked(self):
+    for task, lines, want in (
+      ("tag", '{"words": ["a", "b"]}\n{"text": "c"}', [["a", "b"], "c"]),
+      ("choose", '{"text": "a", "endings": ["b", "c"], "id": null}', ["a"]),
+      ("classify", '{"text": "a"}', ["a"]),
+      ("classify", '{"text": "a", "pair": ""}', ["a"]),
+    ):
+      self.assertEqual(
+        self.requests("x.jsonl", lines.encode(), task=task), want
+      )
 
   def test_an_expression_that_is_none_is_quoted(self):
     with self.assertRaisesRegex(

@@ -198,6 +198,39 @@ class EndToEndTest(FineTuningTestCase):
     )
     self.assertAlmostEqual(test["accuracy"], np.mean(right), places=6)
 
+  def test_what_two_evaluators_measure_is_told_apart(self):
+    found = evaluate.evaluate(self.workdir, split="validation")
+    want = self.result.metrics["dev/accuracy"]
+    for evaluator in ("task_metrics", "objective"):
+      self.assertAlmostEqual(found[f"{evaluator}/accuracy"], want, places=6)
+    self.assertNotIn("accuracy", found)
+    self.assertContainsSubset(
+      ("macro_f1", "majority_accuracy", "classification_loss"), found
+    )
+
+  def test_all_rows_of_a_task_are_read_unless_fewer_are_asked_for(self):
+    loss, whole, part = (
+      evaluate.evaluate(
+        self.workdir,
+        split="train",  # 72 rows
+        evaluators=["objective"],
+        num_batches=num_batches,
+        data=dict(batch_size=1),
+      )["classification_loss"]
+      for num_batches in (None, 0, 50)
+    )
+    self.assertEqual(loss, whole)
+    self.assertNotEqual(loss, part)
+
+  def test_evaluation_needs_no_split_but_its_own(self):
+    paths = {"mine": str(self.root / "test.jsonl")}
+    task = self.model.config["data"]["task"]
+    task = task | dict(source=dict(name="jsonl", paths=paths))
+    alone = evaluate.evaluate(self.workdir, split="mine", data=dict(task=task))
+    want = evaluate.evaluate(self.workdir, split="test")
+    self.assertContainsSubset(alone, want)
+    self.assertNotIn("majority_accuracy", alone)
+
   def test_the_exported_model_says_the_same_in_transformers(self):
     folder = self.root / "exported"
     convert.convert(self.workdir, folder, format="huggingface")

@@ -169,11 +169,12 @@ class RunTest(parameterized.TestCase):
       [
         *(sys.executable, "-m", "bertjax.predict", "tokenize_points"),
         f"--model={self.workdir}",
-        f"--input={self.root / 'cloud.npy'}",
-        f"--reconstruction={self.root / 'out.npy'}",
+        "--input=~/cloud.npy",
+        "--reconstruction=~/out.npy",
       ],
       cwd=pathlib.Path(__file__).parents[1],
-      env=optimized.environment() | {"JAX_PLATFORMS": "cpu"},
+      env=optimized.environment()
+      | {"JAX_PLATFORMS": "cpu", "HOME": str(self.root)},
       capture_output=True,
       text=True,
       check=False,

@@ -1,5 +1,6 @@
 """Batching changes no guess and no vector; mistakes are explained."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -16,6 +17,9 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from bertjax import interop, loading, predict
+from bertjax.data.sources import text_function
+from bertjax.data.tokenizers import train_tokenizer
+from bertjax.predict.rows import rows_of
 from tests.interop import toy
 
 REPOSITORY = pathlib.Path(predict.__file__).parents[2]
@@ -98,6 +102,23 @@ class PredictTest(parameterized.TestCase):
       ids = self.tokenizer.encode(TEXTS[2], parse_special=True)
       ids[ids == self.tokenizer.mask_id] = [m[rank].token for m in masks]
       self.assertEqual(texts.pop(), self.tokenizer.decode(ids))
+
+  @parameterized.parameters("THE [MASK]  sat on\n a [MASK]", "CAT[MASK]")
+  def test_a_mask_is_no_text_to_preprocess(self, text):
+    names = ("lowercase", "collapse_whitespace", "strip_html")
+    model = dataclasses.replace(self.model, preprocess=names)
+    found = predict.fill_mask(model, [text])
+    clean = text.lower().replace("[mask]", "[MASK]")
+    self.assertEqual(found, predict.fill_mask(self.model, [clean]))
+
+  def test_spaces_beside_a_mask_are_not_cleaned_away(self):
+    tokenizer = train_tokenizer("bytes", [])
+    clean = text_function(["lowercase", "collapse_whitespace"])
+    found, want = (
+      rows_of([text], tokenizer, function, 99, parse_special=True)[0]
+      for text, function in (("A  [MASK] B", clean), ("a  [MASK] b", str))
+    )
+    np.testing.assert_array_equal(found, want)
 
   def test_samples_pair_texts_with_their_best_guesses(self):
     pairs = predict.samples(self.model, TEXTS[:3])

@@ -72,8 +72,37 @@ class RequestsTest(absltest.TestCase):
     self.assertTrue(self.on(amended))
     self.assertIs(amend(9, amended), amended)
 
+  def test_in_the_folder_above_it_asks_the_run_under_way(self):
+    for name in ("point/a", "point/b", "other"):
+      (self.folder / name).mkdir(parents=True)
+    a, b, other = (
+      requests.Requests(
+        Every(3), self.folder / name, self.state.opt_state, self.folder
+      )
+      for name in ("point/a", "point/b", "other")
+    )
+    for above in (self.folder / "point", self.folder):
+      (above / "switch_now").touch()
+      run = a if above != self.folder else other
+      self.assertTrue(self.on(run(3, self.state)))
+      self.assertFalse(self.on(b(3, self.state)))
+    for name in ("point/a", "other"):  # as often as it resumes
+      again = requests.Requests(
+        Every(3), self.folder / name, self.state.opt_state, self.folder
+      )
+      self.assertTrue(self.on(again(3, self.state)))
+
+  def test_beside_the_run_it_asks_nothing(self):
+    (self.folder / "run").mkdir()
+    (self.folder / "switch_now").touch()
+    run = self.folder / "run"
+    for root in (None, run):
+      amend = requests.Requests(Every(3), run, self.state.opt_state, root)
+      self.assertFalse(self.on(amend(3, self.state)))
+
   def test_process_0_decides(self):
     asked = []
+    first = mock.patch.object(requests.hosts, "is_first", lambda: False)
 
     def told(value, said):
       asked.append(value)
@@ -84,7 +113,9 @@ class RequestsTest(absltest.TestCase):
     (self.folder / "switch_now").touch()
     with mock.patch.object(agreement, "told", lambda v: told(v, 0)):
       self.assertFalse(self.on(self.follow()(3, self.state)))
-    self.assertEqual(asked, [0, 1])
+    with first, mock.patch.object(agreement, "told", lambda v: told(v, 0)):
+      self.follow()(3, self.state)
+    self.assertEqual(asked, [0, 1, 0])
 
   def test_runs_without_phase_or_switch_do_not_wait_for_each_other(self):
     (self.folder / "freeze_now").touch()
@@ -110,11 +141,29 @@ class RequestsTest(absltest.TestCase):
     self.enterContext(mock.patch.object(train.report, "write_report"))
     for limit in (2, 2):
       result = train.run(stage, workdir, limit=limit)
-      phases = _nodes(result.state.opt_state, PhaseState)
-      frozen.append([bool(phase.frozen) for phase in phases])
+      frozen.append(self.frozen(result))
       (workdir / "freeze_now").touch()
     self.assertEqual(frozen, [[False], [True]])
     self.assertEqual(result.step, 4)
+    # Asked in the folder that the user knows, the first stage does it alone.
+    workdir = self.folder / "staged"
+    workdir.mkdir()
+    (workdir / "freeze_now").touch()
+    frozen, run = [], train.run
+
+    def noted(*arguments, **options):
+      result = run(*arguments, **options)
+      frozen.append(self.frozen(result))
+      return result
+
+    stages = {name: dict(stop=dict(steps=2)) for name in ("a", "b")}
+    with mock.patch.object(train, "run", noted):
+      train.train(config | dict(stages=stages), workdir)
+    self.assertEqual(frozen, [[True], [False]])
+
+  def frozen(self, result):
+    phases = _nodes(result.state.opt_state, PhaseState)
+    return [bool(phase.frozen) for phase in phases]
 
 
 if __name__ == "__main__":

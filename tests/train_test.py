@@ -9,13 +9,14 @@ import pathlib
 import re
 import shutil
 import signal
+import tempfile
 from unittest import mock
 
 import jax
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from bertjax import experiment, loading, train
+from bertjax import evaluate, experiment, loading, train
 from bertjax.checkpoint import load_params
 from bertjax.config import merge, settings
 from bertjax.handover import initial_state
@@ -77,6 +78,19 @@ class ResumeTest(tiny.CorpusTestCase):
     ]
     # Sums over devices are rounded otherwise.
     np.testing.assert_allclose(*losses, rtol=1e-4)
+
+  def test_evaluation_finds_the_tokens_of_training(self):
+    cache = pathlib.Path(self.config["cache_dir"])
+    before = set(cache.rglob("*"))
+    with (
+      tempfile.TemporaryDirectory() as home,
+      mock.patch.dict(os.environ, {"BERTJAX_CACHE": home}),
+    ):
+      evaluate.evaluate(
+        self.whole, split="validation", evaluators=["objective"]
+      )
+      self.assertEmpty(os.listdir(home))
+    self.assertEqual(set(cache.rglob("*")), before)
 
   def test_a_finished_run_stays_as_it_is(self):
     before = processes.values(self.whole)
@@ -201,7 +215,8 @@ class TrainTest(_Configured):
     self.assertIn("There is no report", said.getvalue())
 
   @parameterized.parameters(
-    (dict(samples=("no mask",)), "samples: 'no mask' has no .MASK."),
+    (dict(samples=("no mask",)), r"samples: Text 0 .'no mask'. has no .MASK."),
+    (dict(samples=("cat " * 32 + "[MASK]",)), "samples: .*after truncation"),
     (dict(reference_curve="/nope.csv"), "='/nope.csv' is not there; name a"),
     (dict(reference_curve="CSV"), "has the columns step, accuracy; it needs"),
   )

@@ -19,11 +19,14 @@ class Data(abc.ABC):
     batch_size: rows of the global batch.
     train_split: the split that is trained on.
     evaluators: names of `EVALUATORS` that suit these data.
+    evaluated_batches: how many of a split `bertjax.evaluate` reads by default;
+      None: all.
   """
 
   batch_size: int
   train_split: str
   evaluators: ClassVar[tuple[str, ...]] = ("objective",)
+  evaluated_batches: ClassVar[int | None] = None
 
   @abc.abstractmethod
   def dataset(self, split: str | None = None) -> RowDataset:

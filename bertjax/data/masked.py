@@ -23,6 +23,7 @@ class MaskedData(TextualData):
   """
 
   evaluators = ("objective", "pseudo_perplexity")
+  evaluated_batches = 50  # splits of a corpus can be very long
   masking: Masking | None
 
   @abc.abstractmethod

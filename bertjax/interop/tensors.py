@@ -10,6 +10,7 @@ import math
 import pathlib
 import pickle
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -104,6 +105,21 @@ class _TensorUnpickler(pickle.Unpickler):
     return view.copy()
 
 
+# What zip and pickle make of a file that is cut or altered.
+_DAMAGE = (
+  zipfile.BadZipFile,
+  zlib.error,
+  pickle.UnpicklingError,
+  AttributeError,
+  EOFError,
+  IndexError,
+  KeyError,
+  NotImplementedError,
+  TypeError,
+  UnicodeDecodeError,
+)
+
+
 def read_torch_file(path: pathlib.Path) -> Tensors:
   """Tensors of a `torch.save`d state dict by name.
 
@@ -111,34 +127,18 @@ def read_torch_file(path: pathlib.Path) -> Tensors:
     ValueError: the format before PyTorch 1.6, a damaged file, or a pickle that
       holds more than tensors.
   """
-  if not zipfile.is_zipfile(path):
+  with path.open("rb") as file:
+    is_zip = file.read(2) == b"PK"
+  if not is_zip:
     raise ValueError(
       f"{path} is not in PyTorch's zip format (PyTorch 1.6 and later); load and"
       " save it again with a newer PyTorch, best as safetensors."
     )
-  with zipfile.ZipFile(path) as archive:
-    pickles = [n for n in archive.namelist() if n.endswith("/data.pkl")]
-    if len(pickles) != 1:
-      raise ValueError(f"{path} is a zip file, but not one of torch.save.")
-    root = pickles[0].removesuffix("data.pkl")
-    order = f"{root}byteorder"
-    if order in archive.namelist() and archive.read(order) != b"little":
-      raise ValueError(f"{path} is big-endian; save it as safetensors.")
-
-    storages: Tensors = {}
-
-    def load(key: str, dtype: np.dtype, count: int) -> np.ndarray:
-      if key not in storages:
-        storages[key] = np.frombuffer(archive.read(f"{root}data/{key}"), dtype)
-      if storages[key].size != count or storages[key].dtype != dtype:
-        raise ValueError(f"{path} is damaged: storage {key} has another size.")
-      return storages[key]
-
-    try:
-      with archive.open(pickles[0]) as file:
-        found = _TensorUnpickler(file, load, str(path)).load()
-    except (pickle.UnpicklingError, EOFError, KeyError, TypeError) as err:
-      raise ValueError(f"{path} cannot be read: {err!r}") from err
+  try:
+    with zipfile.ZipFile(path) as archive:
+      found = _unpickled(archive, path)
+  except _DAMAGE as err:
+    raise ValueError(f"{path} is damaged: {err!r}; fetch it again.") from err
   for key in _STATE_DICTS:
     if isinstance(found, Mapping) and key in found:
       found = found[key]
@@ -149,8 +149,42 @@ def read_torch_file(path: pathlib.Path) -> Tensors:
   return dict(found)
 
 
+def _unpickled(archive: zipfile.ZipFile, path: pathlib.Path) -> Any:
+  """What was saved, tensors as arrays."""
+  pickles = [n for n in archive.namelist() if n.endswith("/data.pkl")]
+  if len(pickles) != 1:
+    raise ValueError(f"{path} is a zip file, but not one of torch.save.")
+  root = pickles[0].removesuffix("data.pkl")
+  order = f"{root}byteorder"
+  if order in archive.namelist() and archive.read(order) != b"little":
+    raise ValueError(f"{path} is big-endian; save it as safetensors.")
+
+  storages: Tensors = {}
+
+  def load(key: str, dtype: np.dtype, count: int) -> np.ndarray:
+    if key not in storages:
+      storages[key] = np.frombuffer(archive.read(f"{root}data/{key}"), dtype)
+    if storages[key].size != count or storages[key].dtype != dtype:
+      raise ValueError(f"{path} is damaged: storage {key} has another size.")
+    return storages[key]
+
+  with archive.open(pickles[0]) as file:
+    return _TensorUnpickler(file, load, str(path)).load()
+
+
+def _weight_map(index: pathlib.Path) -> dict[str, str]:
+  """Files of tensors by name."""
+  try:
+    listed = json.loads(index.read_bytes())["weight_map"]
+    return {str(name): str(file) for name, file in listed.items()}
+  except (AttributeError, KeyError, TypeError, ValueError) as err:
+    raise ValueError(
+      f'{index} is no JSON of {{"weight_map": {{TENSOR: FILE}}}}: {err!r}.'
+    ) from err
+
+
 def _read_shards(index: pathlib.Path, read: Callable) -> Tensors:
-  listed = json.loads(index.read_text())["weight_map"]
+  listed = _weight_map(index)
   tensors: Tensors = {}
   for name in sorted(set(listed.values())):
     if pathlib.PurePath(name).name != name:

@@ -76,6 +76,6 @@ class MetricAccumulator:
         raise NonFiniteError(
           f"{name} is {float(sums[name][0])} somewhere in steps"
           f" {self._first} to {self.last}. Checkpoints saved before are"
-          " untouched. Lower optim.lr, lengthen the warm-up, or set"
+          " untouched. Lower optim.learning_rate, lengthen the warm-up, or set"
           " every.log=1 to find the step."
         )

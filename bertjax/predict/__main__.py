@@ -43,7 +43,7 @@ from bertjax.predict.classify_points import classify_points
 from bertjax.predict.clouds import points_to_sample, read_cloud, write_cloud
 from bertjax.predict.embed import POOLING, embed
 from bertjax.predict.fill_mask import fill_mask
-from bertjax.predict.requests import Request, requests_of
+from bertjax.predict.requests import Field, Request, requests_of
 from bertjax.predict.segment_points import segment_points
 from bertjax.predict.tokenize_points import tokenize_points
 from bertjax.registry import lookup
@@ -110,12 +110,7 @@ def _embed(model: LoadedModel, requests: list[Request], f: Any) -> None:
 def _ask(task: str) -> Callable[[LoadedModel, list[Request], Any], None]:
   def run(model: LoadedModel, requests: list[Request], f: Any) -> None:
     fields, ask = REQUESTS[task]
-    used = [name for name in fields if any(name in r for r in requests)]
-    for number, request in enumerate(requests):
-      if lacking := [name for name in used if name not in request]:
-        raise ValueError(
-          f"Request {number} has no {lacking[0]!r}, which others have."
-        )
+    used = [field.name for field in fields if field.name in requests[0]]
     columns = [[r[name] for r in requests] for name in used]
     options = {"null": f.null_answer} if task == "answer" else {}
     said = ask(
@@ -191,9 +186,10 @@ Command = Callable[[LoadedModel, list[Request], Any], None]
 
 # By name: what it does, the fields of a request (none if it takes no text), and
 # what does and prints it.
-TASKS: dict[str, tuple[str, tuple[str, ...], Command]] = {
-  "fill_mask": ("guesses for every mask", ("text",), _fill_mask),
-  "embed": ("one vector a text (.npy or JSON lines)", ("text",), _embed),
+_TEXT = (Field("text"),)
+TASKS: dict[str, tuple[str, tuple[Field, ...], Command]] = {
+  "fill_mask": ("guesses for every mask", _TEXT, _fill_mask),
+  "embed": ("one vector a text (.npy or JSON lines)", _TEXT, _embed),
   "classify": (
     "labels with probabilities", REQUESTS["classify"][0], _ask("classify")
   ),
@@ -241,14 +237,23 @@ def _define_flags() -> None:
   flags.DEFINE_integer("max_length", None, "embed: longest row in tokens.")
   flags.DEFINE_bool("normalize", False, "embed: vectors of length 1.")
   flags.DEFINE_bool("null_answer", None, "answer: may there be no answer?")
-  flags.DEFINE_multi_string("input", [], "..._points: a cloud or mesh.")
+  flags.DEFINE_multi(
+    cli.PATH,
+    flags.ArgumentSerializer(),
+    "input",
+    [],
+    "..._points: a cloud or mesh.",
+  )
   flags.DEFINE_integer(
     "votes", 0, "classify_points: random views; 0: that of an evaluation.",
     lower_bound=0,
   )  # fmt: skip
   flags.DEFINE_string("category", None, "segment_points: what is shown.")
-  flags.DEFINE_string(
-    "reconstruction", None, "tokenize_points: file of the decoded points."
+  flags.DEFINE(
+    cli.PATH,
+    "reconstruction",
+    None,
+    "tokenize_points: file of the decoded points.",
   )
 
 

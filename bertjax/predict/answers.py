@@ -4,6 +4,7 @@ A task's kind makes the rows and reads the logits, here as in training, so a
 model is asked exactly as it was trained.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from flax import linen as nn
 from bertjax.interop.heads import default_labels
 from bertjax.loading import LoadedModel
 from bertjax.predict import rows as rows_lib
+from bertjax.predict.requests import Field, Form
 from bertjax.tasks import (
   Choices,
   Kind,
@@ -198,7 +200,8 @@ def answer(
     questions: plain texts.
     contexts: one for each; long ones are read through overlapping windows.
     null: give "" where "no answer" scores higher (SQuAD 2.0); None: if the
-      task that the model was trained on had such questions.
+      task that the model was trained on had such questions. The other options
+      of `Questions` are those of that task.
     batch_size: rows at a time.
     truncate: cut questions that are too long.
 
@@ -210,17 +213,26 @@ def answer(
   """
   given = {"questions": questions, "contexts (--pair)": contexts}
   _check(model, "span_qa", given)
-  if null is None:
-    task = _task_data(model).get("task")
-    null = task is not None and build_task(task).kind.null
+  kind = _questions(model)
+  if null is not None:
+    kind = dataclasses.replace(kind, null=null)
+  records = _records("answers", question=questions, context=contexts)
+  return _ask(model, kind, records, batch_size, truncate, _QUESTION_LENGTH)
+
+
+def _questions(model: LoadedModel) -> Questions:
+  """The kind that the model was trained on, of fields with common names."""
+  task = _task_data(model).get("task")
+  trained = None if task is None else build_task(task).kind
+  if isinstance(trained, Questions):
+    return dataclasses.replace(
+      trained, question="question", context="context", answers="answers"
+    )
   longest = _row_length(model, _QUESTION_LENGTH)
-  kind = Questions(
-    null=null,
+  return Questions(
     max_question_tokens=max(1, min(64, longest // 2)),
     stride=max(1, min(128, longest // 4)),
   )
-  records = _records("answers", question=questions, context=contexts)
-  return _ask(model, kind, records, batch_size, truncate, _QUESTION_LENGTH)
 
 
 def choose(
@@ -283,9 +295,9 @@ def _refuse_strings(given: Mapping[str, Sequence[Any]]) -> None:
 
 
 # Fields of a request by task, and the function that answers their columns.
-REQUESTS: dict[str, tuple[tuple[str, ...], Callable[..., Answers]]] = {
-  "classify": (("text", "pair"), classify),
-  "tag": (("text",), tag),
-  "answer": (("question", "context"), answer),
-  "choose": (("text", "endings"), choose),
+REQUESTS: dict[str, tuple[tuple[Field, ...], Callable[..., Answers]]] = {
+  "classify": ((Field("text"), Field("pair", required=False)), classify),
+  "tag": ((Field("text", Form.WORDS),), tag),
+  "answer": ((Field("question"), Field("context")), answer),
+  "choose": ((Field("text"), Field("endings", Form.TEXTS)), choose),
 }

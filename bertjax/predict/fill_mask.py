@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import linen as nn
 
+from bertjax.data.tokenizers import Tokenizer
 from bertjax.loading import LoadedModel
 from bertjax.objectives.masked_lm import gather_positions
 from bertjax.predict import rows as rows_lib
@@ -52,6 +53,34 @@ def _fill(
   return tuple(jax.lax.top_k(probabilities, top_k))
 
 
+def masked_rows(
+  texts: Sequence[str],
+  tokenizer: Tokenizer,
+  clean: Callable[[str], str],
+  max_length: int,
+  *,
+  truncate: bool = False,
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+  """Rows of texts, and the places of their masks; arguments as of `rows_of`.
+
+  Raises:
+    ValueError: a text without mask or too long.
+  """
+  rows = rows_lib.rows_of(
+    texts, tokenizer, clean, max_length, parse_special=True, truncate=truncate
+  )
+  places = [np.flatnonzero(row == tokenizer.mask_id) for row in rows]
+  for i, found in enumerate(places):
+    if not len(found):
+      mask = tokenizer.specials.mask
+      cut = truncate and mask in texts[i]
+      raise ValueError(
+        f"Text {i} ({texts[i][:60]!r}) has no {mask}"
+        + (" left after truncation." if cut else "; mark what to guess.")
+      )
+  return rows, places
+
+
 def fill_mask(
   model: LoadedModel,
   texts: Sequence[str],
@@ -82,16 +111,9 @@ def fill_mask(
       f"top_k={top_k} must lie between 1 and the vocabulary's"
       f" {tokenizer.vocab_size}."
     )
-  rows = rows_lib.encode_rows(
-    model, texts, parse_special=True, truncate=truncate
+  rows, places = masked_rows(
+    texts, tokenizer, model.clean, model.max_positions, truncate=truncate
   )
-  places = [np.flatnonzero(row == tokenizer.mask_id) for row in rows]
-  for i, found in enumerate(places):
-    if not len(found):
-      raise ValueError(
-        f"Text {i} ({texts[i][:60]!r}) has no {tokenizer.specials.mask}"
-        + (" left after truncation." if truncate else "; mark what to guess.")
-      )
   results: list[Any] = [None] * len(rows)
   for chosen, batch in rows_lib.batches(
     rows, batch_size, model.max_positions, tokenizer.pad_id

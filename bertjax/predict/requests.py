@@ -1,12 +1,43 @@
 """What is asked of a model of texts on the command line."""
 
+import dataclasses
+import enum
 import json
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 Request = dict[str, Any]
+
+
+class Form(enum.Enum):
+  """What a field holds."""
+
+  TEXT = "a text"
+  WORDS = "a text or a list of words"
+  TEXTS = "a list of texts"
+
+  def takes(self, value: Any) -> bool:
+    if isinstance(value, str):
+      return self is not Form.TEXTS
+    many = self is not Form.TEXT and isinstance(value, list)
+    return many and all(isinstance(text, str) for text in value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+  """Of a request.
+
+  Attributes:
+    name: in a .jsonl file.
+    form: what it holds.
+    required: else all requests have it, or none.
+  """
+
+  name: str
+  form: Form = Form.TEXT
+  required: bool = True
 
 
 def _lines(data: bytes, source: str) -> Iterator[tuple[str, str]]:
@@ -28,19 +59,19 @@ def _object(where: str, line: str) -> Request:
     raise ValueError(f"{where} is no JSON object: {err}.") from err
 
 
-def requests_of(f: Any, fields: tuple[str, ...]) -> list[Request]:
-  """What flags ask, by the names of its fields.
+def requests_of(f: Any, fields: Sequence[Field]) -> list[Request]:
+  """What flags ask, at least one request, by the names of its fields.
 
   Args:
     f: the flags text, pair and file; without texts and a file, lines of
       standard input.
-    fields: of a request, the first of them required.
+    fields: of a request, first what --text gives, then what --pair gives.
 
   Raises:
-    ValueError: a file that is not there or not as it should be, or a request
-      whose first field is missing or empty.
+    ValueError: a file that is not there or not as it should be, no request, or
+      one with a field that is missing, no text or, being the first, empty.
   """
-  first, *rest = fields
+  first, *rest = (field.name for field in fields)
   requests = {
     f"--text number {number}": {first: text}
     for number, text in enumerate(f.text, 1)
@@ -63,18 +94,39 @@ def requests_of(f: Any, fields: tuple[str, ...]) -> list[Request]:
   elif not requests and not sys.stdin.isatty():
     lines = _lines(sys.stdin.buffer.read(), "standard input")
     requests = {where: {first: line} for where, line in lines}
-  for where, request in requests.items():
-    # A list of words may stand for the text.
-    if first not in request and "words" in request:
-      request[first] = request["words"]
-    if first not in request:
-      raise ValueError(
-        f"{where} has no {first!r}; it has"
-        f" {', '.join(map(repr, request)) or 'nothing'}."
-      )
-    if isinstance(text := request[first], str) and not text.strip():
-      raise ValueError(
-        f"{where}: the {first} is empty; leave it out, as every one asked gives"
-        " one answer."
-      )
+  if not requests:
+    raise ValueError(
+      "Nothing is asked; give --text, or lines in --file or standard input."
+    )
+  for request in requests.values():
+    if fields[0].form is Form.WORDS and "words" in request:
+      request.setdefault(first, request["words"])
+  _check(requests, fields)
   return [*requests.values()]
+
+
+def _check(requests: Mapping[str, Request], fields: Sequence[Field]) -> None:
+  """Refuses requests, named by where they stand, that lack what is needed."""
+  for field in fields:
+    used = any(field.name in request for request in requests.values())
+    if not used and not field.required:
+      continue
+    for where, request in requests.items():
+      if field.name not in request:
+        by_flag = field is not fields[0] and field.form is Form.TEXT
+        raise ValueError(
+          f"{where} has no {field.name!r} ({field.form.value}"
+          + (", as of --pair" if by_flag else "")
+          + f"); it has {', '.join(map(repr, request)) or 'nothing'}."
+        )
+      value = request[field.name]
+      if not field.form.takes(value):
+        raise ValueError(
+          f"{where}: {field.name}={json.dumps(value)[:60]} must be"
+          f" {field.form.value}."
+        )
+      if field is fields[0] and not "".join(value).strip():
+        raise ValueError(
+          f"{where}: the {field.name} is empty; leave it out, as every one"
+          " asked gives one answer."
+        )

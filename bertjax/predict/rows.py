@@ -1,9 +1,11 @@
 """Rows of texts, in padded batches of few shapes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from bertjax.data.tokenizers import Tokenizer
 from bertjax.loading import LoadedModel
 
 # Rows are padded to multiples of this, so that few shapes are compiled.
@@ -43,7 +45,6 @@ def encode_rows(
   model: LoadedModel,
   texts: Sequence[str],
   *,
-  parse_special: bool = False,
   max_length: int | None = None,
   truncate: bool = False,
 ) -> list[np.ndarray]:
@@ -52,8 +53,45 @@ def encode_rows(
   Args:
     model: for its tokenizer and its longest row.
     texts: any strings; they go through the model's own `preprocess` first.
-    parse_special: whether "[MASK]" in a text is the mask.
     max_length: longest row, special tokens included; by default the model's.
+    truncate: cut longer texts at their end.
+
+  Raises:
+    ValueError: no text, or one that is too long.
+  """
+  if max_length is None:
+    max_length = model.max_positions
+  if not 3 <= max_length <= model.max_positions:
+    raise ValueError(
+      f"max_length={max_length} must lie between 3 and the model's"
+      f" {model.max_positions} positions."
+    )
+  return rows_of(
+    texts,
+    model.need_tokenizer(),
+    model.clean,
+    max_length,
+    truncate=truncate,
+  )
+
+
+def rows_of(
+  texts: Sequence[str],
+  tokenizer: Tokenizer,
+  clean: Callable[[str], str],
+  max_length: int,
+  *,
+  parse_special: bool = False,
+  truncate: bool = False,
+) -> list[np.ndarray]:
+  """[CLS] text [SEP] of every text, int32.
+
+  Args:
+    texts: any strings.
+    tokenizer: of the model.
+    clean: what they go through first; special tokens that are parsed do not.
+    max_length: longest row, special tokens included.
+    parse_special: whether "[MASK]" in a text is the mask.
     truncate: cut longer texts at their end.
 
   Raises:
@@ -63,15 +101,8 @@ def encode_rows(
     raise ValueError("texts is one string; pass a list of texts.")
   if not texts:
     raise ValueError("There is no text; pass at least one.")
-  if max_length is None:
-    max_length = model.max_positions
-  if not 3 <= max_length <= model.max_positions:
-    raise ValueError(
-      f"max_length={max_length} must lie between 3 and the model's"
-      f" {model.max_positions} positions."
-    )
-  tokenizer = model.need_tokenizer()
-  texts = [model.clean(text) for text in texts]
+  specials = tokenizer.specials.names() if parse_special else ()
+  texts = [_cleaned(text, clean, specials) for text in texts]
   encoded = tokenizer.encode_batch(texts, parse_special=parse_special)
   rows = []
   for i, ids in enumerate(encoded):
@@ -88,6 +119,16 @@ def encode_rows(
       )
     )
   return rows
+
+
+def _cleaned(text: str, clean: Callable[[str], str], but: Sequence[str]) -> str:
+  """A text gone through a function, but for some names and spaces at them."""
+  if not but:
+    return clean(text)
+  names = "|".join(map(re.escape, but))
+  parts = re.split(rf"(\s*(?:{names})\s*)", text)
+  parts[::2] = map(clean, parts[::2])
+  return "".join(parts)
 
 
 def array_batches(

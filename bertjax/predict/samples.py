@@ -1,19 +1,22 @@
 """What a model says of a few texts, for reports."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from bertjax.data.sources import text_function
 from bertjax.data.tokenizers import Tokenizer
+from bertjax.interop import model_spec
 from bertjax.interop.heads import default_labels
 from bertjax.loading import LoadedModel
 from bertjax.predict.answers import classify, tag
-from bertjax.predict.fill_mask import fill_mask
+from bertjax.predict.fill_mask import fill_mask, masked_rows
 
 
 def _filled(model: LoadedModel, texts: Sequence[str]) -> list[str]:
   """The best guess of each mask with its probability."""
   return [
     ", ".join(f"{m[0].piece} ({m[0].probability:.2f})" for m in masks)
-    for masks in fill_mask(model, texts, top_k=1)
+    for masks in fill_mask(model, texts, top_k=1, truncate=True)
   ]
 
 
@@ -50,18 +53,24 @@ SAMPLERS: dict[str, Callable[[LoadedModel, Sequence[str]], list[str]]] = {
 }
 
 
-def check_samples(
-  objective: str, tokenizer: Tokenizer, texts: Sequence[str]
-) -> None:
-  """Refuses texts of which a model of this objective would say nothing.
+def check_samples(config: Mapping[str, Any], tokenizer: Tokenizer) -> None:
+  """Refuses `config.samples` of which the trained model would say nothing.
+
+  Args:
+    config: of a run, completed.
+    tokenizer: of its data.
 
   Raises:
-    ValueError: a text for a masked LM without a mask.
+    ValueError: a text for a masked LM without a mask, or only behind its end.
   """
-  mask = tokenizer.specials.mask
-  for text in texts if objective == "masked_lm" else ():
-    if mask not in text:
-      raise ValueError(f"samples: {text!r} has no {mask}; mark what to guess.")
+  if not config["samples"] or config["objective"]["name"] != "masked_lm":
+    return
+  clean = text_function(config["data"].get("preprocess", ()), "data.preprocess")
+  longest = model_spec.resolve(config["model"])["max_positions"]
+  try:
+    masked_rows(config["samples"], tokenizer, clean, longest, truncate=True)
+  except ValueError as err:
+    raise ValueError(f"samples: {err}") from err
 
 
 def samples(model: LoadedModel, texts: Sequence[str]) -> list[tuple[str, str]]:

@@ -254,8 +254,13 @@ class TaskData(TextualData):
   def baseline(
     self, split: str, num_batches: int | None = None
   ) -> dict[str, float]:
-    """The task's metrics if every answer is the commonest of training."""
+    """The task's metrics if every answer is the commonest of training.
+
+    {} where the source has nothing to train on.
+    """
     del num_batches  # a task is scored as a whole
+    if self.train_split not in self.source.splits:
+      return {}
     kind, features = self.task.kind, self.dataset(split).features
     constant = kind.constant_logits(self.dataset().features)
     count = len(features.arrays["labels"])

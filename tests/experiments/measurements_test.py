@@ -1,8 +1,10 @@
 """Measurements are made once, and again when what they are of has changed."""
 
+import importlib.metadata
 import pathlib
+from unittest import mock
 
-from absl.testing import absltest
+from absl.testing import absltest, parameterized
 
 from experiments.measurements import Measurements, fingerprint
 
@@ -14,7 +16,7 @@ def squared(*, number):
   return {"square": number**2}
 
 
-class MeasurementsTest(absltest.TestCase):
+class MeasurementsTest(parameterized.TestCase):
   def test_are_made_once_per_arguments_and_version(self):
     folder = self.create_tempdir().full_path
     _CALLS.clear()
@@ -38,6 +40,21 @@ class MeasurementsTest(absltest.TestCase):
     self.assertEqual(fingerprint([folder / "a.py"]), before)
     (folder / "a.py").write_text("x = 2\n")
     self.assertNotEqual(fingerprint([folder]), before)
+
+  @parameterized.parameters("jax", "libtpu", "nvidia-cuda-nvcc")
+  def test_another_compiler_has_another_fingerprint(self, package):
+    def version(name):
+      if found[name] is None:
+        raise importlib.metadata.PackageNotFoundError(name)
+      return found[name]
+
+    prints = set()
+    with mock.patch.object(importlib.metadata, "version", version):
+      for other in ("1.0", "1.1", None):
+        found = {"jax": "1.0", "libtpu": "1.0", "nvidia-cuda-nvcc": "1.0"}
+        found[package] = other
+        prints.add(fingerprint([__file__]))
+    self.assertLen(prints, 3)
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ class SlurmTest(parameterized.TestCase):
                max_restarts=3, arguments=("--config.x=a b",))  # fmt: skip
     self.script.write_text(slurm.render(job))
 
-  def _run(self, srun, restarts=0):
+  def _run(self, srun, restarts=99):  # after limits and preemptions
     self.commands.add("srun", srun)
     return subprocess.Popen(
       ["bash", self.script],
@@ -227,20 +227,29 @@ class SlurmTest(parameterized.TestCase):
       ],
     )
 
-  @parameterized.parameters(
-    (0, 0, False), (1, 0, True), (1, 2, True), (1, 3, False), (143, 0, False)
-  )
-  def test_what_is_tried_again(self, status, restarts, again):
-    process = self._run(f"exit {status}", restarts)
+  @parameterized.parameters((0, False), (1, True), (143, False))
+  def test_what_is_tried_again(self, status, again):
+    process = self._run(f"exit {status}")
     self.assertEqual(process.wait(), status)
     self.assertEqual(self._requeued(), again)
 
-  def test_at_the_time_limit_the_tasks_save_and_the_job_goes_on(self):
-    # However often it was restarted before.
+  def test_failures_alone_use_up_the_restarts(self):
+    found = []
+    for status in (1, 143, 7, "limit", 1, 1):
+      if status == "limit":
+        self._run_to_the_limit()
+      else:
+        self.assertEqual(self._run(f"exit {status}").wait(), status)
+      found.append(self._requeued())
+      self.commands.forget()
+    self.assertEqual(found, [True, False, True, True, True, False])
+    lines = (self.folder / "bert-5.failures").read_text().splitlines()
+    self.assertEqual([line[-1] for line in lines], list("1711"))
+
+  def _run_to_the_limit(self):
     process = self._run(
       f"touch {self.folder}/started\n"
-      f"while [ ! -e {self.folder}/cancelled ]; do sleep 0.05; done\nexit 143",
-      restarts=99,
+      f"while [ ! -e {self.folder}/cancelled ]; do sleep 0.05; done\nexit 143"
     )
     deadline = time.monotonic() + 30
     while not (self.folder / "started").exists():
@@ -248,6 +257,9 @@ class SlurmTest(parameterized.TestCase):
       time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)
     self.assertEqual(process.wait(), 143)
+
+  def test_at_the_time_limit_the_tasks_save_and_the_job_goes_on(self):
+    self._run_to_the_limit()
     self.assertIn(["scancel", "--signal=TERM", "5"], self.commands.calls())
     self.assertTrue(self._requeued())
 

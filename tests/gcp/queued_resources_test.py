@@ -16,6 +16,7 @@ from absl.testing import absltest, parameterized
 
 from bertjax import hardware
 from bertjax.hardware.machines import machine_of
+from gcp import queued_resource
 from gcp import tpu as tpu_lib
 from gcp.queued_resource import GcloudError, State, Tpu
 from tests.gcp.standins import SHELLCHECK, Commands
@@ -420,6 +421,15 @@ class WatchTest(parameterized.TestCase):
     for words in ("connection closed", "restart 1 of 5", "UNAVAILABLE"):
       self.assertIn(words, self.said.getvalue())
 
+  def test_without_a_commit_nothing_is_rented(self):
+    folder = pathlib.Path(self.create_tempdir())
+    with (
+      mock.patch.object(queued_resource, "_ROOT", folder),
+      self.assertRaisesRegex(ValueError, f"{folder} .*not a git repository"),
+    ):
+      self._watch(["!NOT_FOUND: no"], ["none"])
+    self.assertEqual(self._actions(), [])
+
   @parameterized.parameters(_QUOTA, _EXISTS)
   def test_a_first_request_that_is_refused_ends_it(self, words):
     with self.assertRaisesRegex(GcloudError, re.escape(words)):
@@ -453,6 +463,29 @@ class WatchTest(parameterized.TestCase):
   def test_states(self, said, state):
     self.commands.add("gcloud", f"echo {said}")
     self.assertIs(Tpu("a", _machine("v5e:2x2"), zone="z").state(), state)
+
+  @parameterized.parameters(
+    ("echo CREATING", "waiting\n"),
+    ("echo SUSPENDED", "gone\n"),
+    ("echo NOT_FOUND >&2; exit 1", "absent\n"),
+  )
+  def test_status_asks_no_hosts_that_are_not_there(self, describe, told):
+    self.commands.add("gcloud", f"[ $4 = describe ] || exit 1\n{describe}")
+    tpu = Tpu("a", _machine("v5e:2x2"), zone="z")
+    tpu_lib._run(tpu, "status", [], mock.Mock())
+    self.assertEqual(self.said.getvalue(), told)
+
+  def test_status_tells_the_state_whatever_the_hosts_say(self):
+    tpu = Tpu("a", _machine("v5e:2x2"), zone="z")
+    self.commands.add(
+      "gcloud", "[ $4 = describe ] && echo ACTIVE || echo status=running"
+    )
+    tpu_lib._run(tpu, "status", [], mock.Mock())
+    self.assertEqual(self.said.getvalue(), "active\nrunning\n")
+    self.commands.add("gcloud", "[ $4 = describe ] && echo ACTIVE")
+    with self.assertRaises(GcloudError):
+      tpu_lib._run(tpu, "status", [], mock.Mock())
+    self.assertEndsWith(self.said.getvalue(), "\nactive\n")
 
 
 if __name__ == "__main__":

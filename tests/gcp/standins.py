@@ -31,6 +31,10 @@ class Commands:
     records = self._log.read_text().split("\x1e")[:-1]
     return [record.split("\x1f")[:-1] for record in records]
 
+  def forget(self) -> None:
+    """Begins the calls anew."""
+    self._log.unlink(missing_ok=True)
+
   def environment(self, **more: str) -> dict[str, str]:
     path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
     return os.environ | {"PATH": path} | more

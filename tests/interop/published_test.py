@@ -321,6 +321,36 @@ class TorchFileTest(FolderTestCase):
     with self.assertRaisesRegex(ValueError, "PyTorch 1.6 and later"):
       tensors.read_torch_file(path)
 
+  def test_a_damaged_file_is_refused(self):
+    path = self.save({"weight": torch.arange(999)})
+    content = path.read_bytes()
+    middle = len(content) // 2
+    altered = content[:middle] + b"bits" + content[middle + 4 :]
+    for bad, message in (
+      (altered, "Bad CRC-32"),
+      (content[:middle], "not a zip file"),
+    ):
+      path.write_bytes(bad)
+      with self.assertRaisesRegex(ValueError, f"^{path} is .*{message}"):
+        tensors.read_torch_file(path)
+    path.write_bytes(content)
+    with zipfile.ZipFile(path) as source:
+      parts = {name: source.read(name) for name in source.namelist()}
+    with zipfile.ZipFile(path, "w") as target:
+      for name, part in parts.items():
+        target.writestr(name, part.replace(b"weight", b"\xffeight"))
+    with self.assertRaisesRegex(ValueError, f"^{path} is damaged: Unicode"):
+      tensors.read_torch_file(path)
+
+  @parameterized.parameters(
+    "{", "[]", "{}", '{"weight_map": ["a"]}', '{"metadata": {}}'
+  )
+  def test_an_index_that_lists_no_files_is_refused(self, text):
+    index = self.root / "pytorch_model.bin.index.json"
+    index.write_text(text)
+    with self.assertRaisesRegex(ValueError, f"{index} is no JSON of .*_map"):
+      tensors.read_weights(self.root)
+
   def test_a_tensor_beyond_its_storage_is_refused(self):
     good = self.save({"weight": torch.zeros(2)})
     bad = self.root / "bad.bin"
