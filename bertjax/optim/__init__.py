@@ -32,7 +32,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from bertjax import registry
+from bertjax import fields, registry
 from bertjax.layers.statistics import Wanted
 from bertjax.optim import (
   by_layer,
@@ -227,6 +227,7 @@ def build_optimizer(
       parameter that is not float32.
   """
   spec = dict(spec)
+  fields.check({"optim": spec})
   selection.check_float32(params)
   builder = registry.lookup(OPTIMIZERS, spec.get("name", ""), "optim.name")
   common = [
@@ -275,8 +276,8 @@ def build_optimizer(
       linear_layers=linear_layers,
       logical_axes=logical_axes,
     )
-  for field in ("no_decay", "no_adaptation"):
-    if field in spec:
+  for field in ("no_decay", "no_adaptation", "uncompressed"):
+    if spec.get(field):
       # Checked against all parameters: freezing may hide some of them.
       spec[field] = selection.resolve(spec[field], params, f"optim.{field}")
   if "mask" in spec:

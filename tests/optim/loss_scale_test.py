@@ -117,7 +117,8 @@ class LossScaleTest(parameterized.TestCase):
     np.testing.assert_allclose(grads["params"], expected, rtol=1e-3)
 
   @parameterized.parameters(
-    (dict(initial=0.5), r"optim.loss_scale.initial=0.5 must be a number in"),
+    (dict(initial=0.5), r"optim.loss_scale.initial=0.5 must be a power of"),
+    (dict(initial=3.0), r"optim.loss_scale.initial=3.0 must be a power of two"),
     (dict(initial=True), r"optim.loss_scale.initial=True"),
     (dict(interval=0), r"optim.loss_scale.interval=0 must be an int"),
     (dict(growth=2), r"optim.loss_scale.growth"),

@@ -286,6 +286,7 @@ class OneBitAdamTest(parameterized.TestCase):
     (dict(freeze_step="auto", freeze_threshold=1.0), "freeze_threshold=1.0"),
     (dict(mask=[("nowhere", 2)]), "optim.mask: pattern 'nowhere' matches no"),
     (dict(mask=[("up", 0)]), "optim.mask: 0 rows of 'up' must be a positive"),
+    (dict(mask=["up"]), "optim.mask=.'up'. must be a list of pairs"),
     (dict(uncompressed=["nowhere"]), "optim.uncompressed: pattern 'nowhere'"),
   )
   def test_bad_options_are_refused(self, options, message):
@@ -421,6 +422,8 @@ class OneBitLambTest(parameterized.TestCase):
 
   @parameterized.parameters(
     (dict(trust_clip=(0.0, 1.0)), "optim.trust_clip=.0.0, 1.0. must be"),
+    (dict(trust_clip=10), "optim.trust_clip=10 must be a pair"),
+    (dict(trust_clip=None), "optim.trust_clip=None must be .lowest, highest"),
     (dict(factor_change=1.0), "optim.factor_change=1.0 must be in"),
   )
   def test_bad_options_are_refused(self, options, message):
