@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bertjax import fields, registry
 from bertjax.layers.statistics import Wanted
@@ -44,7 +44,7 @@ from bertjax.optim import (
 )
 from bertjax.optim.adamw import adam, adamw, scale_by_adam
 from bertjax.optim.clip import clip_by_global_norm, clip_tree, global_norm
-from bertjax.optim.freezing import freeze_now
+from bertjax.optim.freezing import PhaseState, freeze_now
 from bertjax.optim.lamb import lamb
 from bertjax.optim.lars import lars
 from bertjax.optim.local import LocalGradientTransformation
@@ -107,6 +107,7 @@ __all__ = [
   "onebit_sgd",
   "scale_by_adam",
   "scale_by_trust_ratio",
+  "schedule_step",
   "square_root_scaling",
   "state_shardings",
   "switch_now",
@@ -120,8 +121,8 @@ class Optimizer:
 
   Attributes:
     transform: `init(params)`, `update(grads, state, params, **extra)`.
-    schedule: step -> learning rate, for logs. The transformation counts its own
-      steps; both start at 0.
+    schedule: step -> learning rate, for logs. Its steps are those that the
+      transformation has counted, without skipped ones: see `schedule_step`.
     local_gradients: gradients must reach `update` un-reduced, inside shard_map.
     statistics: of linear layers that `update` takes as `statistics=`; None if
       it takes none.
@@ -409,6 +410,27 @@ def gradient_norm(opt_state: Any) -> Float[Array, ""]:
       return node.norm
   raise ValueError(
     "opt_state holds no gradient norm; is it from build_optimizer?"
+  )
+
+
+def schedule_step(opt_state: Any) -> Int[Array, ""]:
+  """The step that the schedule sees next.
+
+  Skipped steps do not count. The state is one of `build_optimizer`'s.
+
+  Raises:
+    ValueError: the state holds no counter.
+  """
+  kinds = optax.ScaleByScheduleState | PhaseState
+  for node in jax.tree.leaves(
+    opt_state, is_leaf=lambda x: isinstance(x, kinds)
+  ):
+    if isinstance(node, optax.ScaleByScheduleState):
+      return node.count
+    if isinstance(node, PhaseState):
+      return node.steps
+  raise ValueError(
+    "opt_state holds no counter of steps; is it from build_optimizer?"
   )
 
 
