@@ -210,14 +210,21 @@ def freeze_now(opt_state: Any) -> Any:
   For callbacks, and for `freeze_step="manual"`.
 
   Raises:
-    ValueError: the state has no phases.
+    ValueError: the state has no phases, or no step of the first one was taken.
   """
 
   def is_phase(node):
     return isinstance(node, PhaseState)
 
-  if not any(map(is_phase, jax.tree.leaves(opt_state, is_leaf=is_phase))):
+  phases = filter(is_phase, jax.tree.leaves(opt_state, is_leaf=is_phase))
+  taken = [int(phase.steps) for phase in phases]
+  if not taken:
     raise ValueError("opt_state is of no optimizer with a phase to freeze.")
+  if 0 in taken:
+    raise ValueError(
+      "the second moment is 0 and would freeze so; the first phase takes at"
+      " least one step."
+    )
   return jax.tree.map(
     lambda node: (
       node._replace(frozen=jnp.ones_like(node.frozen))

@@ -335,6 +335,31 @@ class FreezeTest(parameterized.TestCase):
     state, _ = w.run(state, 4, 6)
     self.assertTrue(np.any(onebit_state.debt(state)["up"]))
 
+  @parameterized.parameters("onebit_adam", "zero_one_adam")
+  def test_not_before_there_is_a_variance(self, name):
+    params = {"w": jnp.ones(5)}
+    transform = _alone(params, name=name)
+    state = fresh = transform.init(params)
+    with self.assertRaisesRegex(ValueError, "first phase takes at least one"):
+      optim.freeze_now(fresh)
+    _, state = jax.jit(transform.update)(params, state, params)
+    frozen = optim.freeze_now(state)
+    (phase,) = onebit_state.nodes(frozen, freezing.PhaseState)
+    self.assertTrue(phase.frozen)
+    # Fresh moments have none again, whatever the schedule does.
+    handed = optim.hand_over(
+      frozen, fresh, reset_schedule=False, reset_moments=True
+    )
+    (phase,) = onebit_state.nodes(handed, freezing.PhaseState)
+    self.assertFalse(phase.frozen)
+    self.assertEqual(phase.steps, 0)
+
+
+def _alone(params, **options):
+  """Of one worker, outside of any mesh."""
+  spec = dict(learning_rate=0.1, freeze_step=3) | options
+  return optim.build_optimizer(spec, total_steps=9, params=params).transform
+
 
 class BytesTest(parameterized.TestCase):
   @parameterized.parameters(
