@@ -10,6 +10,8 @@ tests then covers it. Of the context below a row takes what its signature names:
   workers: who averages, for an optimizer that does so itself.
   total_steps: of the phase.
   trainable: (name, leaf) -> None, or which of the leaf's layers train.
+  rate_factors: of the learning rate, by path name (`rates.Factors`), for an
+    optimizer of which it is not enough to multiply its updates by them.
 
 A second-order method (`optim.precondition`) stands before any of them; see the
 table `preconditioning.PRECONDITIONERS`.
@@ -254,7 +256,7 @@ def build_optimizer(
     stacked,
     param_specs,
     mesh,
-    spec.get("freeze_lowest"),
+    spec,
   ) | {"total_steps": total_steps}
   if "learning_rate" not in spec:
     raise ValueError("optim.learning_rate is required: the peak rate.")
@@ -309,6 +311,7 @@ def build_optimizer(
       stacked,
       context.get("global_norm_axes"),
       context.get("workers"),
+      "rate_factors" in takes,
       **options,
     ),
     schedule=schedule,
@@ -340,7 +343,7 @@ def _context(
   stacked: selection.AxesFn,
   param_specs: Any,
   mesh: Mesh | None,
-  freeze_lowest: int | None,
+  spec: Mapping[str, Any],
 ) -> dict[str, Any]:
   """What a row of the table may take besides its options.
 
@@ -348,7 +351,7 @@ def _context(
     takes: names of what it takes; only the dear ones are looked up.
     params: see `build_optimizer`; likewise logical_axes, param_specs and mesh.
     stacked: (name, leaf) -> stacked axes.
-    freeze_lowest: see `_surround`.
+    spec: options of `_surround`.
   """
   context: dict[str, Any] = {"stacked_axes": stacked}
   if "workers" in takes:
@@ -359,7 +362,16 @@ def _context(
       "global_norm_axes": trust_ratio.norm_axes_from_specs(param_specs),
     }
   if "trainable" in takes:
-    context["trainable"] = _trainable(params, freeze_lowest, stacked)
+    context["trainable"] = _trainable(
+      params, spec.get("freeze_lowest"), stacked
+    )
+  if "rate_factors" in takes:
+    context["rate_factors"] = rates.rate_factors(
+      params,
+      spec.get("lr_multipliers", ()),
+      spec.get("layerwise_decay"),
+      stacked,
+    )
   return context
 
 
@@ -452,11 +464,7 @@ def _trainable(
   params: Any, freeze_lowest: int | None, stacked: selection.AxesFn
 ) -> Callable[[str, Any], Any]:
   """(name, leaf) -> None, or booleans: which layers `freeze_lowest` leaves."""
-  kept = (
-    {}
-    if freeze_lowest is None
-    else rates.frozen_factors(params, freeze_lowest, stacked)
-  )
+  kept = _kept(params, freeze_lowest, stacked)
 
   def trainable(name: str, leaf: Any) -> Any:
     if np.all(kept.get(name, 1.0)):
@@ -474,6 +482,7 @@ def _check_options(spec: Mapping[str, Any], allowed: set[str]) -> None:
     "workers",
     "total_steps",
     "trainable",
+    "rate_factors",
   }
   allowed = allowed - context
   for key in spec:
@@ -495,6 +504,7 @@ def _surround(
   stacked: selection.AxesFn,
   global_norm_axes: trust_ratio.MeshAxesFn | None,
   workers: Workers | None,
+  has_factors: bool,
   *,
   clip_norm: float | None = None,
   clip_scope: str | None = None,
@@ -512,6 +522,7 @@ def _surround(
     stacked: (name, leaf) -> stacked axes.
     global_norm_axes: mesh axes of the gradient's norm, inside shard_map.
     workers: of an optimizer that takes local gradients.
+    has_factors: the optimizer has those of the learning rate already.
     clip_norm: clips the global gradient norm; None only records it.
     clip_scope: "global" clips the gradient of the batch, by default;
       "per_shard" that of each data shard before they are averaged, as BERT was
@@ -523,26 +534,14 @@ def _surround(
       stack the frozen layers keep (unused) state: they share their tensors.
   """
   factors: rates.Factors = {}
-  if lr_multipliers:
-    factors = rates.multiplier_factors(params, lr_multipliers)
-  if layerwise_decay is not None:
-    for name, factor in rates.layerwise_factors(
-      params, layerwise_decay, stacked
-    ).items():
-      factors[name] = factors.get(name, 1.0) * factor
-  kept = (
-    {}
-    if freeze_lowest is None
-    else rates.frozen_factors(params, freeze_lowest, stacked)
-  )
+  if not has_factors:
+    factors = rates.rate_factors(
+      params, lr_multipliers, layerwise_decay, stacked
+    )
+  kept = _kept(params, freeze_lowest, stacked)
   # Zeroes the gradient too: a frozen layer must not count in the clipped norm.
   partly = {name: factor for name, factor in kept.items() if np.any(factor)}
-  frozen_by_rule = selection.resolve(freeze, params, "optim.freeze")
-  frozen = {
-    name
-    for name, leaf in selection.by_name(params).items()
-    if frozen_by_rule(name, leaf) or not np.any(kept.get(name, 1.0))
-  }
+  frozen = _frozen(params, freeze, kept)
   if frozen and len(frozen) == len(selection.by_name(params)):
     raise ValueError("optim.freeze leaves no parameter to train.")
 
@@ -558,6 +557,27 @@ def _surround(
   if not frozen:
     return wrapped
   return rates.freeze(wrapped, lambda name, leaf: name in frozen)
+
+
+def _kept(
+  params: Any, freeze_lowest: int | None, stacked: selection.AxesFn
+) -> rates.Factors:
+  """0 for what `freeze_lowest` freezes, by path name; see `_surround`."""
+  if freeze_lowest is None:
+    return {}
+  return rates.frozen_factors(params, freeze_lowest, stacked)
+
+
+def _frozen(
+  params: Any, freeze: selection.Rule, kept: rates.Factors
+) -> set[str]:
+  """Names of the parameters that have no part that trains."""
+  by_rule = selection.resolve(freeze, params, "optim.freeze")
+  return {
+    name
+    for name, leaf in selection.by_name(params).items()
+    if by_rule(name, leaf) or not np.any(kept.get(name, 1.0))
+  }
 
 
 def _clipping(

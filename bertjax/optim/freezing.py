@@ -37,6 +37,7 @@ class Intervals(NamedTuple):
     updates: since the gap last doubled.
     alone: steps since workers last synchronised.
     rate_sum: of the learning rates of those steps.
+    since_freeze: steps since the variance was frozen.
   """
 
   next_variance: Int[Array, ""]
@@ -44,13 +45,14 @@ class Intervals(NamedTuple):
   updates: Int[Array, ""]
   alone: Int[Array, ""]
   rate_sum: Float[Array, ""]
+  since_freeze: Int[Array, ""]
 
   @classmethod
   def init(cls) -> "Intervals":
     """Everything is due at the first step."""
     zero = jnp.zeros((), jnp.int32)
     one = jnp.ones((), jnp.int32)
-    return cls(zero, one, zero, zero, jnp.zeros((), jnp.float32))
+    return cls(zero, one, zero, zero, jnp.zeros((), jnp.float32), zero)
 
   def variance_due(self, steps: Int[Array, ""]) -> Bool[Array, ""]:
     """Whether the step with this index updates the variance."""
