@@ -278,6 +278,11 @@ def build_optimizer(
       total_steps=total_steps,
       linear_layers=linear_layers,
       logical_axes=logical_axes,
+      frozen=_frozen(
+        params,
+        spec.get("freeze", ()),
+        _kept(params, spec.get("freeze_lowest"), stacked),
+      ),
     )
   for field in ("no_decay", "no_adaptation", "uncompressed"):
     if spec.get(field):
