@@ -54,6 +54,10 @@ def _factors(value: Any) -> bool:
   )
 
 
+def _interval(value: Any) -> bool:
+  return _listed(value) and len(value) == 2 and all(map(_number, value))
+
+
 INTEGER = Kind("an integer", _whole)
 POSITIVE_INTEGER = Kind("a positive integer", lambda x: _whole(x) and x > 0)
 COUNT = Kind("a non-negative integer", lambda x: _whole(x) and x >= 0)
@@ -69,6 +73,7 @@ STRINGS = Kind(
 )
 PATH = Kind("a path", lambda x: isinstance(x, str | os.PathLike))
 FACTORS = Kind("a list of pairs (regex, number)", _factors)
+INTERVAL = Kind("a pair (lowest, highest) of numbers", _interval)
 MAPPING = Kind("a mapping", lambda x: isinstance(x, Mapping))
 
 # By path; * is any name. A field that is not there has a default, or is missed
@@ -97,6 +102,32 @@ FIELDS: dict[str, Kind] = {
   "optim.lr_multipliers": FACTORS,
   "optim.layerwise_decay": POSITIVE.or_none(),
   "optim.freeze_lowest": COUNT.or_none(),
+  "optim.b1": NON_NEGATIVE,
+  "optim.b2": NON_NEGATIVE,
+  "optim.momentum": NON_NEGATIVE.or_none(),
+  "optim.eps": NON_NEGATIVE,
+  "optim.freeze_threshold": POSITIVE,
+  "optim.freeze_interval": POSITIVE_INTEGER.or_none(),
+  "optim.trust_clip": INTERVAL.or_none(),
+  "optim.phi_clip": INTERVAL.or_none(),
+  "optim.factor_clip": INTERVAL,
+  "optim.loss_scale": MAPPING.or_none(),
+  "optim.precondition": MAPPING.or_none(),
+  "optim.precondition.damping": POSITIVE,
+  "optim.precondition.decay": NON_NEGATIVE,
+  "optim.precondition.inverse_interval": POSITIVE_INTEGER,
+  "optim.precondition.grad_worker_fraction": NON_NEGATIVE.or_none(),
+  "optim.precondition.rank": POSITIVE_INTEGER,
+  "optim.precondition.svd_groups": POSITIVE_INTEGER.or_none(),
+  "optim.precondition.threshold": NUMBER,
+  "optim.precondition.keep": NUMBER,
+  "optim.precondition.clip": POSITIVE,
+  "optim.precondition.max_width": POSITIVE_INTEGER.or_none(),
+  "optim.precondition.block_width": POSITIVE_INTEGER.or_none(),
+  "optim.precondition.kl_clip": POSITIVE,
+  "optim.precondition.switch": MAPPING.or_none(),
+  "optim.precondition.switch.threshold": NUMBER.or_none(),
+  "optim.precondition.switch.decay": NUMBER,
   "stop": MAPPING,
   "stop.steps": POSITIVE_INTEGER.or_none(),
   "stop.epochs": POSITIVE.or_none(),

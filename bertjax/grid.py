@@ -12,7 +12,6 @@ import csv
 import dataclasses
 import itertools
 import json
-import math
 import pathlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 from bertjax import fields
 from bertjax.checkpoint import BEST, link
 from bertjax.config import merge, plain
-from bertjax.stopping import sign_of
+from bertjax.stopping import score, sign_of
 
 CSV = "grid.csv"
 
@@ -117,8 +116,7 @@ def best_of(
         f"keep.best_metric={by.metric!r} is not reported by {point.name};"
         f" choose from {', '.join(sorted(metrics))}."
       )
-    value = sign * metrics[by.metric]
-    scores.append(-math.inf if math.isnan(value) else value)
+    scores.append(score(metrics[by.metric], sign))
   return results[scores.index(max(scores))][0]
 
 

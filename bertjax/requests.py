@@ -6,24 +6,39 @@
 That is all that `optim.freeze_step="manual"` and
 `optim.precondition.switch.threshold=None` wait for; other rules are overruled.
 In a run of stages, or of a grid, it is the sub-run under way that is asked, and
-the file moves to its folder. There it stays, so that a run that resumes from
-before it was followed follows it again.
+the file moves to its folder. What cannot be done yet, such as a freeze before the
+first step, waits. A file stays, so that a run that resumes from before it was
+followed follows it again.
 """
 
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from bertjax.hooks import When
 from bertjax.optim import freeze_now, switch_now
+from bertjax.optim.freezing import PhaseState
+from bertjax.optim.preconditioning.switch import SwitchState
 from bertjax.parallel import agreement, hosts
 
-# What the optimizer state becomes; a ValueError says that it has no such part.
-REQUESTS: dict[str, Callable[[Any], Any]] = {
-  "freeze_now": freeze_now,
-  "switch_now": switch_now,
+
+class Request(NamedTuple):
+  """A row of `REQUESTS`.
+
+  Attributes:
+    part: of an optimizer state, that it is about.
+    follow: what the state becomes; a ValueError says why not yet.
+  """
+
+  part: type
+  follow: Callable[[Any], Any]
+
+
+REQUESTS: dict[str, Request] = {
+  "freeze_now": Request(PhaseState, freeze_now),
+  "switch_now": Request(SwitchState, switch_now),
 }
 
 
@@ -52,7 +67,11 @@ class Requests:
       for folder in workdir.parents
       if root is not None and folder.is_relative_to(root)
     ]
-    self._open = [name for name in REQUESTS if _applies(name, opt_state)]
+    self._open = [
+      name
+      for name, request in REQUESTS.items()
+      if _holds(opt_state, request.part)
+    ]
 
   def __call__(self, step: int, state: Any) -> Any:
     """The train state to go on with."""
@@ -62,8 +81,13 @@ class Requests:
     asked = agreement.told(sum(2**i for i, yes in enumerate(there) if yes))
     for i, name in enumerate(list(self._open)):
       if asked & 2**i:
+        try:
+          followed = REQUESTS[name].follow(state.opt_state)
+        except ValueError as err:
+          hosts.say(f"{name} at step {step} waits: {err}")
+          continue
         hosts.say(f"{name} at step {step}: {self._workdir / name} is there.")
-        state = state.replace(opt_state=REQUESTS[name](state.opt_state))
+        state = state.replace(opt_state=followed)
         self._open.remove(name)
     return state
 
@@ -76,9 +100,8 @@ class Requests:
     return own.exists()
 
 
-def _applies(name: str, opt_state: Any) -> bool:
-  try:
-    jax.eval_shape(REQUESTS[name], opt_state)
-  except ValueError:
-    return False
-  return True
+def _holds(opt_state: Any, part: type) -> bool:
+  def found(node):
+    return isinstance(node, part)
+
+  return any(map(found, jax.tree.leaves(opt_state, is_leaf=found)))

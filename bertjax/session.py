@@ -301,11 +301,12 @@ class Session:
     mode = settings.keep.get("best_mode", "max")
     sign = stopping.sign_of(mode, "keep.best_mode")
     earlier = [
-      sign * v[self._best]
+      stopping.score(v[self._best], sign)
       for s, v in self._history.items()
       if s < step and self._best in v
     ]
-    return sign * values[self._best] > max(earlier, default=-math.inf)
+    now = stopping.score(values[self._best], sign)
+    return now > max(earlier, default=-math.inf)
 
   def _profiler(self) -> list[hooks_lib.ProfilerHook]:
     spec = self._experiment.settings.profile

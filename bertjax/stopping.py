@@ -90,6 +90,16 @@ def sign_of(mode: str, field: str) -> float:
   return 1.0 if mode == "max" else -1.0
 
 
+def score(value: float, sign: float) -> float:
+  """More is better, and NaN is no better than nothing.
+
+  Args:
+    value: of a metric.
+    sign: of `sign_of`.
+  """
+  return -math.inf if math.isnan(value) else sign * value
+
+
 def _evaluator(metric: str, evals: Collection[str]) -> str:
   """Whose a metric is, "" for training's: it may have a "/" of its own."""
   first, slash, _ = metric.partition("/")
@@ -184,13 +194,15 @@ class Early:
     for step, values in progress.history:
       if self.metric not in values:
         continue
-      value = sign * values[self.metric]
-      if at is None or value > best + self.min_delta:
+      value = score(values[self.metric], sign)
+      if value > best + self.min_delta:
         best, at, since = value, step, 0
       else:
         since += 1
     if since < self.patience:
       return None
+    if at is None:
+      return f"{self.metric} was no number in {since} evaluations"
     return (
       f"{self.metric} did not improve in {since} evaluations on the"
       f" {sign * best:.4g} of step {at}"

@@ -18,6 +18,7 @@ from bertjax.optim import (
   curvature_metrics,
   gradient_norm,
   loss_scale,
+  schedule_step,
 )
 from bertjax.parallel.error_feedback import local_params
 from bertjax.parallel.sharding import batch_sharding, batch_shards, by_hand
@@ -159,6 +160,7 @@ def train_step(
     found = {}
     if wanted is not None:
       found = {"statistics": wanted.collect(grads)}
+    rate = optimizer.schedule(schedule_step(state.opt_state))
     params, opt_state = optimizer.apply(
       grads["params"], state.opt_state, state.params, value=loss, **found
     )
@@ -170,7 +172,7 @@ def train_step(
       "loss": (loss, one),
       "grad_norm": (norm, one),
       "label_weight": (sum(weights.values()), one),
-      "learning_rate": (optimizer.schedule(state.step), one),
+      "learning_rate": (rate, one),
       **{
         name: (value, one)
         for name, value in (

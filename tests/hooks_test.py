@@ -19,6 +19,7 @@ from absl.testing import absltest, parameterized
 from bertjax import checkpoint, hooks, session, stopping
 
 ROOT = pathlib.Path(__file__).parents[1]
+_NAN = float("nan")
 
 
 def temporary(test):
@@ -250,6 +251,8 @@ class StopTest(parameterized.TestCase):
     ("down", [0.5, 0.4, 0.45], 0.0, "min", None),
     ("down_and_up", [0.5, 0.4, 0.45, 0.41], 0.0, "min", "0.4 of step 20"),
     ("nothing_yet", [], 0.0, "max", None),
+    ("no_number_at_first", [_NAN, 0.3, 0.6], 0.0, "max", None),
+    ("no_number_is_no_better", [0.5, _NAN, _NAN], 0.0, "min", "0.5 of step"),
   )
   def test_early_stopping(self, values, min_delta, mode, reason):
     early = dict(metric="dev/f1", patience=2, min_delta=min_delta, mode=mode)
@@ -263,6 +266,22 @@ class StopTest(parameterized.TestCase):
       self.assertIsNone(found)
     else:
       self.assertRegex(found, f"dev/f1 did not improve .*{reason}")
+
+  def test_a_checkpoint_is_the_best_of_those_with_a_number(self):
+    """Steps 10, 20, ...; NaN hides nothing that comes after it."""
+    values = [_NAN, 0.5, 0.4, _NAN, 0.6]
+    run = mock.Mock(_best="dev/f1")
+    run._experiment.settings.keep = {}
+    run._experiment.settings.evals = {"dev": {}}
+    run._history = {10 * i: {"dev/f1": v} for i, v in enumerate(values, 1)}
+    best = [s for s in run._history if session.Session._improved(run, s)]
+    self.assertEqual(best, [20, 50])
+
+  def test_early_stopping_without_any_number(self):
+    stop = stopping.Early("dev/f1", patience=2)
+    history = [(10 * i, {"dev/f1": _NAN}) for i in (1, 2)]
+    found = stop(stopping.Progress(20, 0, 0, {}, history, ("dev",)))
+    self.assertEqual(found, "dev/f1 was no number in 2 evaluations")
 
   @parameterized.parameters(
     ({"steps": 1, "early": {"metric": "a/b", "patience": 0}}, "patience=0"),

@@ -38,13 +38,18 @@ def _nodes(opt_state, kind):
   return [x for x in jax.tree.leaves(opt_state, is_leaf=found) if found(x)]
 
 
-def _opt_state(**options):
+def _optimizer(**options):
   params = {"dense": {"kernel": jnp.ones((3, 5)), "bias": jnp.ones(5)}}
   spec = dict(name="lamb", learning_rate=0.1) | options
   built = build_optimizer(
     spec, total_steps=9, params=params, linear_layers=lambda: {"dense": 1}
   )
-  return built.transform.init(params)
+  return built.transform, params
+
+
+def _opt_state(**options):
+  transform, params = _optimizer(**options)
+  return transform.init(params)
 
 
 class RequestsTest(absltest.TestCase):
@@ -99,6 +104,17 @@ class RequestsTest(absltest.TestCase):
     for root in (None, run):
       amend = requests.Requests(Every(3), run, self.state.opt_state, root)
       self.assertFalse(self.on(amend(3, self.state)))
+
+  def test_what_cannot_be_done_yet_waits(self):
+    """Before the first step there is no variance to freeze."""
+    transform, params = _optimizer(name="onebit_adam", freeze_step="manual")
+    state = State(transform.init(params))
+    amend = self.follow(state.opt_state)
+    (self.folder / "freeze_now").touch()
+    self.assertIs(amend(3, state), state)
+    _, moved = transform.update(params, state.opt_state, params)
+    (phase,) = _nodes(amend(6, State(moved)).opt_state, PhaseState)
+    self.assertTrue(phase.frozen)
 
   def test_process_0_decides(self):
     asked = []

@@ -10,6 +10,8 @@ tests then covers it. Of the context below a row takes what its signature names:
   workers: who averages, for an optimizer that does so itself.
   total_steps: of the phase.
   trainable: (name, leaf) -> None, or which of the leaf's layers train.
+  rate_factors: of the learning rate, by path name (`rates.Factors`), for an
+    optimizer of which it is not enough to multiply its updates by them.
 
 A second-order method (`optim.precondition`) stands before any of them; see the
 table `preconditioning.PRECONDITIONERS`.
@@ -30,9 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from bertjax import registry
+from bertjax import fields, registry
 from bertjax.layers.statistics import Wanted
 from bertjax.optim import (
   by_layer,
@@ -44,7 +46,7 @@ from bertjax.optim import (
 )
 from bertjax.optim.adamw import adam, adamw, scale_by_adam
 from bertjax.optim.clip import clip_by_global_norm, clip_tree, global_norm
-from bertjax.optim.freezing import freeze_now
+from bertjax.optim.freezing import PhaseState, freeze_now
 from bertjax.optim.lamb import lamb
 from bertjax.optim.lars import lars
 from bertjax.optim.local import LocalGradientTransformation
@@ -107,6 +109,7 @@ __all__ = [
   "onebit_sgd",
   "scale_by_adam",
   "scale_by_trust_ratio",
+  "schedule_step",
   "square_root_scaling",
   "state_shardings",
   "switch_now",
@@ -120,8 +123,8 @@ class Optimizer:
 
   Attributes:
     transform: `init(params)`, `update(grads, state, params, **extra)`.
-    schedule: step -> learning rate, for logs. The transformation counts its own
-      steps; both start at 0.
+    schedule: step -> learning rate, for logs. Its steps are those that the
+      transformation has counted, without skipped ones: see `schedule_step`.
     local_gradients: gradients must reach `update` un-reduced, inside shard_map.
     statistics: of linear layers that `update` takes as `statistics=`; None if
       it takes none.
@@ -227,6 +230,7 @@ def build_optimizer(
       parameter that is not float32.
   """
   spec = dict(spec)
+  fields.check({"optim": spec})
   selection.check_float32(params)
   builder = registry.lookup(OPTIMIZERS, spec.get("name", ""), "optim.name")
   common = [
@@ -252,7 +256,7 @@ def build_optimizer(
     stacked,
     param_specs,
     mesh,
-    spec.get("freeze_lowest"),
+    spec,
   ) | {"total_steps": total_steps}
   if "learning_rate" not in spec:
     raise ValueError("optim.learning_rate is required: the peak rate.")
@@ -274,9 +278,14 @@ def build_optimizer(
       total_steps=total_steps,
       linear_layers=linear_layers,
       logical_axes=logical_axes,
+      frozen=_frozen(
+        params,
+        spec.get("freeze", ()),
+        _kept(params, spec.get("freeze_lowest"), stacked),
+      ),
     )
-  for field in ("no_decay", "no_adaptation"):
-    if field in spec:
+  for field in ("no_decay", "no_adaptation", "uncompressed"):
+    if spec.get(field):
       # Checked against all parameters: freezing may hide some of them.
       spec[field] = selection.resolve(spec[field], params, f"optim.{field}")
   if "mask" in spec:
@@ -307,6 +316,7 @@ def build_optimizer(
       stacked,
       context.get("global_norm_axes"),
       context.get("workers"),
+      "rate_factors" in takes,
       **options,
     ),
     schedule=schedule,
@@ -338,7 +348,7 @@ def _context(
   stacked: selection.AxesFn,
   param_specs: Any,
   mesh: Mesh | None,
-  freeze_lowest: int | None,
+  spec: Mapping[str, Any],
 ) -> dict[str, Any]:
   """What a row of the table may take besides its options.
 
@@ -346,7 +356,7 @@ def _context(
     takes: names of what it takes; only the dear ones are looked up.
     params: see `build_optimizer`; likewise logical_axes, param_specs and mesh.
     stacked: (name, leaf) -> stacked axes.
-    freeze_lowest: see `_surround`.
+    spec: options of `_surround`.
   """
   context: dict[str, Any] = {"stacked_axes": stacked}
   if "workers" in takes:
@@ -357,7 +367,16 @@ def _context(
       "global_norm_axes": trust_ratio.norm_axes_from_specs(param_specs),
     }
   if "trainable" in takes:
-    context["trainable"] = _trainable(params, freeze_lowest, stacked)
+    context["trainable"] = _trainable(
+      params, spec.get("freeze_lowest"), stacked
+    )
+  if "rate_factors" in takes:
+    context["rate_factors"] = rates.rate_factors(
+      params,
+      spec.get("lr_multipliers", ()),
+      spec.get("layerwise_decay"),
+      stacked,
+    )
   return context
 
 
@@ -411,6 +430,27 @@ def gradient_norm(opt_state: Any) -> Float[Array, ""]:
   )
 
 
+def schedule_step(opt_state: Any) -> Int[Array, ""]:
+  """The step that the schedule sees next.
+
+  Skipped steps do not count. The state is one of `build_optimizer`'s.
+
+  Raises:
+    ValueError: the state holds no counter.
+  """
+  kinds = optax.ScaleByScheduleState | PhaseState
+  for node in jax.tree.leaves(
+    opt_state, is_leaf=lambda x: isinstance(x, kinds)
+  ):
+    if isinstance(node, optax.ScaleByScheduleState):
+      return node.count
+    if isinstance(node, PhaseState):
+      return node.steps
+  raise ValueError(
+    "opt_state holds no counter of steps; is it from build_optimizer?"
+  )
+
+
 def _workers(
   params: Any, logical_axes: Any, stacked: selection.AxesFn, mesh: Mesh | None
 ) -> Workers:
@@ -429,11 +469,7 @@ def _trainable(
   params: Any, freeze_lowest: int | None, stacked: selection.AxesFn
 ) -> Callable[[str, Any], Any]:
   """(name, leaf) -> None, or booleans: which layers `freeze_lowest` leaves."""
-  kept = (
-    {}
-    if freeze_lowest is None
-    else rates.frozen_factors(params, freeze_lowest, stacked)
-  )
+  kept = _kept(params, freeze_lowest, stacked)
 
   def trainable(name: str, leaf: Any) -> Any:
     if np.all(kept.get(name, 1.0)):
@@ -451,6 +487,7 @@ def _check_options(spec: Mapping[str, Any], allowed: set[str]) -> None:
     "workers",
     "total_steps",
     "trainable",
+    "rate_factors",
   }
   allowed = allowed - context
   for key in spec:
@@ -472,6 +509,7 @@ def _surround(
   stacked: selection.AxesFn,
   global_norm_axes: trust_ratio.MeshAxesFn | None,
   workers: Workers | None,
+  has_factors: bool,
   *,
   clip_norm: float | None = None,
   clip_scope: str | None = None,
@@ -489,6 +527,7 @@ def _surround(
     stacked: (name, leaf) -> stacked axes.
     global_norm_axes: mesh axes of the gradient's norm, inside shard_map.
     workers: of an optimizer that takes local gradients.
+    has_factors: the optimizer has those of the learning rate already.
     clip_norm: clips the global gradient norm; None only records it.
     clip_scope: "global" clips the gradient of the batch, by default;
       "per_shard" that of each data shard before they are averaged, as BERT was
@@ -500,26 +539,14 @@ def _surround(
       stack the frozen layers keep (unused) state: they share their tensors.
   """
   factors: rates.Factors = {}
-  if lr_multipliers:
-    factors = rates.multiplier_factors(params, lr_multipliers)
-  if layerwise_decay is not None:
-    for name, factor in rates.layerwise_factors(
-      params, layerwise_decay, stacked
-    ).items():
-      factors[name] = factors.get(name, 1.0) * factor
-  kept = (
-    {}
-    if freeze_lowest is None
-    else rates.frozen_factors(params, freeze_lowest, stacked)
-  )
+  if not has_factors:
+    factors = rates.rate_factors(
+      params, lr_multipliers, layerwise_decay, stacked
+    )
+  kept = _kept(params, freeze_lowest, stacked)
   # Zeroes the gradient too: a frozen layer must not count in the clipped norm.
   partly = {name: factor for name, factor in kept.items() if np.any(factor)}
-  frozen_by_rule = selection.resolve(freeze, params, "optim.freeze")
-  frozen = {
-    name
-    for name, leaf in selection.by_name(params).items()
-    if frozen_by_rule(name, leaf) or not np.any(kept.get(name, 1.0))
-  }
+  frozen = _frozen(params, freeze, kept)
   if frozen and len(frozen) == len(selection.by_name(params)):
     raise ValueError("optim.freeze leaves no parameter to train.")
 
@@ -535,6 +562,27 @@ def _surround(
   if not frozen:
     return wrapped
   return rates.freeze(wrapped, lambda name, leaf: name in frozen)
+
+
+def _kept(
+  params: Any, freeze_lowest: int | None, stacked: selection.AxesFn
+) -> rates.Factors:
+  """0 for what `freeze_lowest` freezes, by path name; see `_surround`."""
+  if freeze_lowest is None:
+    return {}
+  return rates.frozen_factors(params, freeze_lowest, stacked)
+
+
+def _frozen(
+  params: Any, freeze: selection.Rule, kept: rates.Factors
+) -> set[str]:
+  """Names of the parameters that have no part that trains."""
+  by_rule = selection.resolve(freeze, params, "optim.freeze")
+  return {
+    name
+    for name, leaf in selection.by_name(params).items()
+    if by_rule(name, leaf) or not np.any(kept.get(name, 1.0))
+  }
 
 
 def _clipping(

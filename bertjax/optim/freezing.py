@@ -37,6 +37,7 @@ class Intervals(NamedTuple):
     updates: since the gap last doubled.
     alone: steps since workers last synchronised.
     rate_sum: of the learning rates of those steps.
+    since_freeze: steps since the variance was frozen.
   """
 
   next_variance: Int[Array, ""]
@@ -44,13 +45,14 @@ class Intervals(NamedTuple):
   updates: Int[Array, ""]
   alone: Int[Array, ""]
   rate_sum: Float[Array, ""]
+  since_freeze: Int[Array, ""]
 
   @classmethod
   def init(cls) -> "Intervals":
     """Everything is due at the first step."""
     zero = jnp.zeros((), jnp.int32)
     one = jnp.ones((), jnp.int32)
-    return cls(zero, one, zero, zero, jnp.zeros((), jnp.float32))
+    return cls(zero, one, zero, zero, jnp.zeros((), jnp.float32), zero)
 
   def variance_due(self, steps: Int[Array, ""]) -> Bool[Array, ""]:
     """Whether the step with this index updates the variance."""
@@ -210,14 +212,21 @@ def freeze_now(opt_state: Any) -> Any:
   For callbacks, and for `freeze_step="manual"`.
 
   Raises:
-    ValueError: the state has no phases.
+    ValueError: the state has no phases, or no step of the first one was taken.
   """
 
   def is_phase(node):
     return isinstance(node, PhaseState)
 
-  if not any(map(is_phase, jax.tree.leaves(opt_state, is_leaf=is_phase))):
+  phases = filter(is_phase, jax.tree.leaves(opt_state, is_leaf=is_phase))
+  taken = [int(phase.steps) for phase in phases]
+  if not taken:
     raise ValueError("opt_state is of no optimizer with a phase to freeze.")
+  if 0 in taken:
+    raise ValueError(
+      "the second moment is 0 and would freeze so; the first phase takes at"
+      " least one step."
+    )
   return jax.tree.map(
     lambda node: (
       node._replace(frozen=jnp.ones_like(node.frozen))

@@ -10,6 +10,7 @@ Reference: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,7 +56,7 @@ def scaled(
   Args:
     optimizer: that takes gradients, no longer scaled. It sees no step that is
       skipped: moments, errors, curvature and counters stay as they are.
-    initial: scale of the first step.
+    initial: scale of the first step, a power of two.
     interval: steps without an overflow after which the scale doubles.
 
   Raises:
@@ -148,9 +149,12 @@ def value_and_grad(
 
 def _check(initial: float, interval: int) -> None:
   number = isinstance(initial, int | float) and not isinstance(initial, bool)
-  if not (number and LEAST <= initial <= _LARGEST):
+  # Of another scale products and quotients round.
+  if not (
+    number and LEAST <= initial <= _LARGEST and math.frexp(initial)[0] == 0.5
+  ):
     raise ValueError(
-      f"optim.loss_scale.initial={initial!r} must be a number in"
+      f"optim.loss_scale.initial={initial!r} must be a power of two in"
       f" [{LEAST:g}, {_LARGEST:g}]."
     )
   whole = isinstance(interval, int) and not isinstance(interval, bool)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
-from bertjax import rules
+from bertjax import fields, rules
 from bertjax.optim import freezing, local, selection
 from bertjax.optim.adamw import AdamState, add_weight_decay, scale_by_adam
 from bertjax.parallel.error_feedback import ErrorFeedback, Workers
@@ -55,12 +55,18 @@ def rows_mask(
     params: that the expressions are checked against.
 
   Raises:
-    ValueError: an expression that matches nothing, or no positive n.
+    ValueError: no such list, an expression that matches nothing, or no positive
+      n.
   """
   if rows is None or callable(rows):
     return rows
+  if not fields.FACTORS.holds(rows):
+    raise ValueError(
+      f"optim.mask={rows!r} must be a list of pairs (regex, number of rows), or"
+      " None."
+    )
   for pattern, n in rows:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+    if not fields.POSITIVE_INTEGER.holds(n):
       raise ValueError(
         f"optim.mask: {n!r} rows of {pattern!r} must be a positive int; to hold"
         " a whole tensor back list it in optim.freeze."

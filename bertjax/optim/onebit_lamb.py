@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
 
+from bertjax import fields
 from bertjax.optim import freezing, local, selection, trust_ratio
 from bertjax.optim.adamw import AdamState, scale_by_adam
 from bertjax.optim.onebit_adam import MaskFn, adam_direction, moving
@@ -435,9 +436,9 @@ def _check(weight_decay, trust_clip, factor_clip, ratio_decay, factor_change):
     ("trust_clip", trust_clip),
     ("factor_clip", factor_clip),
   ):
-    if not 0 < bounds[0] <= bounds[1]:
+    if not (fields.INTERVAL.holds(bounds) and 0 < bounds[0] <= bounds[1]):
       raise ValueError(
-        f"optim.{field}={tuple(bounds)} must be (lowest, highest) with"
+        f"optim.{field}={bounds!r} must be (lowest, highest) with"
         " 0 < lowest <= highest."
       )
   for field, value in (

@@ -162,21 +162,38 @@ def frozen_factors(
   }
 
 
-def scale_by_factors(factors: Factors) -> optax.GradientTransformation:
-  """Multiplies each update by its factor; a missing entry is 1."""
+def rate_factors(
+  params: Any,
+  multipliers: Sequence[tuple[str, float]],
+  decay: float | None,
+  stacked_axes: selection.AxesFn,
+) -> Factors:
+  """`multiplier_factors` times `layerwise_factors`, of those that there are."""
+  factors = multiplier_factors(params, multipliers) if multipliers else {}
+  if decay is not None:
+    for name, factor in layerwise_factors(params, decay, stacked_axes).items():
+      factors[name] = factors.get(name, 1.0) * factor
+  return factors
 
-  def scaled(path, update):
+
+def scaled(tree: Any, factors: Factors) -> Any:
+  """Each leaf times its factor; a missing entry is 1."""
+
+  def one(path, leaf):
     factor = np.asarray(factors.get(rules.path_name(path), 1.0))
     if np.all(factor == 1):
-      return update
-    factor = jnp.asarray(factor, update.dtype)
-    return update * (
-      factor.reshape([1] * update.ndim) if factor.ndim == 0 else factor
+      return leaf
+    factor = jnp.asarray(factor, leaf.dtype)
+    return leaf * (
+      factor.reshape([1] * leaf.ndim) if factor.ndim == 0 else factor
     )
 
-  return optax.stateless(
-    lambda updates, params: jax.tree_util.tree_map_with_path(scaled, updates)
-  )
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def scale_by_factors(factors: Factors) -> optax.GradientTransformation:
+  """Multiplies each update by its factor; a missing entry is 1."""
+  return optax.stateless(lambda updates, params: scaled(updates, factors))
 
 
 def freeze(

@@ -115,8 +115,9 @@ def hand_over(
   Phase 2 of BERT and LAMB warms the learning rate up again but keeps the
   moments and their debiasing counter: the defaults. Overwriting the one counter
   with the other changes the debiasing, so they are separate here. With the
-  schedule also restart the phases of an optimizer that freezes its variance,
-  what its workers have of their own, which other data made, and curvature.
+  schedule also restarts curvature; with either of them the phases of an
+  optimizer that freezes its variance, and what its workers have of their own,
+  which other data and other moments made.
 
   Args:
     old: state at the end of the previous phase.
@@ -132,25 +133,31 @@ def hand_over(
   """
 
   def is_schedule(node):
+    return isinstance(node, optax.ScaleByScheduleState | CurvatureState)
+
+  def is_phase(node):
     return isinstance(
-      node,
-      optax.ScaleByScheduleState
-      | freezing.PhaseState
-      | freezing.Intervals
-      | CurvatureState,
+      node, freezing.PhaseState | freezing.Intervals
     ) or error_feedback.is_per_worker(node)
 
-  def shapes(node):
-    if reset_schedule and memory.is_curvature(node):
-      return None  # it starts afresh, whatever its factors were
-    return jax.tree.map(lambda x: x.shape, node)
+  def shapes(tree):
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(
+      tree, is_leaf=memory.is_curvature
+    ):
+      if not memory.is_curvature(leaf):
+        found[rules.path_name(path)] = leaf.shape
+      elif not reset_schedule:  # or it starts afresh, whatever its factors were
+        for rest, inner in jax.tree_util.tree_leaves_with_path(leaf):
+          found[rules.path_name((*path, *rest))] = inner.shape
+    return found
 
-  old_leaves = selection.by_name(old, is_leaf=is_schedule)
-  fresh_leaves = selection.by_name(fresh, is_leaf=is_schedule)
+  before, after = shapes(old), shapes(fresh)
+  released = memory.was_released(before, fresh)
   differ = sorted(
     name
-    for name in old_leaves.keys() | fresh_leaves.keys()
-    if shapes(old_leaves.get(name)) != shapes(fresh_leaves.get(name))
+    for name in before.keys() | after.keys()
+    if before.get(name) != after.get(name) and name not in released
   )
   if differ or jax.tree.structure(old) != jax.tree.structure(fresh):
     where = f", first at {differ[0]!r}" if differ else ""
@@ -161,7 +168,12 @@ def hand_over(
     )
 
   def pick(before, after):
-    reset = reset_schedule if is_schedule(after) else reset_moments
+    if is_phase(after):
+      reset = reset_schedule or reset_moments
+    else:
+      reset = reset_schedule if is_schedule(after) else reset_moments
     return after if reset else before
 
-  return jax.tree.map(pick, old, fresh, is_leaf=is_schedule)
+  return jax.tree.map(
+    pick, old, fresh, is_leaf=lambda x: is_schedule(x) or is_phase(x)
+  )

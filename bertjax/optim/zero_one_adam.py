@@ -7,6 +7,7 @@ synchronise, in one bit, at ever rarer steps.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from bertjax.optim import freezing, local, selection
+from bertjax.optim import freezing, local, rates, selection
 from bertjax.optim.onebit_adam import moving
 from bertjax.parallel.error_feedback import (
   Drift,
@@ -61,6 +62,7 @@ def zero_one_adam(
   error_feedback: bool = True,
   no_decay: selection.Rule = selection.is_bias_or_norm,
   workers: Workers = Workers(),  # noqa: B008 frozen
+  rate_factors: Mapping[str, Any] | None = None,
   total_steps: int | None = None,
 ) -> local.LocalGradientTransformation:
   """AdamW without bias correction whose steps send one bit, or none.
@@ -85,7 +87,7 @@ def zero_one_adam(
     eps: outside the square root.
     weight_decay: decoupled.
     freeze_step: of the variance: steps (int) or fraction of all (float);
-      usually the end of warm-up.
+      usually the end of warm-up. `freezing.freeze_now` is earlier.
     variance_updates: after so many updates of the variance the steps between
       two of them double.
     local_step_scaler: after so many steps since the freeze the steps between
@@ -95,8 +97,11 @@ def zero_one_adam(
     granularity: what shares a scale.
     error_feedback: False is for ablations.
     no_decay: tensors without weight decay.
-    workers: set by the builder.
-    total_steps: set by the builder.
+    workers: set by the builder; likewise rate_factors and total_steps.
+    rate_factors: by path name, what lr_t is multiplied by (`rates.Factors`):
+      a worker that walks alone must walk so far, too. What is sent, and m, are
+      as without them.
+    total_steps: of the phase.
 
   Raises:
     ValueError: an argument out of range.
@@ -113,8 +118,9 @@ def zero_one_adam(
   for field, value in (("b1", b1), ("b2", b2)):
     if not 0 <= value < 1:
       raise ValueError(f"optim.{field}={value} must be in [0, 1).")
-  if weight_decay < 0:
-    raise ValueError(f"optim.weight_decay={weight_decay} must not be negative.")
+  for field, value in (("eps", eps), ("weight_decay", weight_decay)):
+    if not value >= 0:
+      raise ValueError(f"optim.{field}={value} must not be negative.")
   algorithm = _ZeroOneAdam(
     learning_rate=learning_rate,
     b1=b1,
@@ -128,6 +134,7 @@ def zero_one_adam(
     compression=local.build_compression(scale, granularity, error_feedback),
     no_decay=no_decay,
     workers=workers,
+    rate_factors=rate_factors or {},
   )
   return local.local_chain(
     workers,
@@ -160,6 +167,7 @@ class _ZeroOneAdam:
   compression: Compression
   no_decay: selection.Rule
   workers: Workers
+  rate_factors: Mapping[str, Any]
 
   def init(self, params: Any) -> ZeroOneAdamState:
     selection.select(self.no_decay, params, "optim.no_decay")
@@ -193,14 +201,17 @@ class _ZeroOneAdam:
       _Step(local.float32(updates), state, params, rate),
     )
     steps = optax.safe_increment(steps)
-    phase = state.phase._replace(steps=steps, frozen=steps >= self.freeze_step)
+    phase = state.phase._replace(
+      steps=steps, frozen=state.phase.frozen | (steps >= self.freeze_step)
+    )
     moved = jax.tree.map(lambda u, like: u.astype(like.dtype), moved, updates)
     return moved, state._replace(phase=phase)
 
   def _sync_due(self, state: ZeroOneAdamState) -> Array:
-    since_freeze = state.phase.steps - self.freeze_step
     # Doubling is capped long before 2^30.
-    doublings = jnp.clip(since_freeze // self.local_step_scaler, 0, 30)
+    doublings = jnp.minimum(
+      state.intervals.since_freeze // self.local_step_scaler, 30
+    )
     gap = jnp.minimum(
       jnp.left_shift(jnp.int32(1), doublings.astype(jnp.int32)),
       self.local_step_clipper,
@@ -230,13 +241,11 @@ class _ZeroOneAdam:
     return self._moved(step, step.state._replace(errors=errors), mean)
 
   def _moved(self, step: _Step, state: ZeroOneAdamState, mean: Any):
-    """An Adam step before the freeze; its last one forgets the errors."""
+    """An Adam step before the freeze."""
     mu = self._momentum(state, mean)
     directions = self._directions(mu, state.nu, step.params)
-    last = state.phase.steps + 1 >= self.freeze_step
-    errors = jax.tree.map(lambda e: jnp.where(last, 0.0, e), state.errors)
     moved = jax.tree.map(lambda d: -step.rate * d, directions)
-    return moved, state._replace(mu=_own(mu), errors=errors)
+    return self._at_own_rates(moved), state._replace(mu=_own(mu))
 
   def _walk(self, step: _Step) -> tuple[Any, Any, Array]:
     """A worker's own step: its moment, its drift and the sum of rates."""
@@ -245,8 +254,16 @@ class _ZeroOneAdam:
     drift = _mine(state.drift)
     here = jax.tree.map(jnp.add, step.params, drift)
     directions = self._directions(mu, state.nu, here)
-    drift = jax.tree.map(lambda u, d: u - step.rate * d, drift, directions)
+    taken = jax.tree.map(lambda d: -step.rate * d, directions)
+    drift = jax.tree.map(jnp.add, drift, self._at_own_rates(taken))
     return mu, drift, state.intervals.rate_sum + step.rate
+
+  def _at_own_rates(self, tree: Any) -> Any:
+    return rates.scaled(tree, self.rate_factors)
+
+  def _at_one_rate(self, tree: Any) -> Any:
+    inverse = {name: 1.0 / x for name, x in self.rate_factors.items()}
+    return rates.scaled(tree, inverse)
 
   def _alone(self, step: _Step):
     """Sends nothing."""
@@ -256,17 +273,23 @@ class _ZeroOneAdam:
       mu=_own(mu),
       drift=Drift(_own(drift).tree),
       intervals=intervals._replace(
-        alone=intervals.alone + 1, rate_sum=rate_sum
+        alone=intervals.alone + 1,
+        rate_sum=rate_sum,
+        since_freeze=optax.safe_increment(intervals.since_freeze),
       ),
     )
 
   def _synchronise(self, step: _Step):
     """Averages where the workers have gone, in one bit."""
     mu, drift, rate_sum = self._walk(step)
+    intervals = step.state.intervals
     roots = jax.tree.map(lambda v: jnp.sqrt(v) + self.eps, step.state.nu)
+    # What gradients left is of no use to drifts. The first frozen step is no
+    # step alone, so none of it gets past here.
+    first = intervals.since_freeze == 0
     mean, errors = self.workers.compressed_mean(
-      jax.tree.map(jnp.multiply, drift, roots),
-      step.state.errors,
+      jax.tree.map(jnp.multiply, self._at_one_rate(drift), roots),
+      jax.tree.map(lambda e: jnp.where(first, 0.0, e), step.state.errors),
       self.compression,
       moving(step.state.nu, None),
     )
@@ -280,11 +303,19 @@ class _ZeroOneAdam:
       mu=_own(mu),
       drift=jax.tree.map(jnp.zeros_like, step.state.drift),
       errors=errors,
-      intervals=step.state.intervals._replace(
-        alone=jnp.zeros((), jnp.int32), rate_sum=jnp.zeros((), jnp.float32)
+      intervals=intervals._replace(
+        alone=jnp.zeros((), jnp.int32),
+        rate_sum=jnp.zeros((), jnp.float32),
+        since_freeze=optax.safe_increment(intervals.since_freeze),
       ),
     )
-    return jax.tree.map(jnp.divide, mean, roots), state
+    moved = jax.tree.map(
+      lambda u, v, root: jnp.where(v > 0, u / root, 0.0),
+      mean,
+      step.state.nu,
+      roots,
+    )
+    return self._at_own_rates(moved), state
 
   def _momentum(self, state: ZeroOneAdamState, grads: Any) -> Any:
     return jax.tree.map(

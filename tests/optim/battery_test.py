@@ -393,6 +393,14 @@ class BuilderTest(parameterized.TestCase):
     np.testing.assert_allclose(layer["up"]["kernel"], -0.005, rtol=1e-6)
     np.testing.assert_allclose(updates["head"]["kernel"], -0.01, rtol=1e-6)
 
+  def test_what_is_not_compressed_may_freeze(self):
+    params, rule = unstacked(), ["embeddings"]
+    transform = build(params, "onebit_adam", uncompressed=rule, freeze=rule)
+    updates, _ = transform.update(params, transform.init(params), params)
+    self.assertFalse(
+      np.any(updates["encoder"]["embeddings"]["token"]["embedding"])
+    )
+
   def test_rules_may_name_frozen_parameters(self):
     params = unstacked()
     transform = build(
@@ -408,7 +416,9 @@ class BuilderTest(parameterized.TestCase):
   @parameterized.parameters(
     (dict(name="lam"), "optim.name='lam' is unknown.*'lamb'"),
     (dict(clip_nrom=1.0), "optim.clip_nrom .*'clip_norm'"),
-    (dict(clip_norm=0.0), "optim.clip_norm=0.0 must be positive"),
+    (dict(clip_norm=0.0), "optim.clip_norm=0.0 must be a positive number"),
+    (dict(trust_clip=10), "optim.trust_clip=10 must be a pair"),
+    (dict(precondition="mkor"), "optim.precondition='mkor' must be a mapping"),
     (dict(stacked_axes=()), "optim.stacked_axes is set by the library"),
     (dict(learning_rate=-1.0), "optim.learning_rate=-1.0"),
     (dict(freeze=["nowhere"]), "optim.freeze: pattern 'nowhere'"),

@@ -7,7 +7,8 @@ from absl.testing import absltest, parameterized
 
 from bertjax.optim import loss_scale
 from bertjax.optim.loss_scale import LossScaleState
-from tests.optim.workers import Dense, Regression, world
+from bertjax.parallel.sharding import put_batch
+from tests.optim.workers import Dense, Regression, batch, world
 
 _DENSE, _HALF = Dense(), Dense(dtype=jnp.float16)
 _SGD = dict(objective=_DENSE, name="sgd")
@@ -79,6 +80,23 @@ class LossScaleTest(parameterized.TestCase):
         jax.tree.leaves(state.params)[0], jax.tree.leaves(after[0])[0]
       )
 
+  def test_the_rate_that_is_logged_is_the_one_that_is_used(self):
+    """A skipped step does not count in the schedule."""
+    w = world(
+      name="sgd",
+      objective=_HALF,
+      axes=(("data", 1),),
+      learning_rate=0.4,
+      schedule=(("name", "linear"), ("warmup", 10)),
+      loss_scale=_scaled(initial=2.0**10),
+    )
+    state, _ = w.run(w.init(), 0, 2)
+    state, _ = w.run(state, 2, 3, _huge)
+    self.assertEqual(int(state.opt_state.skipped), 1)
+    _, metrics = w.step(state, put_batch(batch(3), w.mesh))
+    rate, _ = metrics["learning_rate"]
+    np.testing.assert_allclose(rate, w.optimizer.schedule(2), rtol=1e-6)
+
   def test_it_doubles_after_steps_without_an_overflow_since_the_last(self):
     w = world(name="sgd", objective=_HALF,
               loss_scale=_scaled(initial=2.0**10, interval=3))  # fmt: skip
@@ -117,7 +135,8 @@ class LossScaleTest(parameterized.TestCase):
     np.testing.assert_allclose(grads["params"], expected, rtol=1e-3)
 
   @parameterized.parameters(
-    (dict(initial=0.5), r"optim.loss_scale.initial=0.5 must be a number in"),
+    (dict(initial=0.5), r"optim.loss_scale.initial=0.5 must be a power of"),
+    (dict(initial=3.0), r"optim.loss_scale.initial=3.0 must be a power of two"),
     (dict(initial=True), r"optim.loss_scale.initial=True"),
     (dict(interval=0), r"optim.loss_scale.interval=0 must be an int"),
     (dict(growth=2), r"optim.loss_scale.growth"),

@@ -5,9 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from bertjax.layers.statistics import LayerSize, Wanted
+from bertjax.optim.preconditioning import wire
 from bertjax.optim.preconditioning.blocks import Blocks
+from bertjax.optim.preconditioning.layers import Layer
 from bertjax.optim.preconditioning.mkor import InverseFactors
-from bertjax.optim.preconditioning.vectors import leading_vectors
+from bertjax.optim.preconditioning.vectors import (
+  clipped_vectors,
+  leading_vectors,
+)
 from tests.optim.one_layer import (
   IN,
   OUT,
@@ -114,6 +120,33 @@ class MkorTest(parameterized.TestCase):
       mean = 0.95 * np.eye(u.shape[1]) + 0.05 * u.T @ u / 2
       np.testing.assert_allclose(factor, np.linalg.inv(mean), rtol=1e-4,
                                  atol=1e-6)  # fmt: skip
+
+  def test_groups_of_unequally_many_tokens_have_means_of_their_own(self):
+    """Of a batch with padding; the last group has nothing else."""
+    tokens = np.float32([4, 1, 0])
+    x, g = np.random.default_rng(0).normal(size=(2, 3, 4, 3))
+    kept = (np.arange(4) < tokens[:, None])[..., None]
+    x, g = x * kept, g * kept
+    wanted = Wanted(
+      layers={PATH: LayerSize((), 3, 3)},
+      names={PATH: ("token_count", "input_sum", "output_sum")},
+      groups=3,
+      skip_padding=True,
+    )
+    found = dict(
+      token_count=tokens[None],
+      input_sum=x.sum(1)[None],
+      output_sum=g.sum(1)[None],
+    )
+    found = wire.reduce({PATH: found}, wanted, "float32")[PATH]
+    each = np.maximum(tokens, 1)[:, None]
+    np.testing.assert_allclose(found["input_sum"], x.sum(1) / each, rtol=1e-6)
+    np.testing.assert_allclose(
+      found["output_sum"], tokens.sum() * g.sum(1) / each, rtol=1e-6
+    )
+    layer = Layer(PATH, (3, 3), 0, 1, bias=True)
+    _, inputs = clipped_vectors(layer, found, 100.0)
+    np.testing.assert_array_equal(inputs[:, -1], [1, 1, 0])
 
   def test_half_precision_is_storage_only(self):
     """One refresh from the identity rounds once."""

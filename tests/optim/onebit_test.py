@@ -286,6 +286,7 @@ class OneBitAdamTest(parameterized.TestCase):
     (dict(freeze_step="auto", freeze_threshold=1.0), "freeze_threshold=1.0"),
     (dict(mask=[("nowhere", 2)]), "optim.mask: pattern 'nowhere' matches no"),
     (dict(mask=[("up", 0)]), "optim.mask: 0 rows of 'up' must be a positive"),
+    (dict(mask=["up"]), "optim.mask=.'up'. must be a list of pairs"),
     (dict(uncompressed=["nowhere"]), "optim.uncompressed: pattern 'nowhere'"),
   )
   def test_bad_options_are_refused(self, options, message):
@@ -333,6 +334,31 @@ class FreezeTest(parameterized.TestCase):
     state = state.replace(opt_state=optim.freeze_now(state.opt_state))
     state, _ = w.run(state, 4, 6)
     self.assertTrue(np.any(onebit_state.debt(state)["up"]))
+
+  @parameterized.parameters("onebit_adam", "zero_one_adam")
+  def test_not_before_there_is_a_variance(self, name):
+    params = {"w": jnp.ones(5)}
+    transform = _alone(params, name=name)
+    state = fresh = transform.init(params)
+    with self.assertRaisesRegex(ValueError, "first phase takes at least one"):
+      optim.freeze_now(fresh)
+    _, state = jax.jit(transform.update)(params, state, params)
+    frozen = optim.freeze_now(state)
+    (phase,) = onebit_state.nodes(frozen, freezing.PhaseState)
+    self.assertTrue(phase.frozen)
+    # Fresh moments have none again, whatever the schedule does.
+    handed = optim.hand_over(
+      frozen, fresh, reset_schedule=False, reset_moments=True
+    )
+    (phase,) = onebit_state.nodes(handed, freezing.PhaseState)
+    self.assertFalse(phase.frozen)
+    self.assertEqual(phase.steps, 0)
+
+
+def _alone(params, **options):
+  """Of one worker, outside of any mesh."""
+  spec = dict(learning_rate=0.1, freeze_step=3) | options
+  return optim.build_optimizer(spec, total_steps=9, params=params).transform
 
 
 class BytesTest(parameterized.TestCase):
@@ -421,6 +447,8 @@ class OneBitLambTest(parameterized.TestCase):
 
   @parameterized.parameters(
     (dict(trust_clip=(0.0, 1.0)), "optim.trust_clip=.0.0, 1.0. must be"),
+    (dict(trust_clip=10), "optim.trust_clip=10 must be a pair"),
+    (dict(trust_clip=None), "optim.trust_clip=None must be .lowest, highest"),
     (dict(factor_change=1.0), "optim.factor_change=1.0 must be in"),
   )
   def test_bad_options_are_refused(self, options, message):

@@ -22,6 +22,22 @@ from tests.optim.one_layer import (
 )
 
 
+def _two_layers(name, **options):
+  """SGD at rate 1 behind a method, parameters, gradients and statistics."""
+  layer = parameters()[PATH]
+  params = {"a": layer, "b": layer}
+  spec = dict(name=name) | options
+  transform = build_optimizer(
+    dict(name="sgd", learning_rate=1.0, precondition=spec),
+    total_steps=9,
+    params=params,
+  ).transform
+  transform = transform._replace(update=jax.jit(transform.update))
+  grads = {k: gradients(*samples(i))[PATH] for i, k in enumerate(params)}
+  found = {k: statistics(*samples(i))[PATH] for i, k in enumerate(params)}
+  return transform, params, grads, found
+
+
 class ActingTest(parameterized.TestCase):
   def test_other_parameters_pass(self):
     x, g = samples()
@@ -123,6 +139,71 @@ class ActingTest(parameterized.TestCase):
     self.assertEqual(curvature_metrics(after)["curvature_fallbacks"], 1)
     np.testing.assert_allclose(matrix(updates), -0.5 * matrix(grads))
 
+  @parameterized.parameters(np.nan, np.inf)
+  def test_one_layer_that_fails_leaves_the_others_their_clip(self, bad):
+    """The factor of all is that of what is moved along."""
+    transform, params, grads, found = _two_layers("eva", kl_clip=1e-3)
+    state = transform.init(params)
+    _, state = transform.update(grads, state, params, statistics=found)
+    broken = jax.tree_util.tree_map_with_path(
+      lambda path, x: jnp.full_like(x, bad) if "'b'" in str(path) else x, state
+    )
+    updates, after = transform.update(grads, broken, params, statistics=found)
+    self.assertEqual(curvature_metrics(after)["curvature_fallbacks"], 1)
+    self.assertTrue(np.isfinite(updates["a"]["kernel"]).all())
+    # lr^2 sum D.G is the bound, with the gradient for the broken direction.
+    moved = sum(
+      -np.sum(updates[layer][name] * grads[layer][name])
+      for layer in grads for name in grads[layer]
+    )  # fmt: skip
+    factor = -updates["b"]["kernel"][0, 0] / grads["b"]["kernel"][0, 0]
+    self.assertLess(factor, 1)
+    self.assertAlmostEqual(moved * factor, 1e-3, places=6)
+
+  @parameterized.parameters("kfac", "eva", "mkor")
+  def test_a_layer_that_the_loss_does_not_reach_stays_and_is_not_asked(
+    self, name
+  ):
+    transform, params, grads, found = _two_layers(name)
+    grads["b"] = jax.tree.map(jnp.zeros_like, grads["b"])
+    found["b"] = jax.tree.map(jnp.zeros_like, found["b"])
+    state = transform.init(params)
+    updates, after = transform.update(grads, state, params, statistics=found)
+    before, factors = (curvature(s).factors["b"] for s in (state, after))
+    if name == "kfac":  # its decompositions round
+      before, factors = ((x.output, x.input) for x in (before, factors))
+    jax.tree.map(np.testing.assert_array_equal, factors, before)
+    self.assertFalse(np.any(updates["b"]["kernel"]))
+    alone, params, grads, found = _two_layers(name, first_order=["b/"])
+    found.pop("b")
+    grads["b"] = jax.tree.map(jnp.zeros_like, grads["b"])
+    expected, _ = alone.update(
+      grads, alone.init(params), params, statistics=found
+    )
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+      updates["a"],
+      expected["a"],
+    )
+
+  def test_frozen_layers_are_not_asked_for_statistics(self):
+    layer = parameters()[PATH]
+    for first_order in ([], ["a/"]):  # a rule may name what freezes
+      built = build_optimizer(
+        dict(name="sgd", learning_rate=0.1, freeze=["a/"],
+             precondition=dict(name="kfac", first_order=first_order)),
+        total_steps=9,
+        params={"a": layer, "b": layer},
+      )  # fmt: skip
+      self.assertEqual(set(built.statistics.names), {"b"})
+    with self.assertRaisesRegex(ValueError, "and optim.freeze leave"):
+      build_optimizer(
+        dict(name="sgd", learning_rate=0.1, freeze=["layer"],
+             precondition=dict(name="kfac")),
+        total_steps=9,
+        params=parameters(),
+      )  # fmt: skip
+
   def test_no_gradient_is_no_failure(self):
     transform = build("mkor")
     params = parameters()
@@ -163,12 +244,15 @@ class ActingTest(parameterized.TestCase):
     (dict(name="mkor", first_order=["layer"]), "no linear layer to act on"),
     (dict(name="mkor", switch=dict(windw=2)), "switch.windw is not an option"),
     (dict(name="mkor", switch=dict(patience=0)), "switch.patience=0 must be"),
-    (dict(name="eva", damping=0.0), "precondition.damping=0.0 must be pos"),
+    (dict(name="eva", damping=0.0), "precondition.damping=0.0 must be a pos"),
     (dict(name="kfac", inverse_interval=3, interval=2), "a multiple of"),
     (dict(name="sngd"), "optim.precondition.rank is required"),
     (dict(name="hylo", rank=2, window=0), "window=0 must be a positive int"),
     (dict(name="mkor", sides="top"), "precondition.sides='top' is unknown"),
-    (dict(name="mkor", block_width=0), "block_width=0 must be positive"),
+    (dict(name="mkor", block_width=0), "block_width=0 must be a positive int"),
+    (dict(name="mkor", rank="2"), "precondition.rank='2' must be a positive"),
+    (dict(name="kfac", inverse_interval=None), "inverse_interval=None must be"),
+    (dict(name="eva", decay=None), "precondition.decay=None must be a non-neg"),
     (dict(name="mkor", rank=3, svd_groups=3), "svd_groups=3 must exceed rank"),
     (dict(name="kfac", grad_worker_fraction=2.0), "fraction=2.0 must be in"),
   )

@@ -1,15 +1,17 @@
 """0/1 Adam: what is sent when, and that it is 1-bit Adam in the limit."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from bertjax import hardware
+from bertjax import hardware, optim
 from bertjax.checkpoint import Checkpointer
 from bertjax.hardware import hlo
 from bertjax.optim import freezing
 from bertjax.optim.zero_one_adam import ZeroOneAdamState
 from bertjax.parallel import elastic, wire
+from bertjax.parallel.error_feedback import local_params
 from tests.optim import workers
 from tests.optim.workers import world
 
@@ -23,6 +25,32 @@ def _state(state) -> ZeroOneAdamState:
   return node
 
 
+def _alone(freeze_at=None, **options):
+  """The path of one worker's parameters over a noisy valley."""
+  valley = {"a": jnp.linspace(0.1, 3, 8), "b": jnp.full(6, 2.0)}
+  params = {"a": jnp.linspace(-1, 1, 8), "b": jnp.ones(6)}
+  valley["dead"], params["dead"] = jnp.zeros(3), jnp.ones(3)
+  spec = dict(name="zero_one_adam", b2=0.99, granularity="tensor") | options
+  transform = optim.build_optimizer(
+    dict(local_step_scaler=2, local_step_clipper=4) | spec,
+    total_steps=40,
+    params=params,
+  ).transform
+  state, update, path = transform.init(params), jax.jit(transform.update), []
+  for step in range(24):
+    if step == freeze_at:
+      state = optim.freeze_now(state)
+    grads = jax.tree.map(
+      lambda v, w: v * (w + jnp.sin(step + w)),  # noqa: B023
+      valley,
+      local_params(params, state),
+    )
+    updates, state = update(grads, state, params)
+    params = jax.tree.map(jnp.add, params, updates)
+    path.append(params)
+  return jax.tree.map(lambda *x: np.stack(x), *path)
+
+
 class ZeroOneAdamTest(parameterized.TestCase):
   def test_without_intervals_it_is_onebit_adam(self):
     """The errors of the one are those of the other times the rate."""
@@ -33,6 +61,29 @@ class ZeroOneAdamTest(parameterized.TestCase):
       np.testing.assert_allclose(
         states[0].params[name], states[1].params[name], rtol=1e-4, atol=2e-6
       )
+
+  def test_a_freeze_that_is_asked_for_is_that_of_a_rule(self):
+    """Synchronisations become rarer since then, and errors begin at 0."""
+    planned = _alone(learning_rate=0.01, freeze_step=6)
+    asked = _alone(freeze_at=6, learning_rate=0.01, freeze_step=40)
+    jax.tree.map(np.testing.assert_array_equal, asked, planned)
+
+  def test_a_multiple_of_the_rate_is_another_rate(self):
+    plain = _alone(learning_rate=0.01, freeze_step=6)
+    scaled = _alone(
+      learning_rate=0.1, freeze_step=6, lr_multipliers=[(".*", 0.1)]
+    )
+    jax.tree.map(
+      # A product more: float32 rounds it.
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+      scaled,
+      plain,
+    )
+
+  def test_what_has_no_variance_needs_no_eps(self):
+    path = _alone(learning_rate=0.01, freeze_step=6, eps=0.0)
+    self.assertTrue(np.isfinite(path["a"]).all())
+    np.testing.assert_array_equal(path["dead"], 1.0)
 
   def test_updates_of_the_variance_become_rarer(self):
     intervals, due = freezing.Intervals.init(), []
@@ -155,6 +206,7 @@ class ZeroOneAdamTest(parameterized.TestCase):
     (dict(local_step_clipper=1.5), "optim.local_step_clipper=1.5 must be"),
     (dict(freeze_step=0), "optim.freeze_step=0 would freeze"),
     (dict(b1=1.0), "optim.b1=1.0 must be in"),
+    (dict(eps=-1.0), "optim.eps=-1.0 must be a non-negative number"),
   )
   def test_bad_options_are_refused(self, options, message):
     with self.assertRaisesRegex(ValueError, message):

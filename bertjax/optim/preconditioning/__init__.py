@@ -6,7 +6,7 @@ A new method is a file with a function `(*, ...)` that returns a
 `Preconditioner`, and a row in `PRECONDITIONERS`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import optax
@@ -65,6 +65,7 @@ def build_preconditioning(
   total_steps: int,
   linear_layers: Callable[[], Mapping[str, int]] | None = None,
   logical_axes: Any = None,
+  frozen: Collection[str] = (),
 ) -> PreconditioningTransformation:
   """What `optim.precondition` of a config describes.
 
@@ -81,6 +82,7 @@ def build_preconditioning(
     total_steps: of the phase.
     linear_layers: see `build_optimizer`.
     logical_axes: see `build_optimizer`.
+    frozen: names of parameters that do not train.
 
   Raises:
     ValueError: names the option that does not fit.
@@ -107,5 +109,6 @@ def build_preconditioning(
     learning_rate=learning_rate,
     summed_axes=None if linear_layers is None else linear_layers(),
     switch=switch,
+    frozen=frozen,
     **common,
   )

@@ -6,20 +6,21 @@ Everything that is not a linear layer, or was opted out, passes unchanged.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from bertjax.layers.statistics import Found, Wanted
 from bertjax.optim import selection
 from bertjax.optim.preconditioning import wire
 from bertjax.optim.preconditioning.layers import Layer, find_layers
 from bertjax.optim.preconditioning.switch import SwitchRule, SwitchState
+from bertjax.rules import path_name
 
 Statistics = Mapping[str, Array]
 RESCALES = ("sum", "joint", "kl", "none")
@@ -47,6 +48,9 @@ class Method(Protocol):
     count: Int[Array, ""],
   ) -> Any:
     """New factors from the statistics of a batch, summed over its shards.
+
+    Those of a layer that the loss does not reach are 0: a method that averages
+    then keeps its factors.
 
     Args:
       layer: whose they are.
@@ -206,6 +210,7 @@ def precondition(
   learning_rate: optax.Schedule | float,
   summed_axes: Mapping[str, int] | None = None,
   first_order: selection.Rule = (),
+  frozen: Collection[str] = (),
   skip_padding: bool = False,
   switch: SwitchRule | None = None,
   measure_captured: bool = False,
@@ -223,6 +228,7 @@ def precondition(
     learning_rate: for `rescale="kl"`.
     summed_axes: see `layers.find_layers`.
     first_order: layers that pass unchanged: a rule on kernels.
+    frozen: names of parameters that `update` is not given.
     skip_padding: statistics leave out padding.
     switch: when to give up; None for never.
     measure_captured: report |mean x|^2 / mean |x|^2 of layers' inputs: how good
@@ -239,11 +245,19 @@ def precondition(
     found = find_layers(tree, stacked, summed_axes)
     return tuple(x for x in found if not excluded(f"{x.path}/kernel", None))
 
-  layers = layers_of(params)
+  layers = layers_of(
+    jax.tree_util.tree_map_with_path(
+      lambda path, leaf: (
+        optax.MaskedNode() if path_name(path) in frozen else leaf
+      ),
+      params,
+    )
+  )
   if not layers:
     raise ValueError(
       "optim.precondition has no linear layer to act on; it needs"
-      " `.../kernel` parameters that optim.precondition.first_order leaves."
+      " `.../kernel` parameters that optim.precondition.first_order and"
+      " optim.freeze leave."
     )
   names = _CAPTURED if measure_captured else ()
   wanted = Wanted(
@@ -379,12 +393,13 @@ class _Preconditioning:
     method = self.preconditioner.method
     factors = _flat(state.factors, layers)
     matrices = {layer.path: layer.matrix(grads) for layer in layers}
-    directions = {
-      layer.path: method.direction(
-        layer, factors[layer.path], matrices[layer.path]
-      )
-      for layer in layers
-    }
+    directions, finite = {}, {}
+    for layer in layers:
+      path, matrix = layer.path, matrices[layer.path]
+      found = method.direction(layer, factors[path], matrix)
+      finite[path] = _finite(found * matrix)
+      # Before there are scales: one of them may be of all layers.
+      directions[path] = jnp.where(finite[path], found, matrix)
     rate = self.learning_rate
     if callable(rate):
       rate = rate(state.count)
@@ -392,9 +407,9 @@ class _Preconditioning:
     moved, fallbacks = dict(grads), jnp.zeros((), jnp.int32)
     for layer in layers:
       direction = scales[layer.path] * directions[layer.path]
-      finite = jnp.all(jnp.isfinite(direction), axis=(-2, -1), keepdims=True)
-      fallbacks += jnp.sum(~finite, dtype=jnp.int32)
-      direction = jnp.where(finite, direction, matrices[layer.path])
+      scaled = _finite(direction)
+      fallbacks += jnp.sum(~(finite[layer.path] & scaled), dtype=jnp.int32)
+      direction = jnp.where(scaled, direction, matrices[layer.path])
       for name, part in layer.parts(direction).items():
         moved[name] = part.astype(grads[name].dtype)
     return moved, fallbacks
@@ -413,6 +428,11 @@ def _flat(factors: Any, layers: Sequence[Layer]) -> dict[str, Any]:
       node = node[key]
     found[layer.path] = node
   return found
+
+
+def _finite(matrix: Array) -> Bool[Array, "*stack 1 1"]:
+  """Whether a matrix can be added up to a number."""
+  return jnp.isfinite(jnp.sum(matrix, axis=(-2, -1), keepdims=True))
 
 
 def _captured(statistics: Sequence[Statistics]) -> Float[Array, ""]:

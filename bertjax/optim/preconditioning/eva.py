@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from bertjax.optim.preconditioning.base import Preconditioner, Statistics
 from bertjax.optim.preconditioning.layers import Layer
 from bertjax.optim.preconditioning.vectors import (
+  are_there,
   clipped_vectors,
   mean_vectors,
 )
@@ -58,6 +59,7 @@ class Eva:
     # The first batch counts whole: there is no zero to average with.
     decay = jnp.where(count == 0, 0.0, self.decay)
     new = clipped_vectors(layer, statistics, self.clip)
+    decay = jnp.where(are_there(new), decay, 1.0)[..., None]
     return EvaVectors(
       *(decay * v + (1 - decay) * u[..., 0, :] for v, u in zip(factors, new))
     )

@@ -89,8 +89,11 @@ class Kfac:
     statistics: Statistics,
     count: Int[Array, ""],
   ) -> KfacFactors:
+    seen = statistics["token_count"].sum(-1) > 0
+    decay = jnp.where(seen, self.decay, 1.0)[..., None, None]
+
     def averaged(old, new):
-      return self.decay * old + (1 - self.decay) * new
+      return decay * old + (1 - decay) * new
 
     output = averaged(factors.output, statistics["output_gram"])
     inputs = averaged(factors.input, _input_covariance(layer, statistics))
@@ -200,7 +203,8 @@ def kfac(
     damping: positive.
     decay: of the covariances' moving averages; 0 takes each batch's own.
     interval: steps between updates of covariances; None: see
-      `Preconditioner`.
+      `Preconditioner`. It saves their communication and averages; the batch's
+      own covariances come out of every backward pass, which knows of no step.
     inverse_interval: steps between decompositions, a multiple of `interval`.
     grad_worker_fraction: part of the workers that keep a layer's factors and
       precondition it: KAISA's communication-optimal 1, its memory-optimal 0

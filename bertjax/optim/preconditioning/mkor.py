@@ -19,6 +19,7 @@ from bertjax.optim.preconditioning.base import Preconditioner, Statistics
 from bertjax.optim.preconditioning.blocks import Blocks
 from bertjax.optim.preconditioning.layers import Layer
 from bertjax.optim.preconditioning.vectors import (
+  are_there,
   clipped_vectors,
   leading_vectors,
   mean_vectors,
@@ -98,9 +99,15 @@ class Mkor:
     ]
     if not used:
       return factors
+    seen = are_there(pairs)
     new = iter(factor.astype(self.dtype) for factor in self._refreshed(used))
+
+    def chosen(old):
+      extra = (None,) * (old.ndim - seen.ndim)
+      return jnp.where(seen[(..., *extra)], next(new), old)
+
     return InverseFactors(
-      *(None if old is None else next(new) for old in factors)
+      *(None if old is None else chosen(old) for old in factors)
     )
 
   def _refreshed(

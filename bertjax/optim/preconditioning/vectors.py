@@ -1,8 +1,10 @@
 """Vectors that stand for a batch: means of tokens, or what an SVD finds."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from bertjax.optim.preconditioning.base import Statistics
 from bertjax.optim.preconditioning.layers import Layer
@@ -20,11 +22,22 @@ def mean_vectors(layer: Layer, groups: int = 1) -> tuple[str, ...]:
 def clipped_vectors(
   layer: Layer, statistics: Statistics, clip: float
 ) -> tuple[Float[Array, "*stack r o"], Float[Array, "*stack r i"]]:
-  """Output gradients and homogeneous inputs, per group, clipped by element."""
+  """Output gradients and homogeneous inputs, per group, clipped by element.
+
+  Those of a group without tokens are 0.
+  """
   g, a = statistics["output_sum"], statistics["input_sum"]
   if layer.bias:
-    a = jnp.concatenate([a, jnp.ones_like(a[..., :1])], axis=-1)
+    # Of counts shards would have to tell each other.
+    one = jnp.any(g != 0, -1) | jnp.any(a != 0, -1)
+    a = jnp.concatenate([a, one[..., None].astype(a.dtype)], axis=-1)
   return jnp.clip(g, -clip, clip), jnp.clip(a, -clip, clip)
+
+
+def are_there(vectors: Sequence[Array]) -> Bool[Array, "*stack"]:
+  """Whether a layer saw tokens that the loss reaches, by its vectors."""
+  left, right = (jnp.any(v != 0, axis=(-2, -1)) for v in vectors)
+  return left | right
 
 
 def leading_vectors(

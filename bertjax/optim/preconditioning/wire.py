@@ -24,7 +24,8 @@ def reduce(found: Found, wanted: Wanted, dtype: str) -> Found:
   token_count becomes the number of the batch's tokens, [*stack, groups]; input
   sums become means per group; output sums become, per group, means of the
   gradients that tokens have where the loss is their mean: with a single group
-  the bias gradient itself. Grams become such means over all tokens. Rows stay.
+  the bias gradient itself. Grams become such means over all tokens. What has no
+  tokens is 0. Rows stay.
 
   Args:
     found: of `Wanted.collect`.
@@ -36,20 +37,24 @@ def reduce(found: Found, wanted: Wanted, dtype: str) -> Found:
   for path, statistics in found.items():
     depth = len(wanted.layers[path].stack)
     reduced[path] = result = {}
-    shares = None
+    shares = tokens = None
     if "token_count" in statistics:
-      shares, result["token_count"] = _counts(
+      shares, tokens = _counts(
         statistics["token_count"], depth, wanted.skip_padding
       )
+      result["token_count"] = tokens
     for name, value in statistics.items():
       if name in _MEANS:
         weights = shares[..., None] if name == "input_sum" else shares
         vectors[path, name] = jnp.moveaxis(value * weights, depth, 0)
       elif name == "output_sum":
         parts = jnp.float32(value.shape[depth + 1])
+        if wanted.skip_padding and tokens is not None:
+          total = tokens.sum(-1, keepdims=True)
+          parts = (total / jnp.maximum(tokens, 1.0))[..., None, :, None]
         vectors[path, name] = jnp.moveaxis(value * parts, depth, 0)
       elif name in _GRAMS:
-        total = result["token_count"].sum(-1)[..., None, None]
+        total = jnp.maximum(tokens.sum(-1), 1.0)[..., None, None]
         gram = value.sum(depth)
         result[name] = gram / total if name == "input_gram" else gram * total
       elif name != "token_count":
@@ -72,7 +77,8 @@ def _counts(counts: Array, depth: int, uneven: bool) -> tuple[Array, Array]:
     share = jnp.broadcast_to(1 / jnp.maximum(total, 1.0), counts.shape)
     return share, jnp.squeeze(total, depth)
   shards = counts.shape[depth]
-  return 1 / (shards * counts), shards * jnp.take(counts, 0, axis=depth)
+  share = 1 / (shards * jnp.maximum(counts, 1.0))
+  return share, shards * jnp.take(counts, 0, axis=depth)
 
 
 def _added(vectors: dict, dtype: jnp.dtype) -> dict:
