@@ -187,7 +187,7 @@ def run(
   _check_report(experiment)
   _check_together(experiment, workdir)
   with contextlib.ExitStack() as stack, hosts.failing_together():
-    session = Session(experiment, workdir, stack, watch, limit=limit)
+    session = Session(experiment, workdir, stack, watch, limit=limit, root=root)
     baseline = _health(experiment, workdir)
     state, step, end = loop.fit(
       session.state,
