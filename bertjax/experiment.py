@@ -188,14 +188,16 @@ def _other_data(experiment: Experiment, changes, field: str) -> Data:
   """
   settings = experiment.settings
   try:
-    return build_data(
+    data = build_data(
       merge(settings.data, changes),
       seed=settings.seed_of("data"),
       mask_seed=settings.seed_of("masks"),
       cache_dir=settings.cache_path,
     )
+    data.check(experiment.objective)
   except ValueError as err:
     raise ValueError(f"{field}: {err}") from err
+  return data
 
 
 def build_objective(settings: Settings, data: Data) -> nn.Module:

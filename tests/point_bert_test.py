@@ -94,12 +94,14 @@ class RunTest(parameterized.TestCase):
         self.result.metrics[f"elsewhere/{name}"], value, rtol=1e-4
       )
 
-  def test_options_of_other_data_are_checked(self):
-    other = dict(elsewhere=dict(data=dict(sauce=1)))
+  @parameterized.parameters(
+    (dict(sauce=1), "data.sauce is not an option.*'source'"),
+    (dict(num_points=4), "data.num_points=4 is too few for model.patches"),
+  )
+  def test_other_data_are_checked(self, data, message):
+    other = dict(elsewhere=dict(data=data))
     built = experiment.build(settings(merge(self.config, dict(evals=other))))
-    with self.assertRaisesRegex(
-      ValueError, "evals.elsewhere.data: data.sauce is not an option.*'source'"
-    ):
+    with self.assertRaisesRegex(ValueError, f"evals.elsewhere.data: {message}"):
       built.evaluators()
 
   def test_points_are_those_of_an_evaluation(self):
