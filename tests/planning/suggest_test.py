@@ -1,5 +1,6 @@
 """What a plan suggests is the first change that the compiler found room for."""
 
+import dataclasses
 import pathlib
 from unittest import mock
 
@@ -10,21 +11,11 @@ from bertjax import plan as plan_lib
 from bertjax.config import settings
 from bertjax.hardware import compiling, topologies
 from bertjax.planning import page
-from bertjax.planning.step import StepFacts
 from tests import tiny
+from tests.planning.facts import FACTS
 
 _GIB = 2**30
-_FACTS = StepFacts(
-  mesh=dict(data=4, fsdp=1, model=1, seq=1),
-  batch_size=64,
-  seq_len=10,
-  vocab_size=50,
-  parameters=1000,
-  parameter_bytes=4_000,
-  optimizer_bytes=8_000,
-  batch_bytes=640,
-  model_flops=4e9,
-)
+_FACTS = dataclasses.replace(FACTS, mesh=dict(data=4, fsdp=1, model=1, seq=1))
 
 
 class SuggestTest(absltest.TestCase):

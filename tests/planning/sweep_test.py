@@ -9,18 +9,13 @@ from absl.testing import absltest, parameterized
 from bertjax import hardware
 from bertjax.planning import sweep
 from bertjax.planning.outcome import Plan
-from bertjax.planning.step import StepFacts
+from tests.planning.facts import FACTS
 
-_FACTS = StepFacts(
+_FACTS = dataclasses.replace(
+  FACTS,
   mesh=dict(data=4, fsdp=1, model=1, seq=1),
   batch_size=8,
   seq_len=16,
-  vocab_size=50,
-  parameters=1000,
-  parameter_bytes=4_000,
-  optimizer_bytes=8_000,
-  batch_bytes=640,
-  model_flops=4e9,
 )
 _MEMORY = hardware.Memory(1, 1, 0, 1, 0)
 
