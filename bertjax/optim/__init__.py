@@ -27,12 +27,10 @@ import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
 
 from bertjax import fields, registry
 from bertjax.layers.statistics import Wanted
@@ -46,7 +44,7 @@ from bertjax.optim import (
 )
 from bertjax.optim.adamw import adam, adamw, scale_by_adam
 from bertjax.optim.clip import clip_by_global_norm, clip_tree, global_norm
-from bertjax.optim.freezing import PhaseState, freeze_now
+from bertjax.optim.freezing import freeze_now
 from bertjax.optim.lamb import lamb
 from bertjax.optim.lars import lars
 from bertjax.optim.local import LocalGradientTransformation
@@ -72,7 +70,13 @@ from bertjax.optim.schedules import (
   build_schedule,
   square_root_scaling,
 )
-from bertjax.optim.state import adapt, hand_over, state_shardings
+from bertjax.optim.state import (
+  adapt,
+  gradient_norm,
+  hand_over,
+  schedule_step,
+  state_shardings,
+)
 from bertjax.optim.trust_ratio import layer_statistics, scale_by_trust_ratio
 from bertjax.optim.zero_one_adam import zero_one_adam
 from bertjax.parallel import error_feedback
@@ -410,45 +414,6 @@ def _layerwise(
     return applied.params, state
 
   return apply
-
-
-def gradient_norm(opt_state: Any) -> Float[Array, ""]:
-  """Global norm of the last gradient, before clipping.
-
-  Frozen parameters do not count. The state is one of `build_optimizer`'s.
-
-  Raises:
-    ValueError: the state holds no norm.
-  """
-  for node in jax.tree.leaves(
-    opt_state, is_leaf=lambda x: isinstance(x, clip.GlobalNormState)
-  ):
-    if isinstance(node, clip.GlobalNormState):
-      return node.norm
-  raise ValueError(
-    "opt_state holds no gradient norm; is it from build_optimizer?"
-  )
-
-
-def schedule_step(opt_state: Any) -> Int[Array, ""]:
-  """The step that the schedule sees next.
-
-  Skipped steps do not count. The state is one of `build_optimizer`'s.
-
-  Raises:
-    ValueError: the state holds no counter.
-  """
-  kinds = optax.ScaleByScheduleState | PhaseState
-  for node in jax.tree.leaves(
-    opt_state, is_leaf=lambda x: isinstance(x, kinds)
-  ):
-    if isinstance(node, optax.ScaleByScheduleState):
-      return node.count
-    if isinstance(node, PhaseState):
-      return node.steps
-  raise ValueError(
-    "opt_state holds no counter of steps; is it from build_optimizer?"
-  )
 
 
 def _workers(

@@ -1,4 +1,4 @@
-"""Optimizer states from outside: shardings, hand-over between phases.
+"""Optimizer states from outside: what they tell, shardings, hand-over.
 
 Moments are trees like the parameters, so the path of a moment ends with the
 path of its parameter; whatever else a state holds (counters, norms, trust
@@ -10,12 +10,49 @@ from typing import Any
 
 import jax
 import optax
+from jaxtyping import Array, Float, Int
 
 from bertjax import rules
-from bertjax.optim import freezing, selection
+from bertjax.optim import clip, freezing, selection
 from bertjax.optim.preconditioning import memory
 from bertjax.optim.preconditioning.base import CurvatureState
 from bertjax.parallel import elastic, error_feedback
+
+
+def gradient_norm(opt_state: Any) -> Float[Array, ""]:
+  """Global norm of the last gradient, before clipping.
+
+  Frozen parameters do not count. The state is one of `build_optimizer`'s.
+
+  Raises:
+    ValueError: the state holds no norm.
+  """
+  return _first(opt_state, clip.GlobalNormState, "gradient norm").norm
+
+
+def schedule_step(opt_state: Any) -> Int[Array, ""]:
+  """The step that the schedule sees next.
+
+  Skipped steps do not count. The state is one of `build_optimizer`'s.
+
+  Raises:
+    ValueError: the state holds no counter.
+  """
+  kinds = optax.ScaleByScheduleState | freezing.PhaseState
+  found = _first(opt_state, kinds, "counter of steps")
+  is_schedule = isinstance(found, optax.ScaleByScheduleState)
+  return found.count if is_schedule else found.steps
+
+
+def _first(opt_state: Any, kind: Any, what: str) -> Any:
+  """The first node of a kind, a class or a union of some."""
+
+  def found(node):
+    return isinstance(node, kind)
+
+  for node in filter(found, jax.tree.leaves(opt_state, is_leaf=found)):
+    return node
+  raise ValueError(f"opt_state holds no {what}; is it from build_optimizer?")
 
 
 def state_shardings(
