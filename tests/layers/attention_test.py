@@ -64,11 +64,10 @@ class ReferenceAttendTest(absltest.TestCase):
       normal(1, B, 19, H, D),
       normal(2, B, 19, H, D),
     )
-    slopes = np.float32([0.5, 0.25, 0.125])
     for arguments in (
       {"causal": True},
       {"window": 3},
-      {"alibi_slopes": slopes},
+      {"alibi_slopes": jnp.float32([0.5, 0.25, 0.125])},
       {"relative_bias": normal(3, 1, H, T + 19 - 1)},
     ):
       found, want = (
