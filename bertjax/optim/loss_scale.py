@@ -12,7 +12,7 @@ Reference: Micikevicius et al. 2018, arXiv:1710.03740, section 3.2.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from bertjax.layers import statistics
-
-if TYPE_CHECKING:
-  from bertjax.optim import Optimizer
+from bertjax.optim.optimizer import Optimizer
 
 # At which an overflow is no matter of range any more.
 LEAST = 1.0
@@ -46,8 +44,8 @@ class LossScaleState(NamedTuple):
 
 
 def scaled(
-  optimizer: "Optimizer", *, initial: float = 2.0**15, interval: int = 2000
-) -> "Optimizer":
+  optimizer: Optimizer, *, initial: float = 2.0**15, interval: int = 2000
+) -> Optimizer:
   """An optimizer whose state holds a scale, for `value_and_grad`.
 
   At a scale of 1 an overflow is handed on: it is the loss that diverges, and
