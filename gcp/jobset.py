@@ -7,19 +7,17 @@ slices), which JAX reads; of GPUs the manifest does, with the variables of
 """
 
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bertjax.parallel.launchers import PORT
-
-if TYPE_CHECKING:
-  from gcp.jobs import Job
+from gcp.job import Job
 
 _JOB = "hosts"  # of the replicated job
 _COORDINATOR = "metadata.labels['jobset.sigs.k8s.io/coordinator']"
 _INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
 
-def render(job: "Job") -> str:
+def render(job: Job) -> str:
   """The manifest, as YAML.
 
   Raises:
@@ -30,7 +28,7 @@ def render(job: "Job") -> str:
   return yaml.safe_dump(manifest(job), sort_keys=False, width=80)
 
 
-def manifest(job: "Job") -> dict[str, Any]:
+def manifest(job: Job) -> dict[str, Any]:
   """The manifest, as plain values; raises like `render`."""
   if job.image is None:
     raise ValueError("--image is required: what the containers run.")
@@ -73,7 +71,7 @@ def manifest(job: "Job") -> dict[str, Any]:
   }
 
 
-def _pod(job: "Job") -> dict[str, Any]:
+def _pod(job: Job) -> dict[str, Any]:
   volume, annotations = _volume(job)
   spec: dict[str, Any] = {
     "restartPolicy": "Never",
@@ -94,7 +92,7 @@ def _pod(job: "Job") -> dict[str, Any]:
   return pod
 
 
-def _nodes(job: "Job") -> dict[str, str]:
+def _nodes(job: Job) -> dict[str, str]:
   label, machine = "cloud.google.com/gke", job.machine
   if machine.on_tpu:
     nodes = {
@@ -108,7 +106,7 @@ def _nodes(job: "Job") -> dict[str, str]:
   return nodes
 
 
-def _container(job: "Job") -> dict[str, Any]:
+def _container(job: Job) -> dict[str, Any]:
   machine = job.machine
   resource = "google.com/tpu" if machine.on_tpu else "nvidia.com/gpu"
   count = machine.chips_per_host
@@ -140,7 +138,7 @@ def _from_pod(name: str, path: str) -> dict[str, Any]:
   return {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}}
 
 
-def _volume(job: "Job") -> tuple[dict[str, Any], dict[str, str]]:
+def _volume(job: Job) -> tuple[dict[str, Any], dict[str, str]]:
   """The volume of the workdir, and annotations that its driver wants."""
   if (job.claim is None) == (job.bucket is None):
     raise ValueError(

@@ -6,12 +6,9 @@ read by `bertjax.parallel.launchers`.
 """
 
 import shlex
-from typing import TYPE_CHECKING
 
 from bertjax.parallel.launchers import PORT
-
-if TYPE_CHECKING:
-  from gcp.jobs import Job
+from gcp.job import Job
 
 _BODY = """
 set -euo pipefail
@@ -44,7 +41,7 @@ exit "$status"
 """
 
 
-def render(job: "Job") -> str:
+def render(job: Job) -> str:
   """The script.
 
   Raises:

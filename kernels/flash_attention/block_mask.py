@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.flash_attention.layouts import Sizes
 from kernels.flash_attention.options import (
   Extras,
   Options,
-  Sizes,
   Unsupported,
   block_size,
 )

@@ -19,15 +19,13 @@ from kernels.flash_attention.backend import Gradients, delta
 from kernels.flash_attention.block_mask import active_list, tile_map
 from kernels.flash_attention.capabilities import Capabilities
 from kernels.flash_attention.grouped import join, product, split
+from kernels.flash_attention.layouts import Sizes, relayout, sizes
 from kernels.flash_attention.options import (
   Extras,
   Options,
-  Sizes,
   block_size,
   cap,
-  relayout,
   same_segment,
-  sizes,
   visible_by_position,
 )
 from kernels.flash_attention.relative import Relative, lay, unlay

@@ -6,12 +6,12 @@ from collections.abc import Callable
 import jax
 from jax.typing import DTypeLike
 
+from kernels.flash_attention.layouts import sizes
 from kernels.flash_attention.options import (
   Extras,
   Options,
   Unsupported,
   block_size,
-  sizes,
 )
 
 

@@ -21,13 +21,8 @@ from kernels.flash_attention.backend import Gradients, delta
 from kernels.flash_attention.block_mask import table, tile_map
 from kernels.flash_attention.capabilities import Capabilities, Sides
 from kernels.flash_attention.gpu_kernels import LOG2E, Problem
-from kernels.flash_attention.options import (
-  Extras,
-  Options,
-  block_size,
-  relayout,
-  sizes,
-)
+from kernels.flash_attention.layouts import relayout, sizes
+from kernels.flash_attention.options import Extras, Options, block_size
 
 MIN_TILE = 16  # what a tensor core multiplies
 

@@ -17,9 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from kernels.flash_attention import dropout
+from kernels.flash_attention.layouts import Sizes
 from kernels.flash_attention.options import (
   Options,
-  Sizes,
   cap,
   same_segment,
   visible_by_position,

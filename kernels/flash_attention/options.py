@@ -1,4 +1,4 @@
-"""What attention computes: its options, optional arrays, layouts and checks.
+"""What attention computes: its options, optional arrays and checks.
 
 Every backend takes `(q, k, v, extras, options)` and means the same by them.
 Query i stands at position i + offset, key j at position j. The score is
@@ -24,9 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.flash_attention.layouts import LAYOUTS, Sizes, sizes
 from kernels.flash_attention.relative import Relative
 
-LAYOUTS = ("bthd", "bhtd", "bhdt")
 GENERATORS = ("counter", "hardware", "auto")
 
 
@@ -94,31 +94,6 @@ class Options:
   block_size: tuple[int, int] | None = None
   tiles: tuple[int, ...] | None = None
   interpret: bool = False
-
-
-class Sizes(NamedTuple):
-  """Batch, query heads, key heads, lengths and head widths."""
-
-  b: int
-  h: int
-  kv_heads: int
-  t: int
-  s: int
-  d: int
-  dv: int
-
-
-def sizes(q: jax.Array, k: jax.Array, v: jax.Array, layout: str) -> Sizes:
-  """The dimensions of q, k and v, whatever their layout."""
-  q, k, v = (dict(zip(layout, x.shape)) for x in (q, k, v))
-  return Sizes(q["b"], q["h"], k["h"], q["t"], k["t"], q["d"], v["d"])
-
-
-def relayout(x: jax.Array, source: str, target: str) -> jax.Array:
-  """Transposes an array from one layout's letters to another's."""
-  if source == target:
-    return x
-  return jnp.transpose(x, [source.index(c) for c in target])
 
 
 def visible_by_position(

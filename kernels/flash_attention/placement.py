@@ -10,12 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels.flash_attention.backend import Backend, Gradients
-from kernels.flash_attention.options import (
-  Extras,
-  Options,
-  Sizes,
-  sizes,
-)
+from kernels.flash_attention.layouts import Sizes, sizes
+from kernels.flash_attention.options import Extras, Options
 
 
 def of_shard(extras: Extras, options: Options, n: Sizes, me, source, count):

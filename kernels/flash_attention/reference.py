@@ -12,14 +12,13 @@ from kernels.flash_attention.capabilities import (
   Capabilities,
   refuse,
 )
+from kernels.flash_attention.layouts import Sizes, relayout
 from kernels.flash_attention.options import (
   Extras,
   Options,
-  Sizes,
   block_size,
   cap,
   check,
-  relayout,
   same_segment,
   visible_by_position,
 )

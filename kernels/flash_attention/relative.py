@@ -11,13 +11,12 @@ the tile of products with consecutive entries, `unskew` is its transposition.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:
-  from kernels.flash_attention.options import Sizes
+from kernels.flash_attention.layouts import Sizes
 
 
 class Relative(NamedTuple):
@@ -82,7 +81,7 @@ def terms(
   bias: jax.Array | None,
   keys: jax.Array | None,
   queries: jax.Array | None,
-  n: "Sizes",
+  n: Sizes,
 ) -> Relative | None:
   """The terms of `flash_attention`'s arguments, with all their heads.
 

@@ -18,14 +18,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels.flash_attention.backend import RESIDUALS, Backend, attend
 from kernels.flash_attention.capabilities import refuse
+from kernels.flash_attention.layouts import Sizes, sizes
 from kernels.flash_attention.options import (
   Extras,
   Options,
-  Sizes,
   Unsupported,
   block_size,
   check,
-  sizes,
 )
 from kernels.flash_attention.placement import (
   Call,

@@ -16,7 +16,8 @@ from jax.sharding import PartitionSpec
 from kernels.flash_attention import backend as backends
 from kernels.flash_attention import placement, ring, zigzag
 from kernels.flash_attention.backend import Backend
-from kernels.flash_attention.options import Extras, Options, Sizes, check
+from kernels.flash_attention.layouts import Sizes
+from kernels.flash_attention.options import Extras, Options, check
 from kernels.flash_attention.relative import Relative
 
 PLACEMENTS = {"contiguous": placement.Contiguous, "zigzag": zigzag.Zigzag}

@@ -16,6 +16,7 @@ from bertjax import hardware
 from bertjax.hardware.machines import machine_of
 from bertjax.parallel import launchers
 from gcp import jobs, jobset, slurm
+from gcp.job import Job
 from tests.gcp.standins import SHELLCHECK, Commands
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -25,7 +26,7 @@ _SCHEMA = yaml.safe_load(
 
 
 def _job(topology, **options):
-  return jobs.Job(
+  return Job(
     name="bert",
     machine=machine_of(hardware.parse(topology)),
     config="configs/bert.py:base",
@@ -317,7 +318,7 @@ class CommandTest(absltest.TestCase):
       (dict(grace_s=-1), "grace_s=-1"),
     ):
       with self.assertRaisesRegex(ValueError, message):
-        jobs.Job(**dict(
+        Job(**dict(
           name="b", machine=machine_of(hardware.parse("h100:8")),
           config="c", workdir="w") | options)  # fmt: skip
 

@@ -19,13 +19,8 @@ import numpy as np
 
 from kernels.flash_attention.backend import Gradients
 from kernels.flash_attention.capabilities import Capabilities, Sides
-from kernels.flash_attention.options import (
-  Extras,
-  Options,
-  Unsupported,
-  relayout,
-  sizes,
-)
+from kernels.flash_attention.layouts import relayout, sizes
+from kernels.flash_attention.options import Extras, Options, Unsupported
 from kernels.flash_attention.relative import Relative
 from kernels.flash_attention.tpu import backward as backward_kernel
 from kernels.flash_attention.tpu import (

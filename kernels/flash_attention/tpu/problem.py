@@ -6,12 +6,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from kernels.flash_attention.options import (
-  Extras,
-  Options,
-  block_size,
-  sizes,
-)
+from kernels.flash_attention.layouts import sizes
+from kernels.flash_attention.options import Extras, Options, block_size
 from kernels.flash_attention.relative import Relative
 
 NATIVE = "bhdt"  # width on sublanes, positions on lanes: see `forward.py`

@@ -7,7 +7,8 @@ from absl.testing import absltest, parameterized
 
 from kernels.flash_attention import block_mask as bm
 from kernels.flash_attention import flash_attention
-from kernels.flash_attention.options import Extras, Options, Sizes, Unsupported
+from kernels.flash_attention.layouts import Sizes
+from kernels.flash_attention.options import Extras, Options, Unsupported
 from tests.draws import normal
 from tests.kernels.flash_attention.oracle import softmax_attention
 

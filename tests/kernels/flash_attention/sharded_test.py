@@ -16,7 +16,8 @@ from kernels.flash_attention import (
   sharded,
   zigzag,
 )
-from kernels.flash_attention.options import Extras, Options, sizes
+from kernels.flash_attention.layouts import sizes
+from kernels.flash_attention.options import Extras, Options
 from kernels.flash_attention.relative import Relative
 from kernels.flash_attention.ring import merge
 from tests.draws import normal
