@@ -217,7 +217,7 @@ def _plot(
         axes.axhline(value, color="gray", ls="--", label=name)
     if wanted == "loss" and reference is not None:
       axes.plot(*column(reference, "loss"), "k:", label="reference")
-    axes.set_title(wanted)
+    axes.set_title(wanted, y=1.0)  # placing it would draw the ticks first
     axes.set_xlabel("step")
     if axes.get_legend_handles_labels()[0]:
       axes.legend(fontsize=7)

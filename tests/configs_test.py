@@ -16,7 +16,7 @@ from bertjax.optim import build_optimizer
 from configs import lamb, onebit_adam
 from tests import tiny
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "unreported")
 
 _CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 

@@ -110,6 +110,15 @@ def one_device():
     yield
 
 
+@pytest.fixture(scope="module")
+def unreported():
+  """Runs end without a report, whose plots take longer than their steps."""
+  from bertjax import report
+
+  with mock.patch.object(report, "write_report"):
+    yield
+
+
 # Bytes that a worker grows to.
 _WORKER = 4e9
 

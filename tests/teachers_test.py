@@ -18,7 +18,7 @@ from bertjax.checkpoint import load_variables
 from bertjax.config import plain, settings, stage_configs
 from bertjax.objectives.frozen import frozen_variables
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = pytest.mark.usefixtures("one_device", "unreported")
 
 _CONFIG = pathlib.Path(__file__).parents[1] / "configs"
 

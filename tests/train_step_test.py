@@ -118,30 +118,25 @@ class TrainStepTest(parameterized.TestCase):
     )
 
   @parameterized.named_parameters(
-    ("data", dict(num_devices=8)),
-    ("mixed", dict(num_devices=8, data=2, fsdp=2, model=2)),
-    ("sequence", dict(num_devices=8, data=2, model=2, seq=2)),
+    ("mixed", 2, dict(data=2, fsdp=2, model=2)),
+    ("sequence", 1, dict(data=2, model=2, seq=2)),
   )
-  def test_a_mesh_changes_nothing_dropout_included(self, layout):
-    self._assert_same(_run(dropout_rate=0.1), _run(dropout_rate=0.1, **layout))
+  def test_a_mesh_changes_nothing_dropout_included(self, microbatches, axes):
+    options = dict(dropout_rate=0.1, microbatches=microbatches)
+    self._assert_same(_run(**options), _run(**options, num_devices=8, **axes))
 
   @parameterized.named_parameters(
+    ("data", dict(num_devices=8)),
     ("fsdp", dict(num_devices=8, data=1, fsdp=8)),
     ("tensor", dict(num_devices=4, data=1, model=4)),
   )
   @pytest.mark.slow
   def test_a_single_axis_changes_nothing_dropout_included(self, layout):
-    # "mixed" has both.
+    # "mixed" has them all.
     self._assert_same(_run(dropout_rate=0.1), _run(dropout_rate=0.1, **layout))
 
   def test_accumulation_equals_the_big_batch(self):
     self._assert_same(_run(), _run(microbatches=4))
-
-  def test_a_mesh_changes_no_microbatch_dropout_included(self):
-    options = dict(dropout_rate=0.1, microbatches=2)
-    self._assert_same(
-      _run(**options), _run(**options, num_devices=8, data=2, fsdp=2, model=2)
-    )
 
   @pytest.mark.slow
   def test_a_split_sequence_changes_no_microbatch_dropout_included(self):
@@ -151,7 +146,7 @@ class TrainStepTest(parameterized.TestCase):
       _run(**options), _run(**options, num_devices=4, data=2, seq=2)
     )
 
-  def test_workers_drop_what_one_device_would(self):
+  def test_gradients_of_workers_add_up_to_those_of_one_device(self):
     options = dict(dropout_rate=0.1)
     self._assert_same(
       _run(**options), _run(**options, local=True, num_devices=4)
@@ -178,9 +173,6 @@ class TrainStepTest(parameterized.TestCase):
     one = _run(precondition="mkor")
     self._assert_same(one, _run(precondition="mkor", **layout))
 
-  def test_local_gradients_add_up(self):
-    self._assert_same(_run(), _run(local=True, num_devices=4))
-
   def test_clipping_per_shard_above_every_norm_is_none(self):
     per_shard = _run(clip_norm=1e6, clip_scope="per_shard", num_devices=4)
     self._assert_same(_run(clip_norm=1e6), per_shard)
@@ -189,7 +181,9 @@ class TrainStepTest(parameterized.TestCase):
                        _run(clip_norm=1e6)[2]["grad_norm"][0])  # fmt: skip
 
   def test_metrics_count_the_whole_batch(self):
-    _, _, metrics = _run(dropout_rate=0.1, num_devices=8)
+    _, _, metrics = _run(
+      dropout_rate=0.1, num_devices=8, data=2, model=2, seq=2
+    )
     batch = _batch()
     count = (batch["labels"] >= 0).sum()
     self.assertEqual(metrics["mlm_accuracy"][1], count)

@@ -45,7 +45,7 @@ class ResumeTest(tiny.CorpusTestCase):
     process.send_signal(signal.SIGKILL)
     process.wait()
     self.assertLess(int(processes.rows(workdir)[-1]["step"]), 40)
-    process = processes.start(self.config, workdir)
+    process = processes.start(self.config, workdir, UNREPORTED="1")
     processes.wait_for_step(process, workdir, 18)
     process.send_signal(signal.SIGTERM)
     said = processes.finish(process)

@@ -360,27 +360,26 @@ class TokenCacheTest(parameterized.TestCase):
 
   def _run_builders(self, kill_first):
     program = textwrap.dedent("""
-        import sys, time
+        import pathlib, sys, time
         sys.path.insert(0, sys.argv[1])
         from tests.data import cache_test as t
-        class Slow(t.FakeSource):
+        class Held(t.FakeSource):
           def examples(self, split):
-            for example in super().examples(split):
-              time.sleep(0.02)
+            for number, example in enumerate(super().examples(split)):
+              while number == 12 and not pathlib.Path(sys.argv[3]).exists():
+                time.sleep(0.01)
               yield example
-        source = Slow(t.texts())
+        source = Held(t.texts())
         print("ready", flush=True)
         cache = t.cache_build.build_cache(
           source, "train", t.FakeTokenizer(), "sentences", sys.argv[2],
           documents_per_shard=5)
         print(cache.num_documents, flush=True)
     """)
+    more = pathlib.Path(self.create_tempdir()) / "more"  # documents are there
     command = [
-      sys.executable,
-      "-c",
-      program,
-      str(_REPOSITORY),
-      str(self.folder),
+      *(sys.executable, "-c", program),
+      *map(str, (_REPOSITORY, self.folder, more)),
     ]
     builders = [
       subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -388,13 +387,16 @@ class TokenCacheTest(parameterized.TestCase):
     ]
     for builder in builders:
       self.addCleanup(builder.stdout.close)
+      self.addCleanup(builder.kill)
       self.assertEqual(builder.stdout.readline(), "ready\n")
+    while not list(self.folder.glob("*.partial/*.state.npz")):
+      self.assertIsNone(builders[0].poll())
+      time.sleep(0.01)
     if kill_first:
-      while not list(self.folder.glob("*.partial/*.state.npz")):
-        time.sleep(0.01)
       builders[0].send_signal(signal.SIGKILL)
       builders[0].wait(30)
       builders.pop(0)
+    more.touch()
     for builder in builders:
       self.assertEqual(builder.stdout.readline(), "23\n")
       self.assertEqual(builder.wait(30), 0)

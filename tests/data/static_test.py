@@ -5,6 +5,7 @@ import tempfile
 import unittest
 
 import numpy as np
+import pytest
 from absl.testing import absltest
 
 from bertjax import train
@@ -17,6 +18,8 @@ try:
   import tensorflow  # noqa: F401
 except ImportError:
   raise unittest.SkipTest("needs the extra [tfds]") from None
+
+pytestmark = pytest.mark.usefixtures("unreported")
 
 
 class StaticDataTest(absltest.TestCase):

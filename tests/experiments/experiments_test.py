@@ -18,8 +18,8 @@ _FOLDER = pathlib.Path(report.__file__).parent
 _NAMES = [path.name for path in report.experiments(_FOLDER)]
 
 # `full_scale_test.py` runs their loops and reports without training and without
-# compiling for TPUs. "scaling" compiles for pods; `scaling_test.py` and
-# `plan_test.py` see its parts.
+# compiling for TPUs. "scaling" and "training_step" do compile for them;
+# `scaling_test.py`, `training_step_test.py` and `plan_test.py` see their parts.
 _LONG = (
   "bert",
   "flash_attention",
@@ -28,6 +28,7 @@ _LONG = (
   "onebit_adam",
   "point_bert",
   "scaling",
+  "training_step",
 )
 
 
