@@ -15,6 +15,7 @@ from bertjax.parallel.mesh import make_mesh
 from bertjax.parallel.sharding import put_batch
 
 _ROWS, _LENGTH, _MASKED, _VOCABULARY = 16, 24, 5, 64
+_UNCLIPPED = {"clip_norm": 1e6}  # above every norm
 
 
 def _batch():
@@ -84,11 +85,11 @@ def _run(
   make = functools.partial(
     train_state.init_state, objective, optimizer.transform, spec
   )
-  with jax.set_mesh(mesh):
-    state = jax.jit(make, out_shardings=shardings)(key)
   step = train_step.compile_step(
     objective, optimizer, mesh, shardings, spec, microbatches
   )
+  with jax.set_mesh(mesh):
+    state = jax.jit(make, out_shardings=shardings)(key)
   losses = []
   for _ in range(3):
     state, metrics = step(state, put_batch(batch, mesh))
@@ -118,11 +119,11 @@ class TrainStepTest(parameterized.TestCase):
     )
 
   @parameterized.named_parameters(
-    ("mixed", 2, dict(data=2, fsdp=2, model=2)),
-    ("sequence", 1, dict(data=2, model=2, seq=2)),
+    ("mixed", dict(microbatches=2), dict(data=2, fsdp=2, model=2)),
+    ("sequence", {}, dict(data=2, model=2, seq=2)),
   )
-  def test_a_mesh_changes_nothing_dropout_included(self, microbatches, axes):
-    options = dict(dropout_rate=0.1, microbatches=microbatches)
+  def test_a_mesh_changes_nothing_dropout_included(self, parts, axes):
+    options = dict(dropout_rate=0.1, **parts)
     self._assert_same(_run(**options), _run(**options, num_devices=8, **axes))
 
   @parameterized.named_parameters(
@@ -136,7 +137,7 @@ class TrainStepTest(parameterized.TestCase):
     self._assert_same(_run(dropout_rate=0.1), _run(dropout_rate=0.1, **layout))
 
   def test_accumulation_equals_the_big_batch(self):
-    self._assert_same(_run(), _run(microbatches=4))
+    self._assert_same(_run(**_UNCLIPPED), _run(**_UNCLIPPED, microbatches=4))
 
   @pytest.mark.slow
   def test_a_split_sequence_changes_no_microbatch_dropout_included(self):
@@ -158,11 +159,12 @@ class TrainStepTest(parameterized.TestCase):
     self.assertGreater(weight.max(), weight.min())
 
   def test_curvature_of_a_scanned_stack_is_the_same_everywhere(self):
-    one = _run(precondition="mkor")
+    options = dict(_UNCLIPPED, precondition="mkor")
+    one = _run(**options)
     self.assertEqual(one[2]["curvature_fallbacks"][0], 0)
-    self.assertGreater(abs(one[0][2] - _run()[0][2]), 1e-4)
+    self.assertGreater(abs(one[0][2] - _run(**_UNCLIPPED)[0][2]), 1e-4)
     layout = dict(num_devices=8, data=2, fsdp=2, model=2)
-    self._assert_same(one, _run(precondition="mkor", microbatches=2, **layout))
+    self._assert_same(one, _run(**options, microbatches=2, **layout))
 
   @parameterized.named_parameters(
     ("model", dict(num_devices=8, data=2, fsdp=2, model=2)),
@@ -170,15 +172,15 @@ class TrainStepTest(parameterized.TestCase):
   )
   @pytest.mark.slow
   def test_curvature_is_the_same_on_other_layouts(self, layout):
-    one = _run(precondition="mkor")
-    self._assert_same(one, _run(precondition="mkor", **layout))
+    options = dict(_UNCLIPPED, precondition="mkor")
+    self._assert_same(_run(**options), _run(**options, **layout))
 
   def test_clipping_per_shard_above_every_norm_is_none(self):
-    per_shard = _run(clip_norm=1e6, clip_scope="per_shard", num_devices=4)
-    self._assert_same(_run(clip_norm=1e6), per_shard)
+    whole = _run(**_UNCLIPPED)
+    per_shard = _run(**_UNCLIPPED, clip_scope="per_shard", num_devices=4)
+    self._assert_same(whole, per_shard)
     # The shards' own gradients are longer than their mean.
-    self.assertGreater(per_shard[2]["grad_norm"][0],
-                       _run(clip_norm=1e6)[2]["grad_norm"][0])  # fmt: skip
+    self.assertGreater(per_shard[2]["grad_norm"][0], whole[2]["grad_norm"][0])
 
   def test_metrics_count_the_whole_batch(self):
     _, _, metrics = _run(
