@@ -134,6 +134,8 @@ class HandoverTest(FineTuningTestCase):
       self.start(**changes)
 
 
+# Other objectives in one run: `teachers_test.py`.
+@pytest.mark.slow
 class StagesTest(FineTuningTestCase):
   def test_pre_training_hands_over_to_a_task(self):
     tuning = self.config(stop=dict(epochs=1))

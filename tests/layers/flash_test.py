@@ -163,8 +163,8 @@ class BertTest(parameterized.TestCase):
   def test_evaluation_equals_the_plain_reference(self):
     batch = batch_of(PADDED)
     want = solve("reference", batch, train=False)
-    for attend in ("flash", "blockwise"):
-      assert_close(solve(attend, batch, train=False), want)
+    # It is "blockwise" on a CPU, and one of a program's branches.
+    assert_close(solve("flash", batch, train=False), want)
 
   def test_packed_rows_equal_separate_sequences(self):
     encoder = objective("blockwise").encoder
@@ -215,11 +215,10 @@ class BertTest(parameterized.TestCase):
     )
     self.assertEqual(products, none + L)
 
-  @parameterized.parameters("blockwise", "flash")
-  def test_remat_changes_no_gradient(self, attend):
+  def test_remat_changes_no_gradient(self):
     batch, options = batch_of(PACKED), dict(train=True, dropout_rate=0.1)
-    want = solve(attend, batch, **options)
-    found = solve(attend, batch, remat="attention", **options)
+    want = solve("flash", batch, **options)
+    found = solve("flash", batch, remat="attention", **options)
     assert_close(found, want)
 
   @parameterized.parameters("reference", "blockwise")
