@@ -310,13 +310,17 @@ def _compare_tokenizers(wanted: Any, found: Any, where: str) -> None:
 
 
 def _define_flags() -> None:
-  flags.DEFINE(cli.PATH, "from", None, "Workdir or published folder.")
-  flags.DEFINE(cli.PATH, "to", None, "New folder.")
+  flags.DEFINE(cli.PATH, "from", None, "Workdir, Hugging Face folder, release of BERT or .pth of Point-BERT.")
+  flags.DEFINE(cli.PATH, "to", None, "New folder; of the format point_bert a new file.")
   flags.DEFINE_enum("format", None, list(FORMATS), "Layout to write.")
   flags.DEFINE_enum(
     "dtype", "float32", list(published.DTYPES), "Type of the weights written."
   )
-  flags.DEFINE_integer("step", None, "Checkpoint of a workdir; the newest.")
+  flags.DEFINE_integer(
+    "step",
+    None,
+    "Checkpoint of a workdir; the best by keep.best_metric, or the newest.",
+  )
   flags.DEFINE_bool("tokenizer", True, "Whether the tokenizer goes along.")
   flags.DEFINE_multi_string("ignore", [], "Regex of tensors to leave out.")
 

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -173,11 +173,30 @@ def build_evaluator(experiment: Experiment, spec, field: str) -> Evaluator:
     data=data,
     mesh=experiment.mesh,
   )
-  size, read = options.get("batch_size"), f"{field}.batch_size"
-  if size is None:
-    size, read = data.batch_size, f"{field}.data.batch_size"
-  check_batch(size, experiment.mesh, read)
+  _check_rows(spec, data.batch_size, experiment.mesh, field)
   return evaluator
+
+
+def _check_rows(
+  spec: Mapping[str, Any], batch_size: int, mesh: Mesh, field: str
+) -> None:
+  """Refuses rows of an evaluation that batch shards do not divide.
+
+  Args:
+    spec: options of the evaluator.
+    batch_size: of what it reads, unless `spec` says something else.
+    mesh: of the run.
+    field: that holds `spec`.
+
+  Raises:
+    ValueError: names the field.
+  """
+  read = spec.get("data") or {}
+  for options, name in ((spec, field), (read, f"{field}.data")):
+    if options.get("batch_size") is not None:
+      check_batch(options["batch_size"], mesh, f"{name}.batch_size")
+      return
+  check_batch(batch_size, mesh, "data.batch_size")
 
 
 def _other_data(experiment: Experiment, changes, field: str) -> Data:
@@ -299,6 +318,9 @@ def build(
   settings = resolve.complete(settings, data)
   stop = build_stop(settings.stop, settings.evals)
   train_step.check_batch(data.batch_size, settings.microbatches, mesh)
+  for name, spec in settings.evals.items():
+    # Here as well, so that a plan knows and training need not begin.
+    _check_rows(spec, data.batch_size, mesh, f"evals.{name}")
   objective = build_objective(settings, data)
   batch_spec = data.batch_spec(data.batch_size)
   _check_batch(settings, objective, batch_spec)

@@ -307,7 +307,8 @@ def load_model(
       file of Point-BERT's.
     dtype: compute dtype. With bfloat16 the matrices and the token table are
       cast once, here; the rest stays float32.
-    step: which checkpoint of a workdir; the newest intact one by default.
+    step: which checkpoint of a workdir; by default the best by the run's
+      `keep.best_metric`, or else the newest intact one.
     scan: whether layers are stacked; by default as saved, or stacked.
     ignore: regexes of published tensors that may be left out.
     **options: further options of `config.model` to replace, such as

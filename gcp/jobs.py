@@ -1,8 +1,8 @@
 r"""Job descriptions for clusters: a Kubernetes JobSet, or a Slurm script.
 
-  python -m gcp.jobs --kind=jobset --topology=2xv5e:16x16 --name=bert \
-      --config=configs/bert.py:base --workdir=/shared/runs/bert \
-      --image=IMAGE --claim=CLAIM --output=bert.yaml     # kubectl apply -f it
+  python -m gcp.jobs --kind=jobset --topology=2xv5e:16x16 --name=lamb \
+      --config=configs/lamb.py:large --workdir=/shared/runs/lamb \
+      --image=IMAGE --claim=CLAIM --output=lamb.yaml     # kubectl apply -f it
   python -m gcp.jobs --kind=slurm --topology=h100:32 --name=bert \
       --config=configs/bert.py:base --workdir=/shared/runs/bert \
       --partition=gpu --time=24:00:00 --output=bert.sh   # sbatch it

@@ -39,6 +39,14 @@ _COMMANDS = [
   for line in _TEXT.splitlines()
   if line.startswith("python -m bertjax.")
 ]
+# What the documents plan for, or rent.
+_ON_PODS = [
+  words
+  for name in ("README.md", "gcp/README.md")
+  for line in (_ROOT / name).read_text("utf-8").replace("\\\n", "").splitlines()
+  if "--topology=" in line and "--config=" in line
+  for words in [shlex.split(line.partition("&&")[0], comments=True)[3:]]
+]
 _SPANS = re.findall(r"`([^`\n]+)`", _TEXT)
 _TABLES = {
   "MODELS": MODELS,
@@ -126,6 +134,19 @@ class CommandsTest(parameterized.TestCase):
         self.assertNotEmpty(config.stage_configs(_load(_ROOT / path, variant)))
       if name == "topology":
         hardware.parse(value)
+
+
+class PodsTest(parameterized.TestCase):
+  @parameterized.parameters(*_ON_PODS)
+  def test_batches_divide_over_the_chips(self, *arguments):
+    given = dict(x[2:].split("=", 1) for x in arguments if "=" in x)
+    path, _, variant = given["config"].partition(":")
+    tried = dict(x.split("=") for x in given.get("sweep", "").split())
+    shards = hardware.parse(given["topology"]).num_devices
+    for stage in config.stage_configs(_load(_ROOT / path, variant)).values():
+      parts = tried.get("microbatches", str(stage.get("microbatches", 1)))
+      for part in parts.split(","):
+        self.assertEqual(stage["data"]["batch_size"] % (int(part) * shards), 0)
 
 
 class NamesTest(absltest.TestCase):

@@ -210,7 +210,7 @@ def usage() -> str:
 
 def _define_flags() -> None:
   """Made when the command runs, so that importing adds none."""
-  flags.DEFINE(cli.PATH, "model", None, "Workdir or published folder.")
+  flags.DEFINE(cli.PATH, "model", None, "Workdir, Hugging Face folder, release of BERT or .pth of Point-BERT.")
   flags.DEFINE_multi_string(
     "text", [], "A text, not empty; as often as needed."
   )
@@ -224,7 +224,11 @@ def _define_flags() -> None:
   flags.DEFINE(
     cli.PATH, "output", None, "File to write; standard output if none."
   )
-  flags.DEFINE_integer("step", None, "Checkpoint of a workdir; the newest.")
+  flags.DEFINE_integer(
+    "step",
+    None,
+    "Checkpoint of a workdir; the best by keep.best_metric, or the newest.",
+  )
   flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Compute dtype.")
   flags.DEFINE_integer("batch_size", 32, "Texts at a time.", lower_bound=1)
   flags.DEFINE_bool("truncate", False, "Cut texts that are too long.")

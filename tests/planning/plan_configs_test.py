@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import math
 import pathlib
+import unittest
 
 import jax
 import pytest
@@ -115,6 +116,21 @@ class ConfigsTest(parameterized.TestCase):
       rows = next(iter(built.batch_spec.values())).shape[0]
       self.assertEqual(rows, stage.data["batch_size"])
       self.assertGreater(built.settings.stop["steps"], 0)
+
+  @unittest.skipUnless(
+    importlib.util.find_spec("libtpu"),
+    "libtpu is not installed: pip install 'bertjax[test]'",
+  )
+  def test_what_evaluations_read_divides_over_a_pod_or_is_refused(self):
+    devices = hardware.topologies.devices(hardware.parse("v5p:4x4x4"))
+    ((_, stage, _),) = stages(_load(_path("lamb"), "mlperf_3072"))
+    self.assertTrue(step.build(devices, settings=stage, vocab_size=30_522))
+    heldout = stage.evals["heldout"] | {"batch_size": 1_000}
+    odd = dataclasses.replace(stage, evals={"heldout": heldout})
+    with self.assertRaisesRegex(
+      ValueError, "evals.heldout.batch_size=1000 does not divide over 64"
+    ):
+      step.build(devices, settings=odd, vocab_size=30_522)
 
   @parameterized.parameters(_VARIANTS_OF_CONFIGS)
   @pytest.mark.slow

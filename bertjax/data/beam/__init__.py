@@ -1,6 +1,6 @@
 """Corpora of any size by Apache Beam: caches, statistics, vocabularies.
 
-  python -m bertjax.data.beam cache --config=configs/bert.py:base
+  python -m bertjax.data.beam cache --config=configs/bert.py:base --stage=phase1
 
 A source is an iterator, so nobody knows where its millionth document stands.
 Of a source that has parts, such as files, `readers` workers count the documents

@@ -1,6 +1,6 @@
 r"""Prepares a config's text with Apache Beam, on one machine or a cluster.
 
-  python -m bertjax.data.beam cache --config=configs/bert.py:base --split=train
+  python -m bertjax.data.beam cache --config=configs/bert.py:base --stage=phase1
   python -m bertjax.data.beam statistics --config=... --output=statistics.json
   python -m bertjax.data.beam vocabulary --config=... --output=FOLDER
 
