@@ -74,6 +74,8 @@ class _Path(flags.ArgumentParser):
 
 
 PATH = _Path()  # for `flags.DEFINE`
+# What flags that name a model take.
+MODEL = "Workdir, Hugging Face folder, release of BERT or .pth of Point-BERT."
 
 
 def define_config(given: flags.FlagValues = flags.FLAGS) -> None:
