@@ -158,6 +158,9 @@ class TrainStepTest(parameterized.TestCase):
     weight = (_batch()["labels"] >= 0).reshape(-1, 4, _MASKED).sum((0, 2))
     self.assertGreater(weight.max(), weight.min())
 
+  # Devices and microbatches alone: `optim/preconditioned_step_test.py`; what a
+  # scanned stack gives on shards: `layers/statistics_test.py`.
+  @pytest.mark.slow
   def test_curvature_of_a_scanned_stack_is_the_same_everywhere(self):
     options = dict(_UNCLIPPED, precondition="mkor")
     one = _run(**options)

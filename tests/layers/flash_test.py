@@ -142,6 +142,9 @@ class BertTest(parameterized.TestCase):
     np.testing.assert_allclose(found, losses, rtol=1e-3)
     self.assertLess(losses[-1], losses[0])
 
+  # Kernels and encoders by themselves: `kernels/flash_attention`,
+  # `models/encoder_test.py`.
+  @pytest.mark.slow
   def test_relative_positions_train_alike(self):
     self._assert_relative_alike("tpu", "relative")
 

@@ -31,7 +31,7 @@ class PodTest(absltest.TestCase):
     self.assertLess(sent, wire.ring_bytes([(length,)], workers) / 15)
 
   def test_4_devices(self):
-    self._check("v5e:2x2", 4, 65_535)
+    self._check("v5e:2x2", 4, 524_287)
 
   def test_a_stack_of_matrices_passes_memory_few_times(self):
     shape = 32, 1024, 16, 64  # more than fits on the chip
