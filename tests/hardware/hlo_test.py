@@ -100,7 +100,9 @@ class ModuleTest(absltest.TestCase):
 
   def test_source_is_the_innermost_line_of_the_user(self):
     fusion = self.executed["fusion.1"].instruction
-    self.assertEqual(self.module.source(fusion), "/home/me/model.py:31")
+    for folder in ("site-packages", "dist-packages"):
+      module = Module(_MODULE.replace("site-packages", folder))
+      self.assertEqual(module.source(fusion), "/home/me/model.py:31")
     self.assertEqual(fusion.op_name, "jit(f)/while/body/add")
     self.assertEqual(self.module.source(self.executed["neg"].instruction), "")
 
