@@ -129,11 +129,14 @@ def read_collectives(module: Module) -> list[Collective]:
         continue
       operands = [computation.by_name[name] for name in instruction.operands]
       slices = _slices(instruction)
+      groups = (slices,) if slices else _groups(instruction, devices)
+      if role == _FUSED and _scatters(instruction, computation, groups):
+        kind = "reduce-scatter"
       found.append(
         Collective(
           kind=kind,
           operand_bytes=sum(operand.bytes for operand in operands),
-          groups=(slices,) if slices else _groups(instruction, devices),
+          groups=groups,
           slices=max(1, len(slices)),
           times=executed.times,
           op_name=instruction.op_name,
@@ -151,6 +154,27 @@ def _kind(instruction: Instruction) -> str | None:
     return kind if kind in _SENT else "collective-permute"
   kind = instruction.opcode.removesuffix("-start")
   return kind if kind in _SENT else None
+
+
+def _scatters(
+  instruction: Instruction,
+  computation: Computation,
+  groups: tuple[tuple[int, ...], ...],
+) -> bool:
+  """Whether of an all-reduce in a fusion each device keeps its part only.
+
+  A TPU's compiler joins an all-reduce and a slice to such a fusion.
+  """
+  users = [user for user, _ in computation.users[instruction.name]]
+  if instruction.opcode != "all-reduce" or not users:
+    return False
+  part = instruction.bytes / len(groups[0])
+  return all(
+    user.is_root
+    and user.opcode in ("dynamic-slice", "slice")
+    and user.bytes <= part
+    for user in users
+  )
 
 
 def _slices(instruction: Instruction) -> tuple[int, ...]:

@@ -216,6 +216,47 @@ ENTRY"""
     self.assertEqual(cost.hbm_bytes, 64)
 
 
+_SCATTERED = """\
+HloModule m, num_partitions=4
+
+%all-reduce-scatter (input: f32[8,128]) -> f32[2,128] {
+  %input = f32[8,128]{1,0:T(8,128)S(1)} parameter(0)
+  %all-reduce.7 = f32[8,128]{1,0:T(8,128)} all-reduce(%input), channel_id=9, replica_groups={{0,1,2,3}}, use_global_device_ids=true, to_apply=%plus
+  %partition-id.1 = u32[] partition-id()
+  %two = u32[] constant(2)
+  %row = u32[]{:T(128)} multiply(%partition-id.1, %two)
+  %zero = u32[] constant(0)
+  ROOT %part = f32[2,128]{1,0:T(8,128)S(1)} dynamic-slice(%all-reduce.7, %row, %zero), dynamic_slice_sizes={2,128}
+}
+
+ENTRY %main (g: f32[8,128]) -> f32[2,128] {
+  %g = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %fusion.2 = f32[2,128]{1,0:T(8,128)S(1)} fusion(%g), kind=kCustom, calls=%all-reduce-scatter
+}
+"""  # noqa: E501
+
+
+class ScatteredTest(parameterized.TestCase):
+  """A sum in a fusion of which each device keeps something."""
+
+  def test_an_equal_part_is_a_reduce_scatter(self):
+    (found,) = read_collectives(Module(_SCATTERED))
+    self.assertEqual((found.kind, found.times), ("reduce-scatter", 1))
+    self.assertEqual(found.operand_bytes, 8 * 128 * 4)
+    self.assertEqual(found.sent_bytes, 3 / 4 * 8 * 128 * 4)
+
+  @parameterized.parameters(
+    # More than a fourth is kept, something else reads all of it, nothing does.
+    ("%part = f32[2,128]", "%part = f32[6,128]"),
+    ("ROOT %part", "%all = f32[8,128]{1,0} copy(%all-reduce.7)\n  ROOT %part"),
+    ("dynamic-slice(%all-reduce.7,", "dynamic-slice(%input,"),
+  )
+  def test_all_else_stays_an_all_reduce(self, old, new):
+    self.assertIn(old, _SCATTERED)
+    (found,) = read_collectives(Module(_SCATTERED.replace(old, new)))
+    self.assertEqual(found.kind, "all-reduce")
+
+
 _ROWS = """\
 HloModule rows, is_scheduled=true
 
