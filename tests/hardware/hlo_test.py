@@ -298,6 +298,30 @@ class RowsTest(absltest.TestCase):
     self.assertEqual(moved["new"], 3 * rows + ids)
 
 
+class GpuTest(absltest.TestCase):
+  def test_transfers_and_scratch_memory_are_no_traffic(self):
+    text = """HloModule m, num_partitions=2
+
+ENTRY %main (a: bf16[64,64]) -> bf16[64,64] {
+  %a = bf16[64,64]{1,0} parameter(0)
+  %scatter = ((bf16[64,64]{1,0}), bf16[32,64]{1,0}) reduce-scatter-start(%a), channel_id=1, replica_groups={{0,1}}, dimensions={0}, to_apply=%plus
+  %part = bf16[32,64]{1,0} reduce-scatter-done(%scatter)
+  %swap = ((bf16[64,64]{1,0}), bf16[64,64]{1,0}) all-to-all-start(%a), channel_id=2, replica_groups={{0,1}}, dimensions={0}
+  %swapped = bf16[64,64]{1,0} all-to-all-done(%swap)
+  %gemm = (bf16[64,64]{1,0}, s8[4194304]{0}) custom-call(%a, %swapped), custom_call_target="__cublas$gemm"
+  ROOT %product = bf16[64,64]{1,0} get-tuple-element(%gemm), index=0
+}
+"""  # noqa: E501
+    module = Module(text)
+    cost = price_module(module, {}, CHIPS["h100"])
+    self.assertEqual([row.name for row in cost.rows], ["gemm"])
+    self.assertEqual(cost.hbm_bytes, 3 * 64 * 64 * 2)
+    self.assertEqual(
+      [(c.kind, c.operand_bytes) for c in read_collectives(module)],
+      [("reduce-scatter", 8192), ("all-to-all", 8192)],
+    )
+
+
 class TwinTest(absltest.TestCase):
   def test_equal_operations_share_a_schedule(self):
     text = textwrap.dedent("""\
