@@ -163,18 +163,24 @@ def _scatters(
 ) -> bool:
   """Whether of an all-reduce in a fusion each device keeps its part only.
 
-  A TPU's compiler joins an all-reduce and a slice to such a fusion.
+  A TPU's compiler joins an all-reduce and slices of it to such a fusion.
   """
-  users = [user for user, _ in computation.users[instruction.name]]
-  if instruction.opcode != "all-reduce" or not users:
+  if instruction.opcode != "all-reduce":
     return False
-  part = instruction.bytes / len(groups[0])
-  return all(
-    user.is_root
-    and user.opcode in ("dynamic-slice", "slice")
-    and user.bytes <= part
-    for user in users
-  )
+  kept = _kept_bytes(instruction, computation)
+  return 0 < kept <= instruction.bytes / len(groups[0])
+
+
+def _kept_bytes(value: Instruction, computation: Computation) -> int:
+  """Bytes of a value in a fusion that are used there, or returned."""
+  kept = value.bytes if value.is_root else 0
+  for user, _ in computation.users[value.name]:
+    if user.opcode in ("get-tuple-element", "bitcast"):
+      kept += _kept_bytes(user, computation)
+    else:
+      slices = user.opcode in ("dynamic-slice", "slice")
+      kept += user.bytes if slices else value.bytes
+  return kept
 
 
 def _slices(instruction: Instruction) -> tuple[int, ...]:

@@ -245,6 +245,38 @@ class ScatteredTest(parameterized.TestCase):
     self.assertEqual(found.operand_bytes, 8 * 128 * 4)
     self.assertEqual(found.sent_bytes, 3 / 4 * 8 * 128 * 4)
 
+  def test_parts_of_several_arrays_are_one_reduce_scatter(self):
+    text = """\
+HloModule m, num_partitions=4
+
+%all-reduce-scatter.3 (p.0: f32[6,128], p.1: f32[4,4,128]) -> (f32[2,128], f32[4,128]) {
+  %p.0 = f32[6,128]{1,0:T(8,128)S(1)} parameter(0)
+  %zero = f32[] constant(0)
+  %pad = f32[8,128]{1,0:T(8,128)} pad(%p.0, %zero), padding=0_2x0_0
+  %p.1 = f32[4,4,128]{2,1,0} parameter(1)
+  %flat = f32[16,128]{1,0} bitcast(%p.1)
+  %all-reduce.94 = (f32[8,128]{1,0:T(8,128)}, f32[16,128]{1,0:T(8,128)}) all-reduce(%pad, %flat), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%plus
+  %first = f32[8,128]{1,0} get-tuple-element(%all-reduce.94), index=0
+  %row = u32[] partition-id()
+  %slice.0 = f32[2,128]{1,0} dynamic-slice(%first, %row, %row), dynamic_slice_sizes={2,128}
+  %second = f32[16,128]{1,0} get-tuple-element(%all-reduce.94), index=1
+  %slice.1 = f32[4,128]{1,0} dynamic-slice(%second, %row, %row), dynamic_slice_sizes={4,128}
+  ROOT %parts = (f32[2,128]{1,0}, f32[4,128]{1,0}) tuple(%slice.0, %slice.1)
+}
+
+ENTRY %main (a: f32[6,128], b: f32[4,4,128]) -> (f32[2,128], f32[4,128]) {
+  %a = f32[6,128]{1,0} parameter(0)
+  %b = f32[4,4,128]{2,1,0} parameter(1)
+  ROOT %fusion = (f32[2,128]{1,0}, f32[4,128]{1,0}) fusion(%a, %b), kind=kCustom, calls=%all-reduce-scatter.3
+}
+"""  # noqa: E501
+    (found,) = read_collectives(Module(text))
+    self.assertEqual(found.kind, "reduce-scatter")
+    self.assertEqual(found.operand_bytes, (8 + 16) * 128 * 4)
+    whole = text.replace("tuple(%slice.0, %slice.1)", "tuple(%first, %slice.1)")
+    (found,) = read_collectives(Module(whole))
+    self.assertEqual(found.kind, "all-reduce")
+
   @parameterized.parameters(
     # More than a fourth is kept, something else reads all of it, nothing does.
     ("%part = f32[2,128]", "%part = f32[6,128]"),
