@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from benchmarks import history
+from benchmarks import history, output
 from bertjax import cli
 from bertjax.registry import lookup
 
@@ -37,25 +37,33 @@ def measured(parts: Sequence[str]) -> Iterator[tuple[str, Any]]:
   """Each part and what it writes as JSON; what it prints is shown.
 
   Raises:
-    ValueError: there is no such part.
-    subprocess.CalledProcessError: a part failed.
+    ValueError: there is no such part, or it failed.
   """
   budget = {part: lookup(SECONDS, part, "part") for part in parts}
   print(f"{len(budget)} parts, about {sum(budget.values())} s in all")
   with tempfile.TemporaryDirectory() as folder:
     for part, seconds in budget.items():
       print(f"== {part} (about {seconds} s)", flush=True)
-      output = pathlib.Path(folder) / f"{part}.json"
+      figures = pathlib.Path(folder) / f"{part}.json"
       start = time.monotonic()
-      command = [sys.executable, "-m", f"benchmarks.{part}", f"--json={output}"]
-      subprocess.run(command, check=True)
+      command = [sys.executable, "-m", f"benchmarks.{part}"]
+      command.append(f"--json={figures}")
+      code = subprocess.run(command, check=False).returncode
+      if code:
+        raise ValueError(
+          f"part={part!r} ended with code {code} and says why above; to leave"
+          " it out, name the others."
+        )
       print(f"{time.monotonic() - start:.0f} s", flush=True)
-      yield part, json.loads(output.read_text())
+      yield part, json.loads(figures.read_text())
 
 
 def _commit() -> str:
-  """Of the checkout, with a + if files differ from it; "" without git."""
-  folder = pathlib.Path(__file__).parent
+  """Of the checkout, with a + if files differ from it; "" without git.
+
+  The history, to which every run adds, is none of them.
+  """
+  folder, name = history.PATH.parent, history.PATH.name
 
   def git(*arguments):
     done = subprocess.run(
@@ -67,14 +75,17 @@ def _commit() -> str:
     )
     return done.stdout.strip()
 
-  changed = git("status", "--porcelain", "--untracked-files=no")
+  what = ("--", ":/", f":(exclude){name}")
+  changed = git("status", "--porcelain", "--untracked-files=no", *what)
   return git("rev-parse", "--short", "HEAD") + "+" * bool(changed)
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(prog="python -m benchmarks")
   parser.add_argument("parts", nargs="*", metavar="PART", default=[*SECONDS])
-  parser.add_argument("--json", help="file for all that was measured")
+  parser.add_argument(
+    "--json", type=output.path, help="file for all that was measured"
+  )
   parser.add_argument("--no-history", action="store_true")
   options = parser.parse_args()
   with cli.clear_errors():
@@ -85,26 +96,21 @@ def run(options: argparse.Namespace) -> None:
   """Measures the parts and keeps what they find.
 
   Raises:
-    ValueError: there is no such part.
-    subprocess.CalledProcessError: a part failed.
+    ValueError: there is no such part, or it failed.
   """
   found: dict[str, Any] = {}
+  commit = _commit()  # files may change while it measures
   try:
     for part, values in measured(options.parts):
       found[part] = values
       if options.json:
-        _write(pathlib.Path(options.json), found)
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
   finally:  # a part that fails does not take along what others measured
     if found and not options.no_history:
       lines = {part: history.headlines(part, found[part]) for part in found}
       today = datetime.date.today().isoformat()
-      history.append(history.PATH, lines, _commit(), today)
+      history.append(history.PATH, lines, commit, today)
       print(f"Appended to {history.PATH}.")
-
-
-def _write(path: pathlib.Path, found: Any) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

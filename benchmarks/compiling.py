@@ -9,7 +9,6 @@ another process that finds it full.
 import argparse
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ import time
 
 import jax
 
+from benchmarks import output
 from bertjax import experiment
 from bertjax.config import settings
 from bertjax.data.abstract import abstract_text
@@ -87,14 +87,14 @@ def once() -> float:
 def main() -> None:
   parser = argparse.ArgumentParser(prog="python -m benchmarks.compiling")
   parser.add_argument("--once", action="store_true", help="in this process")
-  parser.add_argument("--json", help="file for the seconds")
+  parser.add_argument("--json", type=output.path, help="file for the seconds")
   options = parser.parse_args()
   if options.once:
     print(once())
     return
   found = measure()
   if options.json:
-    pathlib.Path(options.json).write_text(json.dumps(found))
+    options.json.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

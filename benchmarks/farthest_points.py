@@ -8,7 +8,6 @@ compiler's, as `bertjax.hardware` reads them: no latency, no stalls.
 
 import argparse
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 from unittest import mock
@@ -16,6 +15,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
+from benchmarks import output
 from bertjax import cli
 from bertjax.hardware import compile_for, price
 from bertjax.parallel.mesh import make_mesh
@@ -61,7 +61,7 @@ def measure() -> dict[str, dict[str, float]]:
 
 def main() -> None:
   parser = argparse.ArgumentParser(prog="python -m benchmarks.farthest_points")
-  parser.add_argument("--json", help="file for all figures")
+  parser.add_argument("--json", type=output.path, help="file for all figures")
   options = parser.parse_args()
   with cli.clear_errors():
     found = measure()
@@ -72,7 +72,7 @@ def main() -> None:
       f" {cycles['loop']:,.0f} ({ratio:.0f}x)"
     )
   if options.json:
-    pathlib.Path(options.json).write_text(json.dumps(found, indent=2))
+    options.json.write_text(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ distance of 2,048 points, each as one would write it in PyTorch without kernels.
 
 import argparse
 import json
-import pathlib
 import statistics
 
 import jax
 import numpy as np
 
+from benchmarks import output
 from benchmarks.bert_base import Call, alternate
 from benchmarks.history import cores
 from bertjax import points
@@ -93,11 +93,11 @@ def measure(rounds: int = 10) -> dict[str, float]:
 
 def main() -> None:
   parser = argparse.ArgumentParser(prog="python -m benchmarks.points")
-  parser.add_argument("--json", help="file for the ratios")
+  parser.add_argument("--json", type=output.path, help="file for the ratios")
   options = parser.parse_args()
   found = measure()
   if options.json:
-    pathlib.Path(options.json).write_text(json.dumps(found))
+    options.json.write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

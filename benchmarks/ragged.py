@@ -11,12 +11,11 @@ attending to itself alone. Only real tokens count.
 import argparse
 import itertools
 import json
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks import bert_base, history
+from benchmarks import bert_base, history, output
 from bertjax.data import sources, tokenizers
 
 LENGTH, SHORTEST, ROWS = 512, 20, 8
@@ -131,11 +130,11 @@ def main() -> None:
   parser.add_argument(
     "--rounds", type=int, default=3, help="timed, after one warm-up"
   )
-  parser.add_argument("--json", help="file for all figures")
+  parser.add_argument("--json", type=output.path, help="file for all figures")
   options = parser.parse_args()
   found = measure(options.rounds)
   if options.json:
-    pathlib.Path(options.json).write_text(json.dumps(found, indent=2))
+    options.json.write_text(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import time
 
 import numpy as np
 
+from benchmarks import output
 from bertjax.data import (
   cache_build,
   instances,
@@ -78,7 +79,9 @@ def main():
   parser.add_argument("--seq_len", type=int, default=128)
   parser.add_argument("--documents", type=int, default=4000)
   parser.add_argument("--seconds", type=float, default=1.0)
-  parser.add_argument("--json", help="also write the rates to this file")
+  parser.add_argument(
+    "--json", type=output.path, help="also write the rates to this file"
+  )
   args = parser.parse_args()
   if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
@@ -106,9 +109,8 @@ def main():
         f" {row['epochs']:7d}"
       )
   if args.json:
-    with open(args.json, "w") as file:
-      named = {f"{row['mode']} {row['unit']}": row for row in rows}
-      json.dump(named, file, indent=2)
+    named = {f"{row['mode']} {row['unit']}": row for row in rows}
+    args.json.write_text(json.dumps(named, indent=2))
 
 
 if __name__ == "__main__":

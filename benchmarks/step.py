@@ -8,11 +8,10 @@ turn, so that both see the same machine; `benchmarks/bert_base.py` says of what.
 
 import argparse
 import json
-import pathlib
 
 import numpy as np
 
-from benchmarks import bert_base, history
+from benchmarks import bert_base, history, output
 
 _ROWS, _LENGTH, _MASKED = 8, 128, 20
 
@@ -75,7 +74,7 @@ def main() -> None:
   add("--dtype", choices=[*bert_base.PASSES], help="default: PyTorch's faster")
   add("--scan", action="store_true", help="scanned stack")
   add("--prng", default="threefry2x32", help="generator of dropout")
-  add("--json", help="file for all figures")
+  add("--json", type=output.path, help="file for all figures")
   options = parser.parse_args()
   print(f"BERT-base, {_ROWS} x {_LENGTH} tokens, against PyTorch:")
   found = measure(
@@ -86,7 +85,7 @@ def main() -> None:
     prng=options.prng,
   )
   if options.json:
-    pathlib.Path(options.json).write_text(json.dumps(found, indent=2))
+    options.json.write_text(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

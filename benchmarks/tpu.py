@@ -8,9 +8,9 @@ estimate is that of `python -m bertjax.plan`, which says what it leaves out.
 
 import argparse
 import json
-import pathlib
 from typing import Any
 
+from benchmarks import output
 from bertjax import cli
 from bertjax.config import merge, settings, stage_configs
 from bertjax.plan import plan
@@ -43,12 +43,12 @@ def main() -> None:
   parser = argparse.ArgumentParser(prog="python -m benchmarks.tpu")
   parser.add_argument("--batch_size", type=int, default=8)
   parser.add_argument("--unrolled", action="store_true")
-  parser.add_argument("--json", help="file for all figures")
+  parser.add_argument("--json", type=output.path, help="file for all figures")
   options = parser.parse_args()
   with cli.clear_errors():
     found = measure(options.batch_size, options.unrolled)
   if options.json:
-    pathlib.Path(options.json).write_text(json.dumps(found, indent=2))
+    options.json.write_text(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

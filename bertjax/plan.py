@@ -64,6 +64,7 @@ def plan(
     ValueError: unknown topology, one that no pod holds, or a config that does
       not fit it.
     CompilerMissing: the compiler is not installed.
+    CompilerEnded: the compiler came to no result.
   """
   if isinstance(topology, str):
     topology = hardware.parse(topology)

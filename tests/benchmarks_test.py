@@ -1,14 +1,17 @@
 """What the benchmarks feed to both sides holds the same tokens."""
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import time
+import unittest
 from unittest import mock
 
 import numpy as np
@@ -215,10 +218,10 @@ class HistoryTest(absltest.TestCase):
       history.read(path)
 
 
-class CommandTest(absltest.TestCase):
+class CommandTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
-    self.root = pathlib.Path(self.create_tempdir())
+    self.root, self.ran = pathlib.Path(self.create_tempdir()), []
     self.enterContext(
       mock.patch.object(history, "PATH", self.root / "history.jsonl")
     )
@@ -230,8 +233,9 @@ class CommandTest(absltest.TestCase):
     def part(arguments, *, check):
       del check
       name = arguments[2].removeprefix("benchmarks.")
+      self.ran.append(name)
       if name in fails:
-        raise subprocess.CalledProcessError(1, arguments)
+        return subprocess.CompletedProcess(arguments, 1)
       paths = history.HEADLINES[name]
       found: dict = {}
       for number, path in enumerate(paths, 1):
@@ -240,11 +244,14 @@ class CommandTest(absltest.TestCase):
         found[node] = value
       output = arguments[3].removeprefix("--json=")
       pathlib.Path(output).write_text(json.dumps(found))
+      return subprocess.CompletedProcess(arguments, 0)
 
     argv = ["benchmarks", *arguments]
     with (
       mock.patch.object(sys, "argv", argv),
-      mock.patch.object(command, "_commit", lambda: "c0ffee"),
+      mock.patch.object(
+        command, "_commit", lambda: "late" if self.ran else "c0ffee"
+      ),
       mock.patch.object(subprocess, "run", part),
     ):
       command.main()
@@ -266,11 +273,19 @@ class CommandTest(absltest.TestCase):
     self.assertEqual([*json.loads(path.read_text())], ["tpu", "step"])
     (line,) = history.read(history.PATH)
     self.assertEqual([*line["found"]], ["tpu", "step"])
+    self.assertEqual(line["commit"], "c0ffee")
 
   def test_a_part_that_fails_takes_nothing_along(self):
     path = self.root / "bench.json"
-    with self.assertRaises(subprocess.CalledProcessError):
+    told = io.StringIO()
+    with (
+      contextlib.redirect_stderr(told),
+      self.assertRaisesRegex(SystemExit, "1"),
+    ):
       self.run_parts("tpu", "step", f"--json={path}", fails=("step",))
+    self.assertRegex(
+      told.getvalue(), r"\AError: part='step' ended with code 1.*\n\Z"
+    )
     self.assertEqual([*json.loads(path.read_text())], ["tpu"])
     (line,) = history.read(history.PATH)
     self.assertEqual([*line["found"]], ["tpu"])
@@ -286,6 +301,51 @@ class CommandTest(absltest.TestCase):
       told.getvalue(), r"\AError: part='stepp' is unknown.*'step'\?\n\Z"
     )
     self.assertFalse(history.PATH.exists())
+
+  def test_a_file_that_cannot_be_written_is_refused_before_anything_runs(self):
+    told = io.StringIO()
+    with (
+      contextlib.redirect_stderr(told),
+      self.assertRaisesRegex(SystemExit, "2"),
+    ):
+      self.run_parts("tpu", f"--json={self.root}")
+    self.assertIn(f"--json={self.root} is a folder", told.getvalue())
+    self.assertEmpty(self.ran)
+
+  @parameterized.parameters(*command.SECONDS)
+  def test_a_part_refuses_such_a_file_as_well(self, name):
+    part = importlib.import_module(f"benchmarks.{name}")
+    told = io.StringIO()
+    with (
+      mock.patch.object(sys, "argv", [name, f"--json={self.root}"]),
+      mock.patch.object(part, "measure") as measure,
+      contextlib.redirect_stderr(told),
+      self.assertRaisesRegex(SystemExit, "2"),
+    ):
+      part.main()
+    self.assertIn(f"--json={self.root} is a folder", told.getvalue())
+    measure.assert_not_called()
+
+  @unittest.skipUnless(shutil.which("git"), "git is not installed")
+  def test_only_other_files_than_the_history_make_a_commit_unclean(self):
+    def git(*arguments):
+      who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+      subprocess.run(["git", *who, *arguments], cwd=self.root, check=True)
+
+    history.PATH = self.root / "benchmarks" / "history.jsonl"
+    history.PATH.parent.mkdir()
+    other = self.root / "code.py"
+    for path in (history.PATH, other):
+      path.write_text("1\n")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message=x")
+    commit = command._commit()
+    self.assertRegex(commit, r"\A[0-9a-f]+\Z")
+    history.PATH.write_text("2\n")
+    self.assertEqual(command._commit(), commit)
+    other.write_text("2\n")
+    self.assertEqual(command._commit(), f"{commit}+")
 
 
 if __name__ == "__main__":

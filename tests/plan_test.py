@@ -128,10 +128,14 @@ class SlicesTest(absltest.TestCase):
       if c.slices == 1
     }
     self.assertEqual(inside, {("data",)})
+    gradients = made.facts.parameters * 4
+    sent = sum(c.sent_bytes for c in made.collectives if c.slices == 1)
+    # Of 4 chips: a reduce-scatter and an all-gather of the gradients at least,
+    # two all-reduces at most.
+    self.assertBetween(sent, 0.95 * 3 / 2 * gradients, 3 * gradients)
     across = [c for c in made.collectives if c.slices > 1]
     self.assertEqual({c.group_size for c in across}, {2})
     # Each chip exchanges a quarter of the gradients with its peer.
-    gradients = made.facts.parameters * 4
     sent = sum(c.sent_bytes for c in across)
     self.assertBetween(sent, 0.95 * gradients / 4, 2 * gradients / 4)
     self.assertGreater(made.exchange_s, sent / 3.125e9)

@@ -63,7 +63,8 @@ _tpu = functools.partial(Chip, platform="tpu", matmul_cycles=16)
 # GB/s each way. network_bandwidth: 6.4 Tbit/s of a v5e pod of 256, 25.6 of a
 # v6e pod, 50 Gbit/s of a v5p chip. matmul_cycles: a matrix unit of v4 and v5
 # takes one of the 16 rows of a bfloat16 register per cycle, that of v6e two.
-# "H100" without further words is the SXM form.
+# "H100" without further words is the SXM form, whose memory is what its driver
+# reports.
 _ROWS = (
   _tpu(
     "v4",
@@ -123,7 +124,7 @@ _ROWS = (
     clock=1.98e9,
     peak_flops=989e12,
     hbm_bandwidth=3352e9,
-    hbm_bytes=80 * _GIB,
+    hbm_bytes=84_942_979_072,
     vmem_bytes=232_448,
     ring_bandwidth=450e9,
   ),

@@ -129,11 +129,14 @@ def read_collectives(module: Module) -> list[Collective]:
         continue
       operands = [computation.by_name[name] for name in instruction.operands]
       slices = _slices(instruction)
+      groups = (slices,) if slices else _groups(instruction, devices)
+      if role == _FUSED and _scatters(instruction, computation, groups):
+        kind = "reduce-scatter"
       found.append(
         Collective(
           kind=kind,
           operand_bytes=sum(operand.bytes for operand in operands),
-          groups=(slices,) if slices else _groups(instruction, devices),
+          groups=groups,
           slices=max(1, len(slices)),
           times=executed.times,
           op_name=instruction.op_name,
@@ -151,6 +154,33 @@ def _kind(instruction: Instruction) -> str | None:
     return kind if kind in _SENT else "collective-permute"
   kind = instruction.opcode.removesuffix("-start")
   return kind if kind in _SENT else None
+
+
+def _scatters(
+  instruction: Instruction,
+  computation: Computation,
+  groups: tuple[tuple[int, ...], ...],
+) -> bool:
+  """Whether of an all-reduce in a fusion each device keeps its part only.
+
+  A TPU's compiler joins an all-reduce and slices of it to such a fusion.
+  """
+  if instruction.opcode != "all-reduce":
+    return False
+  kept = _kept_bytes(instruction, computation)
+  return 0 < kept <= instruction.bytes / len(groups[0])
+
+
+def _kept_bytes(value: Instruction, computation: Computation) -> int:
+  """Bytes of a value in a fusion that are used there, or returned."""
+  kept = value.bytes if value.is_root else 0
+  for user, _ in computation.users[value.name]:
+    if user.opcode in ("get-tuple-element", "bitcast"):
+      kept += _kept_bytes(user, computation)
+    else:
+      slices = user.opcode in ("dynamic-slice", "slice")
+      kept += user.bytes if slices else value.bytes
+  return kept
 
 
 def _slices(instruction: Instruction) -> tuple[int, ...]:

@@ -139,8 +139,8 @@ def compile_for(
   Raises:
     CompilerMissing: the compiler for this chip is not installed.
     OutOfMemory: the program needs more memory than a chip has.
-    CompilerEnded: the compiler died or took too long.
-    Exception: whatever the target or the compiler raised.
+    CompilerEnded: the compiler failed, died or took too long.
+    Exception: whatever the target raised.
   """
   if isinstance(topology, str):
     topology = topologies.parse(topology)
@@ -230,8 +230,8 @@ def _run_worker(
     )
   except subprocess.TimeoutExpired as err:
     raise CompilerEnded(
-      f"The compiler took longer than timeout_s={timeout_s:g}; raise it, or"
-      " compile a smaller program."
+      f"The compiler took longer than timeout_s={timeout_s:g}; compile a"
+      " smaller program, or fewer layers."
     ) from err
   if not (folder / RESULT).exists():
     logging.debug("The compiler wrote:\n%s", done.stderr)
@@ -264,11 +264,22 @@ def _load(path: pathlib.Path) -> tuple[str, dict[str, int], Any]:
   result, info = pickle.loads(path.read_bytes())
   if not isinstance(result, BaseException):
     return *result, info
-  if "RESOURCE_EXHAUSTED" in str(result):
-    raise _out_of_memory(str(result), info) from result
-  raise result
+  if not isinstance(result, jax.errors.JaxRuntimeError):
+    raise result
+  line = _first_line(str(result))
+  # What ran out may be another memory, such as VMEM.
+  if "RESOURCE_EXHAUSTED" in line and _HBM.search(line):
+    raise _out_of_memory(line, info) from result
+  raise CompilerEnded(f"The compiler failed: {line}") from result
 
 
+def _first_line(message: str) -> str:
+  """Of an error; what only names its kind is continued by the next."""
+  first, *rest = message.split("\n")
+  return f"{first} {rest[0]}" if first.endswith(":") and rest else first
+
+
+_HBM = re.compile(r"(\bon |\bspace[ =])hbm\b", re.IGNORECASE)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)"
 # Of the compiler's own sum, or of a single allocation that is too large.
@@ -287,7 +298,7 @@ def _check_room(memory: Memory, chip: Chip, info: Any) -> None:
 def _out_of_memory(message: str, info: Any) -> OutOfMemory:
   match = next(filter(None, (p.search(message) for p in _NEEDED)), None)
   if match is None:
-    return OutOfMemory(message.split("\n")[0], info=info)
+    return OutOfMemory(message, info=info)
   needed = float(match[1]) * _UNITS[match[2]]
   available = float(match[3]) * _UNITS[match[4]]
   return _lack(needed, available, info)

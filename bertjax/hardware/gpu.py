@@ -15,11 +15,13 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
+from bertjax.hardware.chips import CHIPS
+
 ARCHITECTURE = "sm_90a"
 
 # What a driver would say of an H100 SXM, as XLA's GpuTargetConfigProto.
-_H100 = """
-gpu_device_info {
+_H100 = f"""
+gpu_device_info {{
   threads_per_block_limit: 1024
   threads_per_warp: 32
   shared_memory_per_block: 49152
@@ -33,9 +35,9 @@ gpu_device_info {
   memory_bandwidth: 3352320000000
   l2_cache_size: 52428800
   clock_rate_ghz: 1.98
-  device_memory_size: 84942979072
+  device_memory_size: {CHIPS["h100"].hbm_bytes}
   shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
   thread_dim_limit_x: 1024
@@ -46,10 +48,10 @@ gpu_device_info {
   compile_time_toolkit_version: "13.0.0"
   dnn_version: "9.10.0"
   name: "NVIDIA H100 80GB HBM3"
-}
+}}
 platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-runtime_version { major: 13 minor: 0 patch: 0 }
+dnn_version_info {{ major: 9 minor: 10 }}
+runtime_version {{ major: 13 minor: 0 patch: 0 }}
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 

@@ -32,6 +32,8 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _OP_NAME = re.compile(r'\bop_name="([^"]*)"')
 _FRAME = re.compile(r"\bstack_frame_id=(\d+)")
 _TABLES = ("FileNames", "FunctionNames", "FileLocations", "StackFrames")
+# Folders of installed packages; the second is Debian's and Colab's.
+_INSTALLED = ("site-packages", "dist-packages")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +248,7 @@ class Module:
         break
       place, frame = self._frames[frame]
       first = first or place
-      if "site-packages" not in place:
+      if not any(folder in place for folder in _INSTALLED):
         return place
     return first
 

@@ -18,9 +18,10 @@ _SLICES = ("dynamic-slice", "gather")
 _TRANSFERS = frozenset(
   """copy-start copy-done slice-start slice-done async-start async-update
   async-done all-reduce all-reduce-start all-reduce-done all-gather
-  all-gather-start all-gather-done reduce-scatter all-to-all collective-permute
-  collective-permute-start collective-permute-done send send-done recv
-  recv-done""".split()
+  all-gather-start all-gather-done reduce-scatter reduce-scatter-start
+  reduce-scatter-done all-to-all all-to-all-start all-to-all-done
+  collective-permute collective-permute-start collective-permute-done send
+  send-done recv recv-done""".split()
 )
 _BOOKKEEPING = (
   "AllocateBuffer",
@@ -85,7 +86,7 @@ def hbm_bytes(
   if instruction.opcode == "dynamic-slice":
     in_hbm = computation.by_name[instruction.operands[0]].hbm_bytes > 0
     return instruction.hbm_bytes + (instruction.bytes if in_hbm else 0)
-  written = instruction.hbm_bytes
+  written = instruction.hbm_bytes - _workspace_bytes(instruction)
   if callee is not None and callee.root is not None and written:
     written = min(written, _written(callee, callee.root, module))
   read = 0
@@ -99,6 +100,14 @@ def hbm_bytes(
       full if parameter is None else _read(callee, parameter, full, module)
     )
   return written + read
+
+
+def _workspace_bytes(instruction: Instruction) -> int:
+  """Of a call of cuBLAS: the scratch memory that is its last result."""
+  if not custom_call_target(instruction).startswith("__cublas"):
+    return 0
+  *results, last = instruction.arrays
+  return last.bytes if results and last.dtype == "s8" else 0
 
 
 def _read(

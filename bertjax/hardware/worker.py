@@ -35,7 +35,13 @@ def work(folder: pathlib.Path) -> None:
 
 
 def _compiled(lowered: jax.stages.Lowered) -> tuple[str, dict[str, int]]:
-  compiled = lowered.compile()
+  try:
+    compiled = lowered.compile()
+  except Exception as err:
+    # Pallas has a class of its own for what the compiler says of a kernel.
+    if isinstance(err.__cause__, jax.errors.JaxRuntimeError):
+      raise jax.errors.JaxRuntimeError(str(err)) from err
+    raise
   stats = compiled.memory_analysis()
   memory = dict(
     arguments=stats.argument_size_in_bytes,

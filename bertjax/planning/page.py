@@ -16,6 +16,8 @@ _LIMITS = """\
 Estimated from the compiled program with the clocks and bandwidths of the data
 sheet. Not in it: latency of transfers (DMA), stalls. Copies in the background
 count as hidden, predicated regions as taken. See bertjax.hardware."""
+_PREALLOCATED = """\
+JAX takes 75% of it in advance; XLA_CLIENT_MEM_FRACTION=.95 lets it use more"""
 _NO_MODEL = """\
 There is no model of a GPU's time. A step takes at least as long as the longest
 of these, if no HBM byte is spared by the L2 cache:"""
@@ -135,6 +137,8 @@ def _memory_lines(plan: Plan, name: str) -> list[str]:
   verdict = "FITS" if plan.fits else "DOES NOT FIT"
   total = "more than it has" if needed is None else units.size(needed)
   lines = [f"{verdict}: {total} of {units.size(capacity)} per device"]
+  if plan.topology.chip.platform == "cuda":
+    lines.append(_PREALLOCATED)
   held = {
     "parameters": facts.parameter_bytes,
     "optimizer": facts.optimizer_bytes,

@@ -100,7 +100,9 @@ class ModuleTest(absltest.TestCase):
 
   def test_source_is_the_innermost_line_of_the_user(self):
     fusion = self.executed["fusion.1"].instruction
-    self.assertEqual(self.module.source(fusion), "/home/me/model.py:31")
+    for folder in ("site-packages", "dist-packages"):
+      module = Module(_MODULE.replace("site-packages", folder))
+      self.assertEqual(module.source(fusion), "/home/me/model.py:31")
     self.assertEqual(fusion.op_name, "jit(f)/while/body/add")
     self.assertEqual(self.module.source(self.executed["neg"].instruction), "")
 
@@ -214,6 +216,79 @@ ENTRY"""
     self.assertEqual(cost.hbm_bytes, 64)
 
 
+_SCATTERED = """\
+HloModule m, num_partitions=4
+
+%all-reduce-scatter (input: f32[8,128]) -> f32[2,128] {
+  %input = f32[8,128]{1,0:T(8,128)S(1)} parameter(0)
+  %all-reduce.7 = f32[8,128]{1,0:T(8,128)} all-reduce(%input), channel_id=9, replica_groups={{0,1,2,3}}, use_global_device_ids=true, to_apply=%plus
+  %partition-id.1 = u32[] partition-id()
+  %two = u32[] constant(2)
+  %row = u32[]{:T(128)} multiply(%partition-id.1, %two)
+  %zero = u32[] constant(0)
+  ROOT %part = f32[2,128]{1,0:T(8,128)S(1)} dynamic-slice(%all-reduce.7, %row, %zero), dynamic_slice_sizes={2,128}
+}
+
+ENTRY %main (g: f32[8,128]) -> f32[2,128] {
+  %g = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %fusion.2 = f32[2,128]{1,0:T(8,128)S(1)} fusion(%g), kind=kCustom, calls=%all-reduce-scatter
+}
+"""  # noqa: E501
+
+
+class ScatteredTest(parameterized.TestCase):
+  """A sum in a fusion of which each device keeps something."""
+
+  def test_an_equal_part_is_a_reduce_scatter(self):
+    (found,) = read_collectives(Module(_SCATTERED))
+    self.assertEqual((found.kind, found.times), ("reduce-scatter", 1))
+    self.assertEqual(found.operand_bytes, 8 * 128 * 4)
+    self.assertEqual(found.sent_bytes, 3 / 4 * 8 * 128 * 4)
+
+  def test_parts_of_several_arrays_are_one_reduce_scatter(self):
+    text = """\
+HloModule m, num_partitions=4
+
+%all-reduce-scatter.3 (p.0: f32[6,128], p.1: f32[4,4,128]) -> (f32[2,128], f32[4,128]) {
+  %p.0 = f32[6,128]{1,0:T(8,128)S(1)} parameter(0)
+  %zero = f32[] constant(0)
+  %pad = f32[8,128]{1,0:T(8,128)} pad(%p.0, %zero), padding=0_2x0_0
+  %p.1 = f32[4,4,128]{2,1,0} parameter(1)
+  %flat = f32[16,128]{1,0} bitcast(%p.1)
+  %all-reduce.94 = (f32[8,128]{1,0:T(8,128)}, f32[16,128]{1,0:T(8,128)}) all-reduce(%pad, %flat), channel_id=1, replica_groups={{0,1,2,3}}, to_apply=%plus
+  %first = f32[8,128]{1,0} get-tuple-element(%all-reduce.94), index=0
+  %row = u32[] partition-id()
+  %slice.0 = f32[2,128]{1,0} dynamic-slice(%first, %row, %row), dynamic_slice_sizes={2,128}
+  %second = f32[16,128]{1,0} get-tuple-element(%all-reduce.94), index=1
+  %slice.1 = f32[4,128]{1,0} dynamic-slice(%second, %row, %row), dynamic_slice_sizes={4,128}
+  ROOT %parts = (f32[2,128]{1,0}, f32[4,128]{1,0}) tuple(%slice.0, %slice.1)
+}
+
+ENTRY %main (a: f32[6,128], b: f32[4,4,128]) -> (f32[2,128], f32[4,128]) {
+  %a = f32[6,128]{1,0} parameter(0)
+  %b = f32[4,4,128]{2,1,0} parameter(1)
+  ROOT %fusion = (f32[2,128]{1,0}, f32[4,128]{1,0}) fusion(%a, %b), kind=kCustom, calls=%all-reduce-scatter.3
+}
+"""  # noqa: E501
+    (found,) = read_collectives(Module(text))
+    self.assertEqual(found.kind, "reduce-scatter")
+    self.assertEqual(found.operand_bytes, (8 + 16) * 128 * 4)
+    whole = text.replace("tuple(%slice.0, %slice.1)", "tuple(%first, %slice.1)")
+    (found,) = read_collectives(Module(whole))
+    self.assertEqual(found.kind, "all-reduce")
+
+  @parameterized.parameters(
+    # More than a fourth is kept, something else reads all of it, nothing does.
+    ("%part = f32[2,128]", "%part = f32[6,128]"),
+    ("ROOT %part", "%all = f32[8,128]{1,0} copy(%all-reduce.7)\n  ROOT %part"),
+    ("dynamic-slice(%all-reduce.7,", "dynamic-slice(%input,"),
+  )
+  def test_all_else_stays_an_all_reduce(self, old, new):
+    self.assertIn(old, _SCATTERED)
+    (found,) = read_collectives(Module(_SCATTERED.replace(old, new)))
+    self.assertEqual(found.kind, "all-reduce")
+
+
 _ROWS = """\
 HloModule rows, is_scheduled=true
 
@@ -253,6 +328,30 @@ class RowsTest(absltest.TestCase):
     self.assertEqual(moved["found"], 2 * rows + ids)
     # Old rows, what is added, and the sums in their place.
     self.assertEqual(moved["new"], 3 * rows + ids)
+
+
+class GpuTest(absltest.TestCase):
+  def test_transfers_and_scratch_memory_are_no_traffic(self):
+    text = """HloModule m, num_partitions=2
+
+ENTRY %main (a: bf16[64,64]) -> bf16[64,64] {
+  %a = bf16[64,64]{1,0} parameter(0)
+  %scatter = ((bf16[64,64]{1,0}), bf16[32,64]{1,0}) reduce-scatter-start(%a), channel_id=1, replica_groups={{0,1}}, dimensions={0}, to_apply=%plus
+  %part = bf16[32,64]{1,0} reduce-scatter-done(%scatter)
+  %swap = ((bf16[64,64]{1,0}), bf16[64,64]{1,0}) all-to-all-start(%a), channel_id=2, replica_groups={{0,1}}, dimensions={0}
+  %swapped = bf16[64,64]{1,0} all-to-all-done(%swap)
+  %gemm = (bf16[64,64]{1,0}, s8[4194304]{0}) custom-call(%a, %swapped), custom_call_target="__cublas$gemm"
+  ROOT %product = bf16[64,64]{1,0} get-tuple-element(%gemm), index=0
+}
+"""  # noqa: E501
+    module = Module(text)
+    cost = price_module(module, {}, CHIPS["h100"])
+    self.assertEqual([row.name for row in cost.rows], ["gemm"])
+    self.assertEqual(cost.hbm_bytes, 3 * 64 * 64 * 2)
+    self.assertEqual(
+      [(c.kind, c.operand_bytes) for c in read_collectives(module)],
+      [("reduce-scatter", 8192), ("all-to-all", 8192)],
+    )
 
 
 class TwinTest(absltest.TestCase):

@@ -118,6 +118,18 @@ def too_large(devices):
   return jax.jit(lambda x: x + 1).lower(x)
 
 
+def refused(devices):
+  """A TPU kernel of which the compiler does not know one reshape."""
+  from jax.experimental import pallas as pl
+
+  def body(x, out):
+    out[...] = x[...].reshape(60, 64)
+
+  x = _on_first(devices, (30, 128), jnp.float32)
+  shape = jax.ShapeDtypeStruct((60, 64), jnp.float32)
+  return jax.jit(pl.pallas_call(body, out_shape=shape)).lower(x)
+
+
 def fail(devices):
   raise ValueError(f"seen on {len(devices)} devices")
 

@@ -142,6 +142,12 @@ class ErrorsTest(parameterized.TestCase):
     self.assertEqual(raised.exception.needed, 64 * 2**30)
     self.assertLess(raised.exception.available, 16 * 2**30)
 
+  def test_a_kernel_that_the_compiler_refuses_is_told_in_one_line(self):
+    with self.assertRaisesRegex(
+      CompilerEnded, r"failed: INTERNAL: .*Mosaic failed .* shape cast\Z"
+    ):
+      compile_for("v5e:1x1", programs.refused)
+
   def test_an_error_of_the_target_arrives(self):
     with self.assertRaisesRegex(ValueError, "seen on 4 devices") as raised:
       compile_for("v5e:2x2", programs.fail)

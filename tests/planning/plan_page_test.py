@@ -75,6 +75,7 @@ class PageTest(absltest.TestCase):
     )
     self.assertIn("  temporaries  1.00 GiB  (gradients and all else)", lines)
     self.assertIn("collectives: none", lines)
+    self.assertNotIn("75%", page.render(made))
     # 3 million cycles of 1.5 GHz, of which the matrix units work 3,000.
     self.assertIn("compute      2.00 ms a chip", lines)
     self.assertIn("  arithmetic 3.94e+08 FLOP, matrix units busy 0%", lines)
@@ -123,6 +124,7 @@ class PageTest(absltest.TestCase):
     )
     text = page.render(made)
     self.assertStartsWith(text, "plan on h100:8: 8 GPUs, mesh data 8\n")
+    self.assertIn("JAX takes 75% of it", text)
     self.assertIn("There is no model of a GPU's time.", text)
     # Three times a thousandth of the 3,352 GB that HBM moves in a second.
     self.assertIn("  HBM        3.00 ms (9.37 GiB)", text)

@@ -85,7 +85,7 @@ class SuggestTest(absltest.TestCase):
     ):
       stage = settings(tiny.config(pathlib.Path("nowhere")))
       text = page.render(plan_lib.plan(stage, "h100:4"))
-    self.assertIn("DOES NOT FIT: 90.00 GiB of 80.00 GiB per device", text)
+    self.assertIn("DOES NOT FIT: 90.00 GiB of 79.11 GiB per device", text)
     self.assertIn("fit with --config.microbatches=2 (70.00 GiB)", text)
 
 
