@@ -74,7 +74,9 @@ def plan(
       topology, lower_step, settings=stage, vocab_size=vocab_size
     )
   except hardware.OutOfMemory as err:
-    found = Plan(topology, err.info, steps, err.needed)
+    found = Plan(
+      topology, err.info, steps, err.needed, available_bytes=err.available
+    )
     if not suggest:
       return found
     suggestion = advice.suggest(stage, topology, err, vocab_size)

@@ -32,6 +32,8 @@ def figures(plan: Plan) -> dict[str, Any]:
     "steps": plan.steps,
     "step": facts,
   }
+  if plan.available_bytes is not None:
+    found["available_bytes"] = plan.available_bytes
   if plan.suggestion is not None:
     found["suggestion"] = dataclasses.asdict(plan.suggestion)
   if plan.memory is not None:
@@ -130,7 +132,8 @@ def _head_lines(plan: Plan, name: str) -> list[str]:
 
 def _memory_lines(plan: Plan, name: str) -> list[str]:
   facts, memory = plan.facts, plan.memory
-  capacity = plan.topology.chip.hbm_bytes
+  # Compilers keep some of a chip's memory for themselves.
+  capacity = plan.available_bytes or plan.topology.chip.hbm_bytes
   needed = plan.needed_bytes
   verdict = "FITS" if plan.fits else "DOES NOT FIT"
   total = "more than it has" if needed is None else units.size(needed)
