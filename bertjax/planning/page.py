@@ -171,12 +171,9 @@ def _advice(plan: Plan, name: str) -> str:
       "try a smaller data.batch_size, more chips with mesh.fsdp or mesh.model,"
       " or model.remat"
     )
-  flags = " ".join(f"--config.{x}" for x in plan.suggestion.fields.split(", "))
-  # An override of a group that a stage does not have is refused, so these flags
-  # are of the config that the stage changes.
-  there = f"; change there what stages.{name} sets itself" if name else ""
-  size = units.size(plan.suggestion.needed_bytes)
-  return f"would fit with {flags} ({size}){there}"
+  where = f"--config.stages.{name}" if name else "--config"
+  flags = " ".join(f"{where}.{x}" for x in plan.suggestion.fields.split(", "))
+  return f"would fit with {flags} ({units.size(plan.suggestion.needed_bytes)})"
 
 
 def _collective_lines(plan: Plan) -> list[str]:
