@@ -12,13 +12,16 @@ from bertjax.planning.outcome import Plan
 _TOP = 10
 _GPUS_OF_A_HOST = 8
 _SCOPES_LEFT_OUT = ("while", "body", "closed_call", "checkpoint")
-_LIMITS = """\
+LIMITS = """\
 Estimated from the compiled program with the clocks and bandwidths of the data
 sheet. Not in it: latency of transfers (DMA), stalls. Copies in the background
-count as hidden, predicated regions as taken. See bertjax.hardware."""
+count as hidden, predicated regions as taken, of conditionals that exchange
+nothing all branches, loops of a length known only at run time as one iteration.
+See bertjax.hardware."""
 _NO_MODEL = """\
 There is no model of a GPU's time. A step takes at least as long as the longest
-of these, if no HBM byte is spared by the L2 cache:"""
+of these, if no HBM byte is spared by the L2 cache, and conditionals that
+exchange nothing take all of their branches:"""
 
 
 def figures(plan: Plan) -> dict[str, Any]:
@@ -105,7 +108,7 @@ def render(plan: Plan, name: str = "") -> str:
     lines += ["", *_collective_lines(plan)]
   if plan.cost is not None:
     top = _top_lines(plan.longest.work)
-    lines += ["", *_time_lines(plan), "", *top, "", _LIMITS]
+    lines += ["", *_time_lines(plan), "", *top, "", LIMITS]
   if plan.traffic is not None:
     traffic = _traffic_lines(plan.longest.work)
     lines += ["", *_bound_lines(plan), "", *traffic]
@@ -240,7 +243,8 @@ def _speed_lines(plan: Plan) -> list[str]:
       f" ({plan.facts.model_flops:.3g} model FLOP a step, all chips)"
     )
   if plan.steps:
-    most = "at most " if len(plan.kinds) > 1 else ""
+    branched = len(plan.kinds) > 1 or any(row.branch for row in plan.cost.rows)
+    most = "at most " if branched else ""
     lines.append(
       f"whole run    {units.plural(plan.steps, 'step')} in {most}"
       f"{units.span(plan.hours * 3600)}, {units.digits(plan.chip_hours)}"
