@@ -10,7 +10,8 @@ r"""Plans a run on hardware that nobody here has: does it fit, how fast is it.
       --sweep="mesh.fsdp=1,4 microbatches=1,2,4"
 
 Compiles the config's own training step with the accelerator's compiler, which
-needs no accelerator: minutes for a large model, nothing is downloaded or read.
+needs no accelerator: minutes for a large model, nothing is downloaded or read
+but the files of data.name="static", whose rows say how long they are.
 Times are estimates from the compiled program; `bertjax.hardware` says how, and
 what they leave out. A config with stages gets a page for each, or a table with
 `--sweep`, whose values count for that stage, whatever it says itself. How many
