@@ -239,7 +239,7 @@ def _define_flags() -> None:
   flags.DEFINE_string(
     "sweep", None, 'Values to try, as "mesh.fsdp=1,4 microbatches=1,2".'
   )
-  flags.DEFINE_string("json", None, "File for all figures; - prints them.")
+  flags.DEFINE(cli.PATH, "json", None, "File for all figures; - prints them.")
 
 
 if __name__ == "__main__":
