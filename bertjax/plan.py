@@ -10,7 +10,8 @@ r"""Plans a run on hardware that nobody here has: does it fit, how fast is it.
       --sweep="mesh.fsdp=1,4 microbatches=1,2,4"
 
 Compiles the config's own training step with the accelerator's compiler, which
-needs no accelerator: minutes for a large model, nothing is downloaded or read.
+needs no accelerator: minutes for a large model, nothing is downloaded or read
+but the files of data.name="static", whose rows say how long they are.
 Times are estimates from the compiled program; `bertjax.hardware` says how, and
 what they leave out. A config with stages gets a page for each, or a table with
 `--sweep`, whose values count for that stage, whatever it says itself. How many
@@ -75,7 +76,9 @@ def plan(
       topology, lower_step, settings=stage, vocab_size=vocab_size
     )
   except hardware.OutOfMemory as err:
-    found = Plan(topology, err.info, steps, err.needed)
+    found = Plan(
+      topology, err.info, steps, err.needed, available_bytes=err.available
+    )
     if not suggest:
       return found
     suggestion = advice.suggest(stage, topology, err, vocab_size)
@@ -237,7 +240,7 @@ def _define_flags() -> None:
   flags.DEFINE_string(
     "sweep", None, 'Values to try, as "mesh.fsdp=1,4 microbatches=1,2".'
   )
-  flags.DEFINE_string("json", None, "File for all figures; - prints them.")
+  flags.DEFINE(cli.PATH, "json", None, "File for all figures; - prints them.")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def _define_flags() -> None:
   flags.DEFINE_string("name", None, "Of the job.")
   flags.DEFINE_string("config", None, "Of bertjax.train.")
   flags.DEFINE_string("workdir", None, "In a folder that all hosts share.")
-  flags.DEFINE_string("output", None, "File to write; by default it prints.")
+  flags.DEFINE(cli.PATH, "output", None, "File to write; by default it prints.")
   flags.DEFINE_integer("max_restarts", 20, "After failures.")
   flags.DEFINE_integer("grace_s", 120, "Seconds to save in after a signal.")
   flags.DEFINE_string("image", None, "Container image.")

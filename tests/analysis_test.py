@@ -68,6 +68,19 @@ class FertilityTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "analysis='fertlity'.*fertility"):
       command.measure("fertlity", str(root / "vocab"), source)
 
+  def test_of_a_run_with_stages_the_last_one_counts(self):
+    root = pathlib.Path(self.create_tempdir())
+    last = root / "run" / "phase2"
+    (last / "checkpoints").mkdir(parents=True)
+    self.tokenizer.save(last / "tokenizer")
+    config = dict(data=dict(preprocess=["lowercase"]))
+    (last / "config.json").write_text(json.dumps(config))
+    (root / "run" / "last").symlink_to("phase2")
+    (root / "a.txt").write_text("THE cat")
+    source = dict(name="text_files", paths=str(root / "a.txt"))
+    found = command.measure("fertility", str(root / "run"), source)
+    self.assertEqual(found, fertility(self.tokenizer, ["the cat"]))
+
 
 if __name__ == "__main__":
   absltest.main()

@@ -14,10 +14,13 @@ from unittest import mock
 from absl import app, flags
 from absl.testing import absltest, parameterized
 
-from bertjax import cli, evals, evaluate, expressions, records, train
+from bertjax import cli, evals, evaluate, expressions, plan, records, train
+from bertjax.data import bert_instances
+from bertjax.data.beam import __main__ as beam
 from bertjax.metrics import writers
 from bertjax.predict import __main__ as predict_command
 from bertjax.predict.requests import Field, requests_of
+from gcp import jobs
 
 _CONFIG = """
 import ml_collections
@@ -222,6 +225,22 @@ class MessagesTest(parameterized.TestCase):
         parse = flags.FLAGS[flag.name].parser.parse
         self.assertEqual(parse("~/x"), "/home/me/x")
         self.assertEqual(parse("x/~"), "x/~")
+        self.assertEqual(parse("gs://x/~"), "gs://x/~")
+
+  @parameterized.parameters(
+    (beam, {"output", "shared"}),
+    (bert_instances, {"output", "vocab"}),
+    (jobs, {"output"}),
+    (plan, {"json"}),
+  )
+  def test_so_may_those_of_other_commands(self, command, names):
+    with (
+      mock.patch.object(cli, "define_config"),
+      mock.patch.object(command, "flags") as defined,
+    ):
+      command._define_flags()
+    calls = [call.args for call in defined.DEFINE.call_args_list]
+    self.assertEqual({x[1] for x in calls if x[0] is cli.PATH}, names)
 
   def test_a_workdir_that_cannot_be_written_is_refused_before_the_work(self):
     (self.root / "file").touch()

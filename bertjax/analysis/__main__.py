@@ -15,6 +15,7 @@ from absl import app, flags
 
 from bertjax import cli, loading, registry
 from bertjax.analysis import ANALYSES
+from bertjax.checkpoint import located
 from bertjax.data.sources import SOURCES, text_function
 from bertjax.data.tokenizers import load_tokenizer
 
@@ -31,7 +32,8 @@ def measure(
 
   Args:
     analysis: key of `ANALYSES`.
-    folder: a workdir, a published model, or a tokenizer alone.
+    folder: a workdir (of a grid or of stages as `load_model` reads it), a
+      published model, or a tokenizer alone.
     source: a name of `SOURCES` and its options.
     split: of the source.
     max_documents: read at most so many.
@@ -46,7 +48,7 @@ def measure(
     examples = itertools.islice(built.examples(split), max_documents)
     return (example["text"] for example in examples)
 
-  path, preprocess = pathlib.Path(folder), ()
+  path, preprocess = pathlib.Path(located(folder)), ()
   if (path / "config.json").exists():
     found = loading.describe(folder)
     if found.tokenizer is None:

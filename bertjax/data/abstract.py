@@ -17,6 +17,10 @@ from bertjax.data.text import TextData
 from bertjax.data.tokenizers import TOKENIZERS, build_tokenizer, training
 
 _NOMINAL_ROWS = 1_000_000
+_ASK_SIZE = (
+  "so the size of the vocabulary is unknown; give it with --vocab_size (BERT's"
+  " uncased one has 30522 ids)."
+)
 
 
 def steps_of(epochs: float, rows: int, batch_size: int) -> int:
@@ -109,7 +113,7 @@ def abstract_text(
   Raises:
     ValueError: an option that does not fit, or a vocabulary of unknown size.
   """
-  check_options(TextData, spec)
+  check_options(TextData, {"tokenizer": None} | dict(spec))
   if "splitter" in spec:
     registry.lookup(sentences.SPLITTERS, spec["splitter"], "data.splitter")
   mode = registry.build(
@@ -118,14 +122,12 @@ def abstract_text(
   masking = spec.get("masking")
   if masking is not None:
     masking = text_dataset.build_masking(masking)
-  if vocab_size is None:
-    vocab_size = tokenizer_size(spec["tokenizer"])
   seq_len = spec["seq_len"]
   text_dataset.check_seq_len(seq_len, mode, spec["instances"]["name"])
   return AbstractText(
     batch_size=spec["batch_size"],
     row_spec=text_dataset.text_row_spec(mode, masking, seq_len),
-    vocab_size=vocab_size,
+    vocab_size=vocabulary_size(spec, vocab_size),
     seq_len=seq_len,
   )
 
@@ -139,6 +141,25 @@ def check_options(builder: Callable[..., Any], spec: Mapping[str, Any]) -> None:
   """
   options = {k: v for k, v in spec.items() if k != "name"}
   registry.check(builder, options, "data", ("seed", "mask_seed", "cache_dir"))
+
+
+def vocabulary_size(spec: Mapping[str, Any], given: int | None) -> int:
+  """How many ids the tokenizer of `config.data` has, without any text.
+
+  Args:
+    spec: the sub-dict, whose tokenizer may be left to `init_from`.
+    given: the size, if it is known.
+
+  Raises:
+    ValueError: it is not, and the tokenizer is not here.
+  """
+  if given is not None:
+    return given
+  if spec.get("tokenizer") is None:
+    raise ValueError(
+      f"data.tokenizer is not given, nor here as that of init_from, {_ASK_SIZE}"
+    )
+  return tokenizer_size(spec["tokenizer"])
 
 
 def tokenizer_size(spec: Mapping[str, Any]) -> int:
@@ -165,8 +186,6 @@ def tokenizer_size(spec: Mapping[str, Any]) -> int:
   path = options.get("path")
   if path is not None and not pathlib.Path(path).exists():
     raise ValueError(
-      f"data.tokenizer.path={str(path)!r} is not here, so the size of the"
-      " vocabulary is unknown; give it with --vocab_size (BERT's uncased one"
-      " has 30522 ids)."
+      f"data.tokenizer.path={str(path)!r} is not here, {_ASK_SIZE}"
     )
   return build_tokenizer(spec, tuple, "", "").vocab_size

@@ -15,6 +15,7 @@ The input has one sentence per line and a blank line between documents.
 import dataclasses
 import glob
 import hashlib
+import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -403,9 +404,11 @@ _HELP = {
 
 def _define_flags() -> None:
   """Only when run: training imports this module and has flags of its own."""
+  from bertjax import cli
+
   flags.DEFINE_list("input", None, "Text files or patterns.", required=True)
-  flags.DEFINE_string("vocab", None, "Folder of a tokenizer.", required=True)
-  flags.DEFINE_string("output", None, "TFRecord to write.", required=True)
+  flags.DEFINE(cli.PATH, "vocab", None, "Folder of a tokenizer.", required=True)
+  flags.DEFINE(cli.PATH, "output", None, "TFRecord to write.", required=True)
   define = {
     bool: flags.DEFINE_bool,
     int: flags.DEFINE_integer,
@@ -433,7 +436,8 @@ def _write(values: flags.FlagValues) -> None:
   from bertjax.data import tokenizers
 
   tokenizer = tokenizers.load_tokenizer(values.vocab)
-  files = [f for p in values.input for f in sorted(glob.glob(p))]
+  patterns = map(os.path.expanduser, values.input)
+  files = [f for p in patterns for f in sorted(glob.glob(p))]
   if not files:
     raise ValueError(f"--input={','.join(values.input)} matches no file.")
   options = {name: values[name].value for name in _defaults()}

@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 
 from bertjax import hardware
 from bertjax.planning import links
+
+_OTHER = -1  # the index of a branch in which nothing is known to stand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +45,9 @@ def kinds(
   """What different steps do, if a conditional decides what they exchange.
 
   An optimizer that sends full gradients first and compressed ones later has
-  both in one program. Conditionals are told apart by their nesting only, and
-  those that exchange nothing count with all of their branches.
+  both in one program; one that exchanges something every tenth step has a
+  branch for it and one without. Conditionals are told apart by their nesting
+  only, and those that exchange nothing count with all of their branches.
 
   Args:
     topology: of the devices.
@@ -56,17 +59,45 @@ def kinds(
     each.
   """
   branches = {collective.branch for collective in collectives}
-  last = [
-    branch
-    for branch in sorted(branches)
-    if not any(other[: len(branch)] == branch != other for other in branches)
-  ]
-  found = []
-  for branch in last or [()]:
+  rows = {row.branch for row in work.rows} if work else set()
+  found: list[Kind] = []
+  for branch in _taken(branches, rows):
     own = [c for c in collectives if branch[: len(c.branch)] == c.branch]
     taken = work.taking(branch) if work else None
-    found.append(Kind(own, taken, links.seconds(topology, own)))
+    kind = Kind(own, taken, links.seconds(topology, own))
+    if kind not in found:
+      found.append(kind)
   return sorted(found, key=_seconds, reverse=True)
+
+
+def _taken(
+  branches: Set[tuple[int, ...]],
+  rows: Set[tuple[int, ...]],
+  parent: tuple[int, ...] = (),
+) -> Iterator[tuple[int, ...]]:
+  """The branches that steps may end up in.
+
+  Args:
+    branches: in which collectives stand.
+    rows: in which other operations stand.
+    parent: of which those further inside are asked for.
+  """
+  depth = len(parent)
+
+  def inside(among: Set[tuple[int, ...]]) -> set[int]:
+    return {b[depth] for b in among if len(b) > depth and b[:depth] == parent}
+
+  exchanging = inside(branches)
+  if not exchanging:
+    yield parent
+    return
+  for index in sorted(exchanging):
+    yield from _taken(branches, rows, (*parent, index))
+  others = inside(rows) - exchanging
+  if len(exchanging) == 1:  # a conditional has two branches or more
+    others = others or {_OTHER}
+  for index in sorted(others):
+    yield *parent, index
 
 
 def _seconds(kind: Kind) -> tuple[float, float]:

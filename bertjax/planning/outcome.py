@@ -18,6 +18,8 @@ class Plan:
     facts: sizes of model, batch and state.
     steps: that the stage takes; 0 if only the data know.
     needed_bytes: per device; None if the compiler does not say.
+    available_bytes: per device, by the compiler that found no room; None if it
+      did, or does not say.
     memory: per device, when it fits.
     activation_bytes: per device, of what the forward pass keeps for the
       backward pass; part of the memory's temporaries.
@@ -39,6 +41,7 @@ class Plan:
   traffic: hardware.Cost | None = None
   kernels: tuple[Any, ...] = ()
   suggestion: Suggestion | None = None
+  available_bytes: float | None = None
 
   @property
   def fits(self) -> bool:

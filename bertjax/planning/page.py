@@ -12,15 +12,18 @@ from bertjax.planning.outcome import Plan
 _TOP = 10
 _GPUS_OF_A_HOST = 8
 _SCOPES_LEFT_OUT = ("while", "body", "closed_call", "checkpoint")
-_LIMITS = """\
+LIMITS = """\
 Estimated from the compiled program with the clocks and bandwidths of the data
 sheet. Not in it: latency of transfers (DMA), stalls. Copies in the background
-count as hidden, predicated regions as taken. See bertjax.hardware."""
+count as hidden, predicated regions as taken, of conditionals that exchange
+nothing all branches, loops of a length known only at run time as one iteration.
+See bertjax.hardware."""
 _PREALLOCATED = """\
 JAX takes 75% of it in advance; XLA_CLIENT_MEM_FRACTION=.95 lets it use more"""
 _NO_MODEL = """\
 There is no model of a GPU's time. A step takes at least as long as the longest
-of these, if no HBM byte is spared by the L2 cache:"""
+of these, if no HBM byte is spared by the L2 cache, and conditionals that
+exchange nothing take all of their branches:"""
 
 
 def figures(plan: Plan) -> dict[str, Any]:
@@ -34,6 +37,8 @@ def figures(plan: Plan) -> dict[str, Any]:
     "steps": plan.steps,
     "step": facts,
   }
+  if plan.available_bytes is not None:
+    found["available_bytes"] = plan.available_bytes
   if plan.suggestion is not None:
     found["suggestion"] = dataclasses.asdict(plan.suggestion)
   if plan.memory is not None:
@@ -105,7 +110,7 @@ def render(plan: Plan, name: str = "") -> str:
     lines += ["", *_collective_lines(plan)]
   if plan.cost is not None:
     top = _top_lines(plan.longest.work)
-    lines += ["", *_time_lines(plan), "", *top, "", _LIMITS]
+    lines += ["", *_time_lines(plan), "", *top, "", LIMITS]
   if plan.traffic is not None:
     traffic = _traffic_lines(plan.longest.work)
     lines += ["", *_bound_lines(plan), "", *traffic]
@@ -132,7 +137,8 @@ def _head_lines(plan: Plan, name: str) -> list[str]:
 
 def _memory_lines(plan: Plan, name: str) -> list[str]:
   facts, memory = plan.facts, plan.memory
-  capacity = plan.topology.chip.hbm_bytes
+  # Compilers keep some of a chip's memory for themselves.
+  capacity = plan.available_bytes or plan.topology.chip.hbm_bytes
   needed = plan.needed_bytes
   verdict = "FITS" if plan.fits else "DOES NOT FIT"
   total = "more than it has" if needed is None else units.size(needed)
@@ -172,12 +178,9 @@ def _advice(plan: Plan, name: str) -> str:
       "try a smaller data.batch_size, more chips with mesh.fsdp or mesh.model,"
       " or model.remat"
     )
-  flags = " ".join(f"--config.{x}" for x in plan.suggestion.fields.split(", "))
-  # An override of a group that a stage does not have is refused, so these flags
-  # are of the config that the stage changes.
-  there = f"; change there what stages.{name} sets itself" if name else ""
-  size = units.size(plan.suggestion.needed_bytes)
-  return f"would fit with {flags} ({size}){there}"
+  where = f"--config.stages.{name}" if name else "--config"
+  flags = " ".join(f"{where}.{x}" for x in plan.suggestion.fields.split(", "))
+  return f"would fit with {flags} ({units.size(plan.suggestion.needed_bytes)})"
 
 
 def _collective_lines(plan: Plan) -> list[str]:
@@ -244,7 +247,8 @@ def _speed_lines(plan: Plan) -> list[str]:
       f" ({plan.facts.model_flops:.3g} model FLOP a step, all chips)"
     )
   if plan.steps:
-    most = "at most " if len(plan.kinds) > 1 else ""
+    branched = len(plan.kinds) > 1 or any(row.branch for row in plan.cost.rows)
+    most = "at most " if branched else ""
     lines.append(
       f"whole run    {units.plural(plan.steps, 'step')} in {most}"
       f"{units.span(plan.hours * 3600)}, {units.digits(plan.chip_hours)}"

@@ -15,6 +15,7 @@ from bertjax.data.abstract import abstract_text
 from bertjax.data.points import abstract_points
 from bertjax.experiment import Experiment
 from bertjax.parallel.sharding import batch_sharding
+from bertjax.registry import lookup
 from bertjax.tasks.abstract import abstract_task
 
 
@@ -63,7 +64,7 @@ class StepFacts:
 def build(
   devices: Sequence[Any], *, settings: Settings, vocab_size: int | None = None
 ) -> Experiment:
-  """A config's experiment, for whose shapes no data are read.
+  """A config's experiment, for whose shapes no data are read but static ones.
 
   Args:
     devices: for the mesh.
@@ -71,12 +72,20 @@ def build(
     vocab_size: of the tokenizer, if the config does not tell.
 
   Raises:
-    ValueError: the config does not fit the devices, naming the field.
+    ValueError: the config does not fit the devices, or a size of a vocabulary
+      that is read, naming the field.
   """
   settings = _without_folder(settings)
-  data, make = None, _ABSTRACT.get(settings.data.get("name", "text"))
+  name = settings.data.get("name", "text")
+  data, make = None, _ABSTRACT.get(name)
   if make is not None:
     data = make(settings.data, vocab_size)
+  elif vocab_size is not None:
+    lookup(experiment_lib.DATA, name, "data.name")
+    raise ValueError(
+      f"vocab_size={vocab_size} is for data that are not here;"
+      f" data.name={name!r} is read with its tokenizer, leave it out."
+    )
   return experiment_lib.build(settings, devices=devices, data=data)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bertjax import grid, hardware, overrides
-from bertjax.planning import units
+from bertjax.planning import page, units
 from bertjax.planning.outcome import Plan
 
 
@@ -159,7 +159,8 @@ def render(found: Sequence[Trial], name: str = "") -> str:
     head += f" on {planned[0].topology.name}"
   timed = any(trial.speed for trial in found)
   order = "the fastest first" if timed else "the smallest first"
-  return "\n".join([f"{head}, {order}", *lines, ""])
+  limits = ["", page.LIMITS] if timed else []
+  return "\n".join([f"{head}, {order}", *lines, *limits, ""])
 
 
 _COLUMNS = ("needs", "compute", "exchange", "{unit}/s/chip", "MFU")

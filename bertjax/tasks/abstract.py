@@ -51,19 +51,11 @@ def abstract_task(
   if task.get("name") in PUBLISHED:
     task["source"] = {}  # not even where TFDS has none
   kind = build_task(task).kind
-  if vocab_size is None:
-    if "tokenizer" not in spec:
-      raise ValueError(
-        "data.tokenizer is left to init_from, whose folder is not here, so the"
-        " size of the vocabulary is unknown; give it with --vocab_size (BERT's"
-        " uncased one has 30522 ids)."
-      )
-    vocab_size = abstract.tokenizer_size(spec["tokenizer"])
   shapes = kind.row_shapes(spec["seq_len"]) | {"index": ((), "int32")}
   return AbstractTask(
     batch_size=spec["batch_size"],
     row_spec={k: jax.ShapeDtypeStruct(*v) for k, v in shapes.items()},
-    vocab_size=vocab_size,
+    vocab_size=abstract.vocabulary_size(spec, vocab_size),
     seq_len=spec["seq_len"],
     kind=kind,
   )

@@ -52,6 +52,21 @@ class AbstractTextTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       abstract_text(spec, vocab_size=96)
 
+  def test_a_tokenizer_that_is_left_to_another_folder_asks_for_the_size(self):
+    spec = tiny.config(pathlib.Path("nowhere"))["data"]
+    del spec["tokenizer"]
+    self.assertEqual(abstract_text(spec, vocab_size=96).vocab_size, 96)
+    task = dict(
+      task=dict(name="regression", source=dict(name="jsonl", paths="a")),
+      seq_len=16,
+      batch_size=2,
+    )
+    for make, given in ((abstract_text, spec), (abstract_task, task)):
+      with self.assertRaisesRegex(
+        ValueError, r"\Adata.tokenizer is not given, .*--vocab_size.*\Z"
+      ):
+        make(given)
+
   @parameterized.parameters(
     (dict(pair_stile="bert"), "data.pair_stile is not an option"),
     (dict(seq_len=4), "data.seq_len=4 must be at least 8"),

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +18,7 @@ from absl.testing import absltest, parameterized
 sys.path.insert(0, str(Path(__file__).parent))
 import fakes
 
-from bertjax.data import bert_instances
+from bertjax.data import bert_instances, tokenizers
 
 
 class Script:
@@ -238,6 +239,21 @@ class CommandTest(absltest.TestCase):
     ):
       bert_instances.main(["bert_instances"])
     self.assertEqual(said.getvalue(), f"Error: {wrong}\n")
+
+  def test_the_input_may_begin_at_home(self):
+    home = self.create_tempdir()
+    text = home.create_file("docs.txt").full_path
+    values = types.SimpleNamespace(input=["~/*.txt"], vocab="vocab")
+    with (
+      mock.patch.dict(os.environ, HOME=home.full_path),
+      mock.patch.object(tokenizers, "load_tokenizer"),
+      mock.patch.object(bert_instances, "_defaults", return_value={}),
+      mock.patch.object(bert_instances, "read_documents") as read,
+      self.assertRaisesRegex(ValueError, "holds no documents"),
+    ):
+      read.return_value = []
+      bert_instances._write(values)
+    self.assertEqual(read.call_args.args[0], [text])
 
 
 if __name__ == "__main__":

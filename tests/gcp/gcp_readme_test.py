@@ -22,7 +22,10 @@ class CommandsTest(parameterized.TestCase):
   @parameterized.parameters(*_COMMANDS)
   def test_flags_and_files_exist(self, module, arguments):
     source = (_ROOT / f"{module.replace('.', '/')}.py").read_text("utf-8")
-    known = re.findall(r'flags\.DEFINE_\w+\(\s*"([\w-]+)"', source)
+    # What parses it may stand before the name.
+    known = re.findall(
+      r'flags\.DEFINE\w*\(\s*(?:cli\.\w+,\s*)?"([\w-]+)"', source
+    )
     arguments = arguments.split("#")[0].replace("$WHICH", _WHICH)
     for name, value in re.findall(r"--(\w[\w-]*)(?:=(\S+))?", arguments):
       self.assertIn(name, known)

@@ -4,9 +4,11 @@ import dataclasses
 
 from absl.testing import absltest
 
-from bertjax import hardware
+from bertjax import config as config_lib
+from bertjax import hardware, overrides
 from bertjax.plan import Plan
 from bertjax.planning import advice, page
+from tests.configs_test import _CONFIGS, _load
 from tests.planning.facts import FACTS
 
 
@@ -57,11 +59,29 @@ class AdviceTest(absltest.TestCase):
     text = page.render(made)
     self.assertIn("DOES NOT FIT: 15.83 GiB of 16.00 GiB", text)
     self.assertIn("would fit with --config.microbatches=2 (8.38 GiB)\n", text)
-    self.assertIn(
-      "(8.38 GiB); change there what stages.phase2 sets itself\n",
-      page.render(made, "phase2"),
-    )
     self.assertFalse(page.figures(made)["fits"])
+
+  def test_what_the_page_says_of_a_stage_reaches_that_stage_alone(self):
+    fields = "mesh.data=2, mesh.fsdp=4, microbatches=32, model.remat=full"
+    made = Plan(
+      hardware.parse("v5e:2x4"),
+      FACTS,
+      steps=7,
+      needed_bytes=17e9,
+      suggestion=advice.Suggestion(fields, 9e9),
+    )
+    _, given = overrides.separate(page.render(made, "phase2").split())
+    path = next(path for path in _CONFIGS if path.stem == "lamb")
+    config = _load(path, "large")
+    before = config_lib.stage_configs(config)
+    after = config_lib.stage_configs(overrides.override(config, given))
+    self.assertEqual(after["phase1"], before["phase1"])
+    changes = dict(
+      mesh=dict(data=2, fsdp=4), microbatches=32, model=dict(remat="full")
+    )
+    self.assertEqual(
+      after["phase2"], config_lib.merge(before["phase2"], changes)
+    )
 
 
 if __name__ == "__main__":

@@ -221,6 +221,30 @@ class ConfigsTest(parameterized.TestCase):
       named = dataclasses.replace(stage, model=dict(name="bert", size="tiny"))
       lower_step(jax.devices(), settings=named)
 
+  def test_text_too_leaves_its_tokenizer_to_a_folder_that_is_not_here(self):
+    fields = tiny.config(
+      pathlib.Path("nowhere"), init_from=dict(path="nowhere/phase1")
+    )
+    del fields["data"]["tokenizer"]
+    stage = settings(fields)
+    built = step.build(jax.devices(), settings=stage, vocab_size=97)
+    self.assertEqual(built.objective.encoder.vocab_size, 97)
+    with self.assertRaisesRegex(
+      ValueError, "data.tokenizer is not given, .*init_from.*--vocab_size"
+    ):
+      step.build(jax.devices(), settings=stage)
+
+  def test_a_vocabulary_that_is_read_has_its_own_size(self):
+    stage = settings(tiny.config(pathlib.Path("nowhere")))
+    for name, message in (
+      ("static", "vocab_size=97 is .*data.name='static' is read with its"),
+      ("statics", "data.name='statics' is unknown"),
+    ):
+      data = dict(name=name, files=dict(train="nowhere"), batch_size=8)
+      read = dataclasses.replace(stage, data=data)
+      with self.assertRaisesRegex(ValueError, message):
+        step.build(jax.devices(), settings=read, vocab_size=97)
+
   @parameterized.parameters(
     # Phase 2 goes on counting; of the other two it begins again at 0.
     ("bert", 900_000, 100_000),

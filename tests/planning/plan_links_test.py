@@ -3,10 +3,32 @@
 from absl.testing import absltest, parameterized
 
 from bertjax import hardware
+from bertjax.hardware.hlo import Module
 from bertjax.plan import Plan
 from bertjax.planning import links, page
 from bertjax.planning.kinds import kinds
 from tests.planning.facts import FACTS
+
+_REFRESH = """\
+HloModule m, num_partitions=2
+
+%idle (a: f32[1024]) -> f32[1024] {
+  IDLE
+}
+
+%refresh (b: f32[1024]) -> f32[1024] {
+  %b = f32[1024]{0} parameter(0)
+  %t = f32[1024]{0} tanh(%b)
+  ROOT %r = f32[1024]{0} all-reduce(%t), replica_groups={{0,1}}
+}
+
+ENTRY %main (p: f32[1024], c: pred[]) -> f32[1024] {
+  %p = f32[1024]{0} parameter(0)
+  %c = pred[] parameter(1)
+  %e = f32[1024]{0} exponential(%p)
+  ROOT %q = f32[1024]{0} conditional(%c, %e, %e), branch_computations={%idle, %refresh}
+}
+"""  # noqa: E501
 
 
 class LinksTest(parameterized.TestCase):
@@ -23,7 +45,12 @@ class LinksTest(parameterized.TestCase):
 
     self.assertCountEqual(
       own(always, skip, full, compressed, rest),
-      [[always, rest], [always, skip, full], [always, skip, compressed]],
+      [
+        [always],
+        [always, rest],
+        [always, skip, full],
+        [always, skip, compressed],
+      ],
     )
     self.assertEqual(own(always), [[always]])
     self.assertEqual(own(), [[]])
@@ -44,8 +71,46 @@ class LinksTest(parameterized.TestCase):
     found = kinds(topology, [full, compressed], cost)
     self.assertEqual(
       [(k.work.cycles, list(k.collectives)) for k in found],
-      [(1_101_000, [compressed]), (11_000, [full])],  # the longest first
+      [
+        (10_001_000, []),
+        (1_101_000, [compressed]),
+        (11_000, [full]),
+      ],  # the longest first
     )
+
+  @parameterized.parameters(
+    ("ROOT %n = f32[1024]{0} parameter(0)", []),
+    (
+      "%a = f32[1024]{0} parameter(0)\n  ROOT %n = f32[1024]{0} negate(%a)",
+      ["n"],
+    ),
+  )
+  def test_a_branch_that_exchanges_something_is_not_always_taken(
+    self, idle, other
+  ):
+    """Some optimizers refresh every tenth step what the others use."""
+    module = Module(_REFRESH.replace("IDLE", idle))
+    topology = hardware.parse("v5e:2x2")
+    cost = hardware.price_module(module, {}, topology.chip)
+    collectives = hardware.read_collectives(module)
+    taken, left = kinds(topology, collectives, cost)
+    self.assertEqual([row.name for row in taken.work.rows], ["e", "t"])
+    self.assertEqual([*taken.collectives], collectives)
+    self.assertEqual([row.name for row in left.work.rows], ["e", *other])
+    self.assertEmpty(left.collectives)
+    self.assertEqual(left.exchange_s, 0)
+    made = Plan(
+      topology,
+      FACTS,
+      steps=10,
+      needed_bytes=4,
+      memory=hardware.Memory(1, 1, 0, 1, 1),
+      collectives=tuple(collectives),
+      cost=cost,
+    )
+    text = page.render(made)
+    self.assertRegex(text, "other steps .*: compute .*, exchange 0 us")
+    self.assertIn("10 steps in at most ", text)
 
   def test_the_longest_kind_of_step_is_first_though_more_of_it_hides(self):
     topology = hardware.parse("v5e:2x2")

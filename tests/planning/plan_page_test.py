@@ -110,8 +110,14 @@ class PageTest(absltest.TestCase):
       "stalls",
       "Copies in the background\ncount as hidden",
       "predicated regions as taken",
+      "of conditionals that exchange\nnothing all branches",
+      "loops of a length known only at run time as one iteration",
     ):
       self.assertIn(limit, text)
+
+  def test_a_run_whose_steps_count_all_branches_takes_at_most_so_long(self):
+    made = _plan("v5e:1x1", cost=_cost("v5e:1x1", branch=(1,)))
+    self.assertIn("100 steps in at most 200 ms", page.render(made))
 
   def test_a_gpu_has_bounds_and_no_estimate(self):
     exchange = hardware.Collective(
@@ -126,6 +132,7 @@ class PageTest(absltest.TestCase):
     self.assertStartsWith(text, "plan on h100:8: 8 GPUs, mesh data 8\n")
     self.assertIn("JAX takes 75% of it", text)
     self.assertIn("There is no model of a GPU's time.", text)
+    self.assertIn("take all of their branches:\n  HBM ", text)
     # Three times a thousandth of the 3,352 GB that HBM moves in a second.
     self.assertIn("  HBM        3.00 ms (9.37 GiB)", text)
     self.assertIn("  arithmetic 100 ms (7.91e+14 model FLOP", text)

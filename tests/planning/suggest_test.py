@@ -68,6 +68,16 @@ class SuggestTest(absltest.TestCase):
     self.assertIsNone(found)
     self.assertEqual({remat for _, remat in tried}, {"products"})
 
+  def test_the_compiler_knows_better_than_the_data_sheet_what_is_there(self):
+    stage = settings(tiny.config(pathlib.Path("nowhere")))
+    error = hardware.OutOfMemory("full", 15.9 * _GIB, 15.75 * _GIB, _FACTS)
+    with mock.patch.object(hardware, "compile_for", side_effect=error):
+      made = plan_lib.plan(stage, "v5e:2x2", suggest=False)
+    self.assertIn(
+      "DOES NOT FIT: 15.90 GiB of 15.75 GiB per device", page.render(made)
+    )
+    self.assertEqual(page.figures(made)["available_bytes"], 15.75 * _GIB)
+
   def test_a_gpu_is_asked_for_room_too(self):
     """XLA's compiler for GPUs compiles what they have no room for."""
 

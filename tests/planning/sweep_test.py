@@ -7,7 +7,7 @@ import jax
 from absl.testing import absltest, parameterized
 
 from bertjax import hardware
-from bertjax.planning import sweep
+from bertjax.planning import page, sweep
 from bertjax.planning.outcome import Plan
 from tests.planning.facts import FACTS
 
@@ -66,7 +66,9 @@ class SweepTest(parameterized.TestCase):
     self.assertCountEqual(order[3:], [(3, 1), (3, 4), (3, 2)])
 
   def test_table(self):
-    lines = sweep.render(self.trials, "phase1").splitlines()
+    table, limits = sweep.render(self.trials, "phase1").split("\n\n")
+    self.assertEqual(limits, f"{page.LIMITS}\n")
+    lines = table.splitlines()
     self.assertLen(lines, 2 + 6)
     self.assertEqual(lines[0], "phase1 on v5e:2x2, the fastest first")
     self.assertIn("microbatches", lines[1])

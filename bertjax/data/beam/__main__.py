@@ -166,11 +166,14 @@ def _define_flags() -> None:
   flags.DEFINE_integer(
     "readers", 1, "Workers that read at the same time.", lower_bound=1
   )
-  flags.DEFINE_string(
-    "shared", None, "Folder or URL that all workers see; cache_dir if unset."
+  flags.DEFINE(
+    cli.PATH,
+    "shared",
+    None,
+    "Folder or URL that all workers see; cache_dir if unset.",
   )
-  flags.DEFINE_string(
-    "output", None, "statistics: JSON file. vocabulary: folder."
+  flags.DEFINE(
+    cli.PATH, "output", None, "statistics: JSON file. vocabulary: folder."
   )
   flags.DEFINE_float(
     "threshold", 0.8, "statistics: overlap of near-duplicates, 0..1."
