@@ -78,12 +78,14 @@ def _told(made: Plan) -> dict[str, Any]:
   }
   if not made.fits:
     return found
+  sent = [sum(c.sent_bytes for c in k.collectives) for k in made.kinds]
+  # A step that does not send a bit of each parameter skips its update.
+  updates = [8 * s >= made.facts.parameters for s in sent]
+  shown = [i for i, yes in enumerate(updates) if yes or not any(updates)]
   return found | {
-    "compute s": [kind.compute_s for kind in made.kinds],
-    "exchange s": [kind.exchange_s for kind in made.kinds],
-    "sent bytes": [
-      sum(c.sent_bytes for c in kind.collectives) for kind in made.kinds
-    ],
+    "compute s": [made.kinds[i].compute_s for i in shown],
+    "exchange s": [made.kinds[i].exchange_s for i in shown],
+    "sent bytes": [sent[i] for i in shown],
     "tokens": made.facts.tokens,
     "model flops": made.facts.model_flops,
     "peak flops": made.topology.chip.peak_flops,

@@ -28,18 +28,34 @@ def row(topology, chips, compute, exchange, **fields):
 
 
 def planned(stage, topology, **_):
-  """A plan whose exchange takes a second per device, and what was planned."""
+  """A plan whose exchange takes a second per device, and what was planned.
+
+  Where the optimizer compresses, another kind of step sends a hundredth, as one
+  does that skips its update.
+  """
   target = hardware.parse(topology)
   tokens = stage.data["batch_size"] * stage.data["seq_len"]
   sent = types.SimpleNamespace(sent_bytes=7e6)
   kind = types.SimpleNamespace(
     compute_s=0.5, exchange_s=target.num_devices, collectives=[sent, sent]
   )
+  skipping = types.SimpleNamespace(
+    compute_s=0.25, exchange_s=0.125,
+    collectives=[types.SimpleNamespace(sent_bytes=14e4)],
+  )  # fmt: skip
+  compresses = stage.optim["name"] != findings.LAMB
   facts = types.SimpleNamespace(
-    batch_size=stage.data["batch_size"], tokens=tokens, model_flops=3.0
+    batch_size=stage.data["batch_size"],
+    tokens=tokens,
+    model_flops=3.0,
+    parameters=10**8,
   )
   return types.SimpleNamespace(
-    topology=target, facts=facts, kinds=[kind], needed_bytes=11, fits=True
+    topology=target,
+    facts=facts,
+    kinds=[kind, skipping] if compresses else [kind],
+    needed_bytes=11,
+    fits=True,
   )
 
 
