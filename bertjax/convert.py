@@ -310,8 +310,15 @@ def _compare_tokenizers(wanted: Any, found: Any, where: str) -> None:
 
 
 def _define_flags() -> None:
-  flags.DEFINE(cli.PATH, "from", None, "Workdir, Hugging Face folder, release of BERT or .pth of Point-BERT.")
-  flags.DEFINE(cli.PATH, "to", None, "New folder; of the format point_bert a new file.")
+  flags.DEFINE(
+    cli.PATH,
+    "from",
+    None,
+    "Workdir, Hugging Face folder, release of BERT or .pth of Point-BERT.",
+  )
+  flags.DEFINE(
+    cli.PATH, "to", None, "New folder; of the format point_bert a new file."
+  )
   flags.DEFINE_enum("format", None, list(FORMATS), "Layout to write.")
   flags.DEFINE_enum(
     "dtype", "float32", list(published.DTYPES), "Type of the weights written."

@@ -152,7 +152,12 @@ def evaluate(
   return baseline | _told_apart(found)
 
 
-_MODEL = flags.DEFINE(cli.PATH, "model", None, "Workdir, Hugging Face folder, release of BERT or .pth of Point-BERT.")
+_MODEL = flags.DEFINE(
+  cli.PATH,
+  "model",
+  None,
+  "Workdir, Hugging Face folder, release of BERT or .pth of Point-BERT.",
+)
 _SPLIT = flags.DEFINE_string("split", "test", "Split of the source.")
 _SOURCE = flags.DEFINE_string("source", None, "JSON of the source's options.")
 _DATA_FLAG = flags.DEFINE_string("data", None, "JSON of options of data.")

@@ -210,7 +210,12 @@ def usage() -> str:
 
 def _define_flags() -> None:
   """Made when the command runs, so that importing adds none."""
-  flags.DEFINE(cli.PATH, "model", None, "Workdir, Hugging Face folder, release of BERT or .pth of Point-BERT.")
+  flags.DEFINE(
+    cli.PATH,
+    "model",
+    None,
+    "Workdir, Hugging Face folder, release of BERT or .pth of Point-BERT.",
+  )
   flags.DEFINE_multi_string(
     "text", [], "A text, not empty; as often as needed."
   )
