@@ -53,7 +53,10 @@ def _data_spec(
     # Other data have other options.
     saved, name = {}, data.get("name", "text")
   needed = {k: v for k, v in _ANY.items() if takes({"name": name}, k)}
-  spec = {**needed, **(_TEXT if name == "text" else {}), **saved}
+  text = dict(_TEXT)
+  if pair := model.objective_spec.get("pair_task"):
+    text["instances"] = dict(name=pair)  # others have no `pair_labels`
+  spec = {**needed, **(text if name == "text" else {}), **saved}
   other = source or "source" in data or "source" not in saved
   if name == "text" and other:
     # Guessing needs frequencies, and a foreign source may have one split only.

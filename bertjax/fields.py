@@ -35,9 +35,14 @@ def _whole(value: Any) -> bool:
   return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _number(value: Any) -> bool:
+def _real(value: Any) -> bool:
+  """Infinity counts, NaN does not."""
   real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-  return real and math.isfinite(value)
+  return real and not math.isnan(value)
+
+
+def _number(value: Any) -> bool:
+  return _real(value) and math.isfinite(value)
 
 
 def _listed(value: Any) -> bool:
@@ -55,7 +60,7 @@ def _factors(value: Any) -> bool:
 
 
 def _interval(value: Any) -> bool:
-  return _listed(value) and len(value) == 2 and all(map(_number, value))
+  return _listed(value) and len(value) == 2 and all(map(_real, value))
 
 
 INTEGER = Kind("an integer", _whole)

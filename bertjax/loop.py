@@ -33,19 +33,19 @@ def fit(
     hooks: called in order as `hook(step, state)`.
     log: called with each step's index and metrics, still on the device.
     save: called as a hook once it is known that there is another step.
-    amend: `(step, state) -> state`, before the hooks: what was asked of the run
-      from outside.
+    amend: `(step, state) -> state`, before `save`, once it is known that there
+      is another step: what was asked of the run from outside.
 
   Returns:
     The state, the steps taken, and why it stopped.
   """
   step = start
   while True:
-    state = amend(step, state)
     for hook in hooks:
       hook(step, state)
     if reason := stop(step):
       return state, step, reason
+    state = amend(step, state)
     if save is not None:
       save(step, state)
     state, metrics = train_step(state, next(batches))

@@ -7,8 +7,8 @@ That is all that `optim.freeze_step="manual"` and
 `optim.precondition.switch.threshold=None` wait for; other rules are overruled.
 In a run of stages, or of a grid, it is the sub-run under way that is asked, and
 the file moves to its folder. What cannot be done yet, such as a freeze before
-the first step, waits. A file stays, so that a run that resumes from before it
-was followed follows it again.
+the first step, waits; a run that has ended is asked nothing. A file stays, so
+that a run that resumes from before it was followed follows it again.
 """
 
 import pathlib

@@ -263,7 +263,9 @@ def _report(
       experiment.settings.to_json(),
     )
     samples = predict.samples(model, texts)
-  return report.write_report(workdir, samples=samples)
+  # A finished run does not rewrite its config.json.
+  reference = experiment.settings.reference_curve or ""
+  return report.write_report(workdir, reference=reference, samples=samples)
 
 
 cli.define_config()

@@ -236,6 +236,11 @@ class ConfigsTest(parameterized.TestCase):
     ("horizon", -5, "a positive integer or None"),
     ("horizon", 0, "a positive integer or None"),
     ("horizon", 2.5, "a positive integer or None"),
+    (
+      "optim.trust_clip",
+      [0.0, float("nan")],
+      "a pair (lowest, highest) of numbers or None",
+    ),
     ("samples", "The [MASK]", "a list of strings"),
     ("writers", [3], "a list of strings"),
     ("data.instances", "nsp", "a mapping"),
@@ -249,6 +254,11 @@ class ConfigsTest(parameterized.TestCase):
       value = {key: value}
     with self.assertRaisesRegex(ValueError, rf"\A{re.escape(message)}\Z"):
       settings(merge(dict(data={}, optim={}, stop={}), value))
+
+  def test_an_interval_may_have_no_highest(self):
+    clips = dict(trust_clip=[0.01, float("inf")], phi_clip=(0, float("inf")))
+    found = settings(dict(data={}, optim=clips, stop={}))
+    self.assertEqual(found.optim["trust_clip"][1], float("inf"))
 
   def test_integers_of_numpy_are_integers(self):
     given = dict(microbatches=np.int32(2), seed=np.int64(3))

@@ -141,8 +141,33 @@ class RequestsTest(absltest.TestCase):
     told.assert_not_called()
 
   def test_a_run_of_train_freezes_when_the_file_is_there(self):
+    stage, workdir = settings(self.config()), self.folder / "run"
+    frozen = []
+    for limit in (2, 2):
+      result = train.run(stage, workdir, limit=limit)
+      frozen.append(self.frozen(result))
+      (workdir / "freeze_now").touch()
+    self.assertEqual(frozen, [[False], [True]])
+    self.assertEqual(result.step, 4)
+
+  def test_the_first_stage_does_it_alone(self):
+    """Asked in the folder that the user knows."""
+    workdir = self.folder / "staged"
+    workdir.mkdir()
+    (workdir / "freeze_now").touch()
+    self.assertEqual(self.staged(workdir, 2, 2), [[True], [False]])
+
+  def test_a_stage_that_is_done_leaves_it_to_the_one_under_way(self):
+    workdir = self.folder / "staged"
+    self.assertEqual(self.staged(workdir, 2, 2), [[False], [False]])
+    (workdir / "freeze_now").touch()
+    self.assertEqual(self.staged(workdir, 2, 4), [[False], [True]])
+    self.assertTrue((workdir / "b" / "freeze_now").exists())
+
+  def config(self):
     tiny.write_corpus(self.folder)
-    config = tiny.small(
+    self.enterContext(mock.patch.object(train.report, "write_report"))
+    return tiny.small(
       self.folder,
       optim=dict(
         name="onebit_adam",
@@ -152,19 +177,9 @@ class RequestsTest(absltest.TestCase):
       ),
       evals=dict(heldout=dict(every=50)),
     )
-    stage, workdir = settings(config), self.folder / "run"
-    frozen = []
-    self.enterContext(mock.patch.object(train.report, "write_report"))
-    for limit in (2, 2):
-      result = train.run(stage, workdir, limit=limit)
-      frozen.append(self.frozen(result))
-      (workdir / "freeze_now").touch()
-    self.assertEqual(frozen, [[False], [True]])
-    self.assertEqual(result.step, 4)
-    # Asked in the folder that the user knows, the first stage does it alone.
-    workdir = self.folder / "staged"
-    workdir.mkdir()
-    (workdir / "freeze_now").touch()
+
+  def staged(self, workdir, *steps):
+    """What is frozen at the end of each of the stages."""
     frozen, run = [], train.run
 
     def noted(*arguments, **options):
@@ -172,10 +187,10 @@ class RequestsTest(absltest.TestCase):
       frozen.append(self.frozen(result))
       return result
 
-    stages = {name: dict(stop=dict(steps=2)) for name in ("a", "b")}
+    stages = {name: dict(stop=dict(steps=n)) for name, n in zip("ab", steps)}
     with mock.patch.object(train, "run", noted):
-      train.train(config | dict(stages=stages), workdir)
-    self.assertEqual(frozen, [[True], [False]])
+      train.train(self.config() | dict(stages=stages), workdir)
+    return frozen
 
   def frozen(self, result):
     phases = _nodes(result.state.opt_state, PhaseState)

@@ -232,6 +232,17 @@ class TrainTest(_Configured):
       train.train(self._config(**changes), folder)
     self.assertFalse(folder.exists())
 
+  def test_a_finished_run_is_compared_with_another_reference(self):
+    folder, curve = self._begun(), self.root / "good.csv"
+    curve.write_text("step,loss\n1,4.5\n")
+    for given, reference in ((str(curve), str(curve)), (None, "")):
+      train.train(
+        self._config(stop=dict(steps=2), reference_curve=given), folder
+      )
+      train.report.write_report.assert_called_with(
+        folder, reference=reference, samples=[]
+      )
+
   def test_warm_up_in_tokens_knows_the_batch(self):
     warmup = dict(tokens=4 * 8 * 32)  # steps of 8 rows of 32
     built = experiment.build(
@@ -388,7 +399,9 @@ class TrainTest(_Configured):
     )
     result = train.train(config, folder)
     self.assertEqual(result.step, 5)
-    train.report.write_report.assert_called_with(folder / "two", samples=[])
+    train.report.write_report.assert_called_with(
+      folder / "two", reference="", samples=[]
+    )
     rates = [
       float(r["learning_rate"])
       for name in ("one", "two")

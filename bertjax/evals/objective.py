@@ -51,9 +51,18 @@ def objective_eval(
     batch_size: of the global batch; that of training by default.
 
   Raises:
-    ValueError: no batch at all, asked for or found when it is called.
+    ValueError: the objective reads what the data lack; no batch at all, asked
+      for or found when it is called.
   """
   check_counts(num_batches=num_batches, batch_size=batch_size)
+  # Of this very split: there may be no other.
+  held = data.dataset(split).batch_spec(data.batch_size)
+  if missing := [name for name in objective.reads if name not in held]:
+    raise ValueError(
+      f"evals: {type(objective).__name__} reads {', '.join(missing)}, which the"
+      f" data of split={split!r} do not have; their batches hold"
+      f" {', '.join(held)}."
+    )
   metrics_of = metrics(objective)
 
   def evaluate(variables, key) -> dict[str, float]:

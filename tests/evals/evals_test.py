@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from bertjax import experiment
+from bertjax import evaluate, experiment, loading
+from bertjax.config import merge, settings
 from bertjax.data.unigram import unigram_baseline
 from bertjax.evals import objective_eval, pseudo_perplexity
 from bertjax.evals.pseudo_perplexity import one_mask_each
 from bertjax.models import bert
 from bertjax.objectives import masked_lm
 from bertjax.parallel.mesh import make_mesh
+from tests import tiny
 
 _TOKENIZER = types.SimpleNamespace(
   mask_id=4, special_ids=np.arange(5, dtype=np.int32)
@@ -43,6 +45,9 @@ class _Data:
   def dataset(self, split):
     del split
     return self
+
+  def batch_spec(self, batch_size):
+    return {k: v[:batch_size] for k, v in self.rows.items()}
 
   def evaluation_batches(self, batch_size, num_batches, index, count):
     del num_batches, index, count
@@ -95,6 +100,8 @@ class EvaluatorsTest(parameterized.TestCase):
 
   def test_a_metric_is_divided_by_its_weight_and_left_out_without_one(self):
     class Fixed:
+      reads = ()
+
       def apply(self, variables, batch, train):
         return None, {"half": (jnp.ones(()), 0.5), "none": (jnp.zeros(()), 0)}
 
@@ -165,6 +172,63 @@ class EvaluatorsTest(parameterized.TestCase):
       pseudo_perplexity(objective=object(), data=self.data, mesh=self.mesh)
 
 
+class PairTaskTest(tiny.CorpusTestCase):
+  """A model that has learned pairs, on rows of none."""
+
+  @classmethod
+  def setUpClass(cls):
+    super().setUpClass()
+    cls.config = tiny.config(
+      cls.root, model=dict(num_layers=1, scan=False), evals=dict(heldout={})
+    )
+    cls.enterClassContext(
+      mock.patch.object(jax, "devices", return_value=jax.devices()[:1])
+    )
+
+  def _build(self, **evals):
+    return experiment.build(settings(merge(self.config, dict(evals=evals))))
+
+  def test_rows_without_pairs_are_refused_before_training(self):
+    packed = dict(instances=dict(name="packed"))
+    built = self._build(x=dict(name="objective", data=packed))
+    with self.assertRaisesRegex(
+      ValueError, "evals: MaskedLM reads pair_labels, which .* hold tokens, "
+    ):
+      built.evaluators()
+    alone = self._build(x=dict(name="pseudo_perplexity", data=packed))
+    self.assertIn("x", alone.evaluators())
+
+  def test_a_published_model_reads_the_pairs_that_it_learned(self):
+    built = self._build()
+    published = loading.LoadedModel(
+      objective=built.objective,
+      params=built.init().params,
+      tokenizer=built.data.tokenizer,
+      spec=dict(self.config["model"]),
+      objective_spec=dict(self.config["objective"]),
+      origin=loading.HUGGINGFACE,
+      config=None,
+      path="bert",
+    )
+    asked = dict(
+      split="train",
+      source=self.config["data"]["source"],
+      num_batches=1,
+      num_rows=1,
+    )
+    sizes = dict(seq_len=32, batch_size=8)
+    with mock.patch.object(evaluate, "load_model", return_value=published):
+      values = evaluate.evaluate("bert", data=sizes, **asked)
+      self.assertIn("nsp_accuracy", values)
+      packed = sizes | dict(instances=dict(name="packed"))
+      with self.assertRaisesRegex(ValueError, "MaskedLM reads pair_labels"):
+        evaluate.evaluate("bert", data=packed, **asked)
+      values = evaluate.evaluate(
+        "bert", data=packed, evaluators=["pseudo_perplexity"], **asked
+      )
+      self.assertIn("pseudo_perplexity", values)
+
+
 class BatchTest(parameterized.TestCase):
   @parameterized.parameters(
     (12, 16, "evals.x.batch_size=12 does not divide over 8 batch .* of 8"),
@@ -172,9 +236,11 @@ class BatchTest(parameterized.TestCase):
     (24, 12, None),
   )
   def test_a_batch_divides_over_the_mesh(self, own, read, message):
+    data = _Data()
+    data.batch_size = read
     parts = types.SimpleNamespace(
-      objective=None,
-      data=types.SimpleNamespace(batch_size=read),
+      objective=types.SimpleNamespace(reads=("tokens", "labels")),
+      data=data,
       mesh=make_mesh(data=4, fsdp=2),
     )
     spec = dict(name="objective", batch_size=own)

@@ -38,7 +38,7 @@ OPENERS = {
 }
 _WHOLE = 64 * 2**20  # bytes up to which a file's full content is hashed
 _DIVIDE = (
-  "data.source.fractions, such as dict(train=0.9, test=0.1), divides it by the"
+  "Its option fractions, such as dict(train=0.9, test=0.1), divides it by the"
   " hash of the text."
 )
 _SAMPLES, _SAMPLE = 16, 2**20

@@ -405,7 +405,7 @@ class FilesTest(parameterized.TestCase):
       list(source.examples("test"))
 
   @parameterized.parameters(
-    (dict(), "choose from train. data.source.fractions, such as"),
+    (dict(), "choose from train. Its option fractions, such as"),
     (dict(fractions={"train": 1.0}), "choose from train.$"),
   )
   def test_an_unknown_split_of_what_could_be_divided(self, options, message):
