@@ -157,7 +157,8 @@ def vocabulary_size(spec: Mapping[str, Any], given: int | None) -> int:
     return given
   if spec.get("tokenizer") is None:
     raise ValueError(
-      f"data.tokenizer is not given, nor here as that of init_from, {_ASK_SIZE}"
+      "data.tokenizer is not given, and no folder of init_from that has one is"
+      f" here, {_ASK_SIZE}"
     )
   return tokenizer_size(spec["tokenizer"])
 
