@@ -19,8 +19,9 @@ class KeepCompiledTest(absltest.TestCase):
   def setUp(self):
     super().setUp()
     self.root = pathlib.Path(self.create_tempdir())
-    before = jax.config.jax_compilation_cache_dir
-    self.addCleanup(jax.config.update, "jax_compilation_cache_dir", before)
+    for name in ("jax_compilation_cache_dir", "jax_enable_compilation_cache"):
+      self.addCleanup(jax.config.update, name, getattr(jax.config, name))
+    jax.config.update("jax_enable_compilation_cache", True)
     self.addCleanup(compilation_cache.reset_cache)
     cache = {"BERTJAX_CACHE": str(self.root / "cache")}
     self.enterContext(mock.patch.dict(os.environ, cache))

@@ -14,10 +14,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ["KERAS_BACKEND"] = "jax"
 
 # Tests compile thousands of programs for the CPU, to run each once or twice: a
-# quick compiler saves more than fast code, and equal programs are compiled
-# once. Processes that tests start inherit all of it; compilers for TPUs and
-# GPUs heed none of it. See `tests/optimized.py` for the compiler of real runs.
-# Programs compiled in parts keep both cores busier, and take more of them.
+# quick compiler saves more than fast code. Processes that tests start inherit
+# all of it; compilers for TPUs and GPUs heed none of it. See
+# `tests/optimized.py` for the compiler of real runs. Programs compiled in parts
+# keep both cores busier, and take more of them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["XLA_FLAGS"] = " ".join(
   (
@@ -50,6 +50,9 @@ if importlib.util.find_spec("triton") is not None:
 # Imports and the search for tests leave nothing to collect.
 gc.disable()
 
+# Only processes that tests start find programs of one another: here equal ones
+# are few, and to write all takes longer than those would to compile.
+jax.config.update("jax_enable_compilation_cache", False)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
