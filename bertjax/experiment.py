@@ -28,6 +28,7 @@ from bertjax.evals import EVALUATORS, Evaluator
 from bertjax.evals.base import check_batch
 from bertjax.metrics import meters
 from bertjax.models import DTYPES, MODELS
+from bertjax.objectives.base import check_reads
 from bertjax.optim import Optimizer, selection
 from bertjax.parallel.mesh import make_mesh
 from bertjax.programs import Program, Recipe, program_of
@@ -258,16 +259,6 @@ def _optim(settings: Settings, mesh: Mesh) -> dict[str, Any]:
   return {"loss_scale": {}, **settings.optim}
 
 
-def _check_batch(settings: Settings, objective: nn.Module, batch: Any) -> None:
-  """Raises ValueError where the objective reads what the data lack."""
-  if missing := [name for name in objective.reads if name not in batch]:
-    raise ValueError(
-      f"objective.name={settings.objective['name']!r} reads"
-      f" {', '.join(missing)}, which these data do not have; their batches"
-      f" hold {', '.join(batch)}."
-    )
-
-
 def _generator(name: str, mesh: Mesh) -> str:
   """A generator of `GENERATORS`; "auto" is the mesh's cheapest.
 
@@ -323,7 +314,8 @@ def build(
     _check_rows(spec, data.batch_size, mesh, f"evals.{name}")
   objective = build_objective(settings, data)
   batch_spec = data.batch_spec(data.batch_size)
-  _check_batch(settings, objective, batch_spec)
+  name = f"objective.name={settings.objective['name']!r}"
+  check_reads(objective, batch_spec, name, "these data")
   program = program_of(
     Recipe(
       objective=objective,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from bertjax.evals.base import Evaluator, check_counts, read_batches
-from bertjax.objectives.base import Metrics
+from bertjax.objectives.base import Metrics, check_reads
 from bertjax.parallel.sharding import put_batch
 from bertjax.reuse import kept
 
@@ -57,12 +57,8 @@ def objective_eval(
   check_counts(num_batches=num_batches, batch_size=batch_size)
   # Of this very split: there may be no other.
   held = data.dataset(split).batch_spec(data.batch_size)
-  if missing := [name for name in objective.reads if name not in held]:
-    raise ValueError(
-      f"evals: {type(objective).__name__} reads {', '.join(missing)}, which the"
-      f" data of split={split!r} do not have; their batches hold"
-      f" {', '.join(held)}."
-    )
+  name = f"evals: {type(objective).__name__}"
+  check_reads(objective, held, name, f"the data of split={split!r}")
   metrics_of = metrics(objective)
 
   def evaluate(variables, key) -> dict[str, float]:

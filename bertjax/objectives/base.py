@@ -1,6 +1,6 @@
 """The contract of an objective, and the one way its terms become a loss."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -64,6 +64,27 @@ class Objective(Protocol):
       None if nobody has counted them; then there is no MFU.
     """
     ...
+
+
+def check_reads(
+  objective: Objective, held: Collection[str], name: str, data: str
+) -> None:
+  """Refuses data without an array that the objective reads.
+
+  Args:
+    objective: with `reads`.
+    held: names of the arrays of a batch.
+    name: of the objective, for the message.
+    data: what they are called there, in the plural.
+
+  Raises:
+    ValueError: names what is missing and what there is.
+  """
+  if missing := [array for array in objective.reads if array not in held]:
+    raise ValueError(
+      f"{name} reads {', '.join(missing)}, which {data} do not have; their"
+      f" batches hold {', '.join(held)}."
+    )
 
 
 def total_loss(

@@ -232,6 +232,12 @@ class StatisticsTest(parameterized.TestCase):
       value[:, 0], x.reshape(4, -1, 16).sum(1), rtol=1e-5, atol=1e-6
     )
     self.assertEqual(whole[path]["input_sum"].shape, (1, 1, 16))
+    # Of a scanned stack too, layer by layer.
+    path = "encoder/layers/mlp/up"
+    value = shards[path]["input_sum"]
+    self.assertEqual(value.shape, (_LAYERS, 4, 1, 16))
+    expected = _expected(path, lambda x, _: x.reshape(4, -1, 16).sum(1))
+    np.testing.assert_allclose(value[:, :, 0], expected, rtol=1e-5, atol=1e-6)
 
   @parameterized.parameters(dict(), _EVERYTHING)
   def test_rows_are_the_batch_s_in_any_order(self, **options):
