@@ -6,8 +6,12 @@
 #                   of a TPU (18 min); runs/bench.json, and a line in
 #                   benchmarks/history.jsonl
 # make bench-kernels  kernels against the stock ones, compiled, not run (30 min)
-PYTHON ?= $(firstword $(foreach version,3.11 3.12,\
-  $(shell command -v python$(version))) python3.11)
+# A distribution's Python is compiled for speed, pyenv's usually not: the tests take
+# an eighth longer with it. One without ensurepip makes no environment.
+PYTHON ?= $(shell for version in 3.11 3.12; do \
+  for python in /usr/bin/python$$version python$$version; do \
+    $$python -c 'import ensurepip' 2>&- && echo $$python && exit; \
+  done; done; echo python3.11)
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 WORKDIR ?= runs/quickstart

