@@ -79,12 +79,12 @@ def _ask(
   seq_len = _row_length(model, longest)
   style = pair_style_of(tokenizer, _task_data(model).get("pair_style"))
   features = kind.features(records, tokenizer, seq_len, style)
-  if features.truncated.any() and not truncate:
-    long = np.flatnonzero(features.truncated)
+  long, room = kind.cut(features, seq_len)
+  if long.size and not truncate:
     raise ValueError(
-      f"{len(long)} of {len(features.truncated)} rows, the first of them row"
-      f" {long[0]}, need more than {seq_len} tokens. Shorten the texts, or ask"
-      " for truncation (--truncate)."
+      f"{len(long)} of {len(records)} rows, the first of them row {long[0]},"
+      f" need more than {room}. Shorten the texts, or ask for truncation"
+      " (--truncate)."
     )
   logits = logits_of(model, features.arrays, batch_size)
   return kind.predictions(logits, features)

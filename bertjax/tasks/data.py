@@ -256,13 +256,16 @@ class TaskData(TextualData):
   ) -> dict[str, float]:
     """The task's metrics if every answer is the commonest of training.
 
-    {} where the source has nothing to train on.
+    {} where the source has nothing to train on, or no label of it.
     """
     del num_batches  # a task is scored as a whole
     if self.train_split not in self.source.splits:
       return {}
+    train = self.dataset().features
+    if not train.labelled.any():
+      return {}
     kind, features = self.task.kind, self.dataset(split).features
-    constant = kind.constant_logits(self.dataset().features)
+    constant = kind.constant_logits(train)
     count = len(features.arrays["labels"])
     logits = np.broadcast_to(constant, (count, *constant.shape))
     scores = kind.score(logits, features)

@@ -104,9 +104,7 @@ class OneBitAdamTest(parameterized.TestCase):
     ("layer", (("fsdp", 2),)),
   )
   @pytest.mark.slow
-  def test_workers_of_other_devices_are_workers_of_one(
-    self, granularity, axes
-  ):
+  def test_workers_of_other_devices_are_workers_of_one(self, granularity, axes):
     self._assert_as_of_one(granularity, axes)
 
   def _assert_as_of_one(self, granularity, axes):

@@ -297,6 +297,12 @@ class ContractTest(TaskTestCase):
     for metric, value in expected.items():
       self.assertAlmostEqual(baseline[f"majority_{metric}"], value)
 
+  def test_without_labels_there_is_nothing_to_guess_by(self):
+    make = KINDS["regression"][1]
+    records = [record | {"label": None} for record in examples(make)]
+    data = self.data("regression", records=records)
+    self.assertEqual(data.baseline("validation"), {})
+
   def test_tags_are_guessed_as_the_commonest(self):
     data = self.data("tagging")
     shares = data.facts()["class_shares"]

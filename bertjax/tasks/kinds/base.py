@@ -107,6 +107,10 @@ class Kind(abc.ABC):
   def constant_logits(self, features: Features) -> np.ndarray:
     """Logits of one row that give the commonest answer of these features."""
 
+  def cut(self, features: Features, seq_len: int) -> tuple[np.ndarray, str]:
+    """Records that had to leave something out, and what there is room for."""
+    return np.flatnonzero(features.truncated), f"{seq_len} tokens"
+
 
 def _each(value: Any, function: Callable[[str], str]) -> Any:
   """A text, or each of a list of them, gone through a function."""

@@ -182,3 +182,10 @@ class Questions(Kind):
     logits = np.zeros((features.arrays["tokens"].shape[1], 2), np.float32)
     logits[0] = 1.0
     return logits
+
+  def cut(self, features, seq_len) -> tuple[np.ndarray, str]:
+    """Questions, of whose windows each knows."""
+    windows = features.facts[-1]
+    rows = np.flatnonzero(features.truncated)
+    room = f"{self.max_question_tokens} tokens of question"
+    return np.unique([windows[row].example for row in rows]), room

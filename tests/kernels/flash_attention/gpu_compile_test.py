@@ -23,6 +23,7 @@ EVERYTHING = BERT | dict(
 class CompileTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ("everything", "bfloat16", 64, EVERYTHING),
+    ("wide", "bfloat16", 128, {}),
     ("widest_causal", "bfloat16", 256, KEY_BIAS),
     ("widest_full_precision", "float32", 192, EVERYTHING),
   )
@@ -32,8 +33,7 @@ class CompileTest(parameterized.TestCase):
   @parameterized.named_parameters(
     # Less than everything, in the same tiles.
     ("bert", "bfloat16", 64, BERT),
-    # Less than "widest_causal".
-    ("wide", "bfloat16", 128, {}),
+    # Less than "widest_causal", in the same tiles.
     ("widest", "float16", 256, {}),
     # Less than its widest, which has everything.
     ("full_precision", "float32", 128, KEY_BIAS),
