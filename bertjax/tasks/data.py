@@ -194,13 +194,21 @@ class TaskData(TextualData):
     return [self.task.kind.prepared(r, self._function) for r in found]
 
   def dataset(self, split: str | None = None) -> TaskDataset:
-    """The rows of a split, the training one by default.
+    """The rows of a split; of none, those that are trained on.
 
     Raises:
-      ValueError: unknown split, records that do not fit the task, or nothing
-        to learn from in the training split.
+      ValueError: unknown split, records that do not fit the task, or no label
+        to learn from.
     """
-    split = split or self.train_split
+    if split is None:
+      found = self.dataset(self.train_split)
+      if not found.features.labelled.any():
+        raise ValueError(
+          f"data.train_split={self.train_split!r} of {self.source.name} has no"
+          f" labels in {self.task.kind.fields[-1]!r}; nothing can be learned"
+          " from it."
+        )
+      return found
     if split not in self._datasets:
       examples = self.records(split)
       if split == self.train_split:
@@ -208,11 +216,6 @@ class TaskData(TextualData):
       features = self.task.kind.features(
         examples, self.tokenizer, self.seq_len, self._style
       )
-      if split == self.train_split and not features.labelled.any():
-        raise ValueError(
-          f"data.train_split={split!r} of {self.source.name} has no labels"
-          f" in {self.task.kind.fields[-1]!r}; nothing can be learned from it."
-        )
       self._datasets[split] = TaskDataset(
         features,
         pad_id=self.tokenizer.pad_id,
@@ -261,7 +264,7 @@ class TaskData(TextualData):
     del num_batches  # a task is scored as a whole
     if self.train_split not in self.source.splits:
       return {}
-    train = self.dataset().features
+    train = self.dataset(self.train_split).features
     if not train.labelled.any():
       return {}
     kind, features = self.task.kind, self.dataset(split).features

@@ -148,8 +148,9 @@ class SignsTest(parameterized.TestCase):
 
 class AllReduceTest(parameterized.TestCase):
   @parameterized.parameters(
+    # Every pair of (workers, granularity, scale).
     (workers, granularity, ("l1", "rms")[(i + j) % 2])
-    for i, workers in enumerate((1, 8))  # of 2 and 3 are matrices, below
+    for i, workers in enumerate((1, 2, 8))
     for j, granularity in enumerate(_GRANULARITIES)
   )
   def test_what_is_not_sent_stays(self, workers, granularity, scale):
@@ -224,8 +225,9 @@ class AllReduceTest(parameterized.TestCase):
       # A server's sum of 4,096 numbers rounds; a sign out of place is 0.1.
       np.testing.assert_allclose(one, other, atol=1e-6)
 
-  @parameterized.parameters(
-    (granularity, 2 + i % 2) for i, granularity in enumerate(_GRANULARITIES)
+  @parameterized.product(
+    granularity=_GRANULARITIES,
+    workers=(2, 3),
   )
   def test_what_is_not_sent_of_matrices_stays(self, granularity, workers):
     """Padded or not, the first axis last or not, beside small tensors."""
