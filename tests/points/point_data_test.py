@@ -276,7 +276,15 @@ class SubsetsTest(parameterized.TestCase):
       with_classes(dict(name="classification", num_classes=40), About(15))
 
 
-class StoredTest(absltest.TestCase):
+class StoredTest(parameterized.TestCase):
+  @parameterized.parameters(0o022, 0o077)
+  def test_points_are_for_whom_the_umask_lets_read_them(self, umask):
+    folder = pathlib.Path(self.create_tempdir())
+    self.addCleanup(os.umask, os.umask(umask))
+    data(folder, stored_points=9, num_points=8).clouds()
+    modes = {p.stat().st_mode & 0o777 for p in folder.glob("points/*")}
+    self.assertEqual(modes, {0o666 & ~umask})
+
   def test_farthest_points_come_first(self):
     folder = pathlib.Path(self.create_tempdir())
     options = dict(stored_points=30, farthest=True, draw_eval="first")

@@ -7,7 +7,7 @@ sampling, once: the result is an array that is read by index from then on.
 import contextlib
 import os
 import pathlib
-import tempfile
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -121,8 +121,8 @@ def _written(
   path: pathlib.Path, shape: tuple[int, ...], dtype: Any
 ) -> Iterator[np.ndarray]:
   """An array on disk to be filled; the file is whole at any moment."""
-  handle, partial = tempfile.mkstemp(dir=path.parent, suffix=".partial")
-  os.close(handle)
+  # Not `tempfile`, whose files only their owner may read.
+  partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
   try:
     array = np.lib.format.open_memmap(
       partial, mode="w+", dtype=dtype, shape=shape
@@ -131,4 +131,4 @@ def _written(
     array.flush()
     os.replace(partial, path)
   finally:
-    pathlib.Path(partial).unlink(missing_ok=True)
+    partial.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ split asks about packages that training never saw.
 """
 
 import concurrent.futures
+import contextlib
 import difflib
 import gzip
 import hashlib
@@ -18,7 +19,7 @@ import re
 import subprocess
 import sys
 import sysconfig
-import tempfile
+import uuid
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -309,8 +310,8 @@ class PythonDocs:
     for split, example in self._extract():
       documents[split].append(example)
     os.makedirs(self._cache_dir, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=self._cache_dir, prefix="partial-")
-    os.close(handle)
+    # Not `tempfile`, whose files only their owner may read.
+    partial = os.path.join(self._cache_dir, f"partial-{uuid.uuid4().hex}")
     try:
       with gzip.open(partial, "wt", compresslevel=1, encoding="utf-8") as f:
         for split, examples in documents.items():
@@ -318,7 +319,8 @@ class PythonDocs:
             f.write(json.dumps((split, example)) + "\n")
       os.replace(partial, path)
     except BaseException:
-      os.unlink(partial)
+      with contextlib.suppress(FileNotFoundError):
+        os.unlink(partial)
       raise
     return documents
 

@@ -270,6 +270,13 @@ class PythonDocsTest(parameterized.TestCase):
       self.assertEqual(gzip.decompress(kept.read_bytes()), whole)
     self.assertLen(list((self.folder / "cache").iterdir()), 1)
 
+  @parameterized.parameters(0o022, 0o077)
+  def test_extracted_text_is_for_whom_the_umask_lets_read_it(self, umask):
+    self.addCleanup(os.umask, os.umask(umask))
+    list(self.source().examples("test"))
+    (kept,) = (self.folder / "cache").iterdir()
+    self.assertEqual(kept.stat().st_mode & 0o777, 0o666 & ~umask)
+
   def test_tests_generated_code_and_bertjax_are_left_out(self):
     install(self.site, "bertjax")
     for inside in ("tests/m.py", "test_m.py", "m_test.py", "m_pb2.py"):
