@@ -18,10 +18,10 @@ Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
 def subset(stored: int, count: int, rng: np.random.Generator) -> np.ndarray:
-  """Different points in random order; some twice if there are too few."""
-  if count <= stored:
-    return rng.choice(stored, count, replace=False)
-  return rng.choice(stored, count)
+  """Different points in random order; all again while there are too few."""
+  again, rest = divmod(count - 1, stored)
+  sizes = [stored] * again + [rest + 1]
+  return np.concatenate([rng.choice(stored, n, replace=False) for n in sizes])
 
 
 def replacement(
