@@ -28,7 +28,10 @@ class MaskedData(TextualData):
 
   @abc.abstractmethod
   def token_counts(self, split: str | None = None) -> np.ndarray:
-    """How often each id occurs in a split, the training one by default."""
+    """How often each id occurs in a split, the training one by default.
+
+    0 for ids that are never masked, which nobody has to guess.
+    """
 
   def objective(self, given: Mapping[str, Any]) -> dict[str, Any]:
     if given.get("name") in FINE_TUNING:

@@ -77,12 +77,16 @@ class StaticData(MaskedData):
     return self._datasets[split]
 
   def token_counts(self, split: str | None = None) -> np.ndarray:
-    """How often each id occurs in a split, special ones aside."""
+    """How often each id occurs in a split; of special ones, [UNK] alone.
+
+    `create_pretraining_data` masks [UNK] as if it were a word.
+    """
     dataset = self.dataset(split)
     rows = dataset.rows(0, dataset.rows_per_epoch(0))
     tokens = original_tokens(rows)[rows["segment_ids"] > 0]
     counts = np.bincount(tokens, minlength=self.tokenizer.vocab_size)
-    counts[self.tokenizer.special_ids] = 0
+    special = self.tokenizer.special_ids
+    counts[special[special != self.tokenizer.unk_id]] = 0
     return counts
 
   def facts(self) -> dict[str, Any]:

@@ -143,9 +143,11 @@ class TextData(MaskedData):
     return self.dataset().masking
 
   def token_counts(self, split: str | None = None) -> np.ndarray:
-    """How often each id occurs (in a sample of a large split)."""
+    """How often each id occurs (in a sample of a large split), none special."""
     cache = self.cache(split or self.train_split)
-    return token_counts(cache, self.tokenizer.vocab_size)
+    counts = token_counts(cache, self.tokenizer.vocab_size)
+    counts[self.tokenizer.special_ids] = 0
+    return counts
 
   def facts(self) -> dict[str, Any]:
     cache = self.cache(self.train_split)

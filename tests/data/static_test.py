@@ -64,6 +64,28 @@ class StaticDataTest(absltest.TestCase):
     self.assertTrue(np.isfinite(result.metrics["nsp_loss"]))
     self.assertGreater(result.metrics["heldout/unigram_accuracy"], 0.05)
 
+  def test_guesses_are_of_all_that_the_original_masks(self):
+    tokenizer = train_tokenizer("wordpiece", ["a b c"], vocab_size=12)
+    unknown, letter = tokenizer.unk_id, tokenizer.encode("a")[0]
+    generator = bert_instances.Generator(
+      tokenizer, max_seq_length=16, max_predictions_per_seq=3
+    )
+    path = str(self.root / "unknown.tfrecord")
+    documents = [[[unknown, letter, unknown]] * 6] * 2
+    bert_instances.write_tfrecord(generator(documents), path, 16, 3)
+    spec = self._spec(files=dict(train=path), tokenizer=tokenizer)
+    del spec["name"]
+    data = StaticData(**spec, seed=0, cache_dir=self.root)
+    counts = data.token_counts()
+    np.testing.assert_array_equal(
+      np.flatnonzero(counts), sorted([unknown, letter])
+    )
+    (batch,) = data.dataset().evaluation_batches(64)
+    masked = batch["labels"][batch["labels"] >= 0]
+    self.assertAlmostEqual(
+      data.baseline("train")["unigram_accuracy"], (masked == unknown).mean()
+    )
+
   def test_ids_beyond_the_vocabulary_are_refused(self):
     small = train_tokenizer("wordpiece", ["a b c"], vocab_size=12)
     small.save(self.root / "small")

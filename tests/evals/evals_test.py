@@ -1,6 +1,7 @@
 """Evaluators against counts and sums done by hand."""
 
 import math
+import pathlib
 import types
 from unittest import mock
 
@@ -11,6 +12,8 @@ from absl.testing import absltest, parameterized
 
 from bertjax import evaluate, experiment, loading
 from bertjax.config import merge, settings
+from bertjax.data.text import TextData
+from bertjax.data.tokenizers import train_tokenizer
 from bertjax.data.unigram import unigram_baseline
 from bertjax.evals import objective_eval, pseudo_perplexity
 from bertjax.evals.pseudo_perplexity import one_mask_each
@@ -166,6 +169,31 @@ class EvaluatorsTest(parameterized.TestCase):
     self.assertAlmostEqual(values["unigram_accuracy"], 2 / 3)
     expected = -(2 * math.log(7 / 10) + math.log(2 / 10)) / 3
     self.assertAlmostEqual(values["unigram_loss"], expected)
+
+  def test_unigrams_are_of_what_is_masked(self):
+    folder = pathlib.Path(self.create_tempdir())
+    (folder / "a.txt").write_text("a \u4e2d b \u4e2d a \u4e2d \u4e2d\n" * 9)
+    data = TextData(
+      source=dict(name="text_files", paths=str(folder / "a.txt")),
+      tokenizer=train_tokenizer("wordpiece", ["a b"], vocab_size=12),
+      seq_len=32,
+      batch_size=2,
+      instances=dict(name="packed"),
+      masking={},
+      seed=0,
+      cache_dir=folder,
+    )
+    a, b = data.tokenizer.encode("a b")
+    counts = data.token_counts()
+    np.testing.assert_array_equal(np.flatnonzero(counts), sorted([a, b]))
+    self.assertEqual(counts[a], 2 * counts[b])
+    labels = np.concatenate(
+      [batch["labels"] for batch in data.dataset().evaluation_batches(2)]
+    )
+    self.assertAlmostEqual(
+      data.baseline("train")["unigram_accuracy"],
+      (labels == a).sum() / (labels >= 0).sum(),
+    )
 
   def test_another_objective_is_refused(self):
     with self.assertRaisesRegex(ValueError, "needs objective.name='masked_lm'"):
