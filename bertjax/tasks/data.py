@@ -13,7 +13,8 @@ import numpy as np
 
 from bertjax.data.dataset import RowDataset
 from bertjax.data.orders import Orders
-from bertjax.data.sources import base, text_function
+from bertjax.data.sources import base
+from bertjax.data.sources import preprocess as preprocess_lib
 from bertjax.data.sources.filters import named
 from bertjax.data.textual import TextualData
 from bertjax.data.tokenizers import Tokenizer
@@ -155,9 +156,13 @@ class TaskData(TextualData):
     self._function = None
     content = f"{self.source.fingerprint()}-{self.task.kind!r}"
     if preprocess:
-      self._function = text_function(preprocess, "data.preprocess")
+      self._function = preprocess_lib.text_function(
+        preprocess, "data.preprocess"
+      )
       self.task.kind.prepared({}, self._function)
-      content = base.fingerprint_of(content, named(preprocess))
+      content = base.fingerprint_of(
+        content, preprocess_lib.VERSION, named(preprocess)
+      )
     super().__init__(
       tokenizer,
       batch_size=batch_size,

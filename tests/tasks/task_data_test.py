@@ -3,6 +3,7 @@
 import json
 import pathlib
 import random
+from unittest import mock
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from absl.testing import absltest, parameterized
 
 from bertjax import registry, train_state, train_step
+from bertjax.data.sources import preprocess
 from bertjax.data.tokenizers.words import WordTokenizer
 from bertjax.evals.task_metrics import task_metrics
 from bertjax.models import MODELS
@@ -121,14 +123,13 @@ class TaskTestCase(parameterized.TestCase):
     lines = map(json.dumps, records or examples(make))
     path.write_text("\n".join(lines))
     paths = {"train": str(path), "validation": str(path)}
+    given = dict(tokenizer=tokenizer(), cache_dir=self.folder()) | options
     return TaskData(
       task=dict(name=name, source=dict(name="jsonl", paths=paths), **spec),
-      tokenizer=tokenizer(),
       seq_len=seq_len,
       batch_size=8,
       seed=seed,
-      cache_dir=self.folder(),
-      **options,
+      **given,
     )
 
 
@@ -314,6 +315,18 @@ class ContractTest(TaskTestCase):
   def test_rows_that_do_not_fit_are_counted(self):
     data = self.data("pairs", seq_len=13)  # of 3 + 6 + 6 tokens
     self.assertEqual(data.facts()["truncated_share"], 1.0)
+
+  def test_a_vocabulary_is_of_the_text_functions_of_its_version(self):
+    options = dict(
+      tokenizer=dict(name="train", kind="wordpiece", vocab_size=60),
+      preprocess=["strip_html"],
+      cache_dir=self.folder(),
+    )
+    self.data("pairs", **options)
+    self.data("pairs", **options)
+    with mock.patch.object(preprocess, "VERSION", preprocess.VERSION + 1):
+      self.data("pairs", **options)
+    self.assertLen(list(options["cache_dir"].glob("vocab-*")), 2)
 
   @parameterized.parameters((1, 2), (3, 6), (0.5, 1), (1.6, 4))
   def test_epochs_in_steps(self, epochs, steps):

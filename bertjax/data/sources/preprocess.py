@@ -21,20 +21,26 @@ _MARKUP = re.compile(
   r"<!--.*?-->|<(script|style)\b.*?</\1\s*>|</?[a-zA-Z][^<>]*>",
   re.DOTALL | re.IGNORECASE,
 )
+# What browsers show as a block or a row of its own; <br> and <title> as well.
 _BLOCK = re.compile(
-  r"</?(?:p|div|br|li|ul|ol|tr|table|h[1-6]|blockquote|pre|section|article)"
-  r"\b[^<>]*>",
+  r"</?(?:address|article|aside|blockquote|body|br|caption|center|dd|details"
+  r"|dialog|dir|div|dl|dt|fieldset|figcaption|figure|footer|form|h[1-6]|head"
+  r"|header|hgroup|hr|html|legend|li|main|menu|nav|ol|optgroup|option|p|pre"
+  r"|search|section|summary|table|tbody|tfoot|thead|title|tr|ul)\b[^<>]*>",
   re.IGNORECASE,
 )
+_CELL = re.compile(r"<t[dh]\b[^<>]*>", re.IGNORECASE)  # may have no end tag
 _NEWLINES = re.compile(r"\n{3,}")
 
 
 def strip_html(text: str) -> str:
   """Text without tags, scripts and comments; entities become characters.
 
-  Block elements leave a line break. A "<" that opens no tag stays.
+  Block elements leave a line break, cells of a table a tab before them. A "<"
+  that opens no tag stays.
   """
-  return html.unescape(_MARKUP.sub("", _BLOCK.sub("\n", text)))
+  text = _CELL.sub("\t", _BLOCK.sub("\n", text))
+  return html.unescape(_MARKUP.sub("", text))
 
 
 def collapse_whitespace(text: str) -> str:
@@ -98,7 +104,7 @@ PREPROCESSORS: dict[str, Callable[..., str]] = {
   "unicode_nfc": unicode_nfc,
   "unicode_nfkc": unicode_nfkc,
 }
-_VERSION = 1  # of the functions above; part of the fingerprint
+VERSION = 2  # of the functions above; part of the fingerprint
 
 Names = Sequence[str | Mapping[str, Any]]
 
@@ -149,7 +155,7 @@ class Preprocessed(base.Derived):
 
   def fingerprint(self) -> str:
     return base.fingerprint_of(
-      "preprocess", _VERSION, self._names, self._source.fingerprint()
+      "preprocess", VERSION, self._names, self._source.fingerprint()
     )
 
   def examples(self, split: str) -> Iterator[base.Example]:

@@ -267,10 +267,31 @@ class PreprocessTest(SourceTestCase):
     ("script", "x<script>if (a<b) {}</script><!-- <p> -->y", "xy"),
     ("no_tag", "if a < b and c > d", "if a < b and c > d"),
     ("break", "one<br/>two<li>three", "one two three"),
+    (
+      "table",
+      "<table><caption>C</caption><thead><tr><th>a</th><th id=x>b</th></tr>"
+      "</thead><tr><td>1<TD>2</table>",
+      "C a b 1 2",
+    ),
+    ("terms", "<dl><dt>one<dd>two</dd><dt>three</dl>", "one two three"),
+    ("rule", "one<hr>two", "one two"),
+    (
+      "page",
+      "<title>a</title><header>b</header><nav>c</nav><main>d</main><form>e"
+      "</form><figure>f<figcaption>g</figcaption></figure><aside>h</aside>"
+      "<footer>i</footer>",
+      "a b c d e f g h i",
+    ),
+    ("inline", "<thing>w</thing><b>or</b><tdx>d</tdx>s", "words"),
   )
   def test_strip_html(self, text, expected):
     found = PREPROCESSORS["strip_html"](text)
     self.assertEqual(" ".join(found.split()), expected)
+
+  def test_rows_of_a_table_are_lines(self):
+    table = "<table><tr><td>a</td><td>b</td></tr><tr><td>c</td></tr></table>"
+    found = PREPROCESSORS["strip_html"](table).split("\n")
+    self.assertEqual([x for x in found if x], ["\ta\tb", "\tc"])
 
   def test_collapse_whitespace_keeps_paragraphs(self):
     self.assertEqual(
