@@ -103,9 +103,14 @@ def build(
     **context: arguments that the caller supplies and a config may not.
 
   Raises:
-    ValueError: unknown name, or see `call`.
+    ValueError: no such dict, unknown name, or see `call`.
   """
-  options = dict(spec)
+  try:
+    options = dict(spec)
+  except (TypeError, ValueError) as err:  # a bare name, a list
+    raise ValueError(
+      f"{field}={spec!r} must be a dict: dict(name=...) and its options."
+    ) from err
   if "name" not in options:
     raise ValueError(
       f"{field}.name is missing; choose from {', '.join(sorted(table))}."

@@ -21,6 +21,9 @@ class RegistryTest(parameterized.TestCase):
   @parameterized.parameters(
     (dict(name="adm", learning_rate=1), "optim.name='adm' .*adam, lamb.*Did"),
     (dict(learning_rate=1), "optim.name is missing"),
+    ("adam", r"optim='adam' must be a dict: dict\(name=...\)"),
+    (["adam"], r"optim=\['adam'\] must be a dict"),
+    (None, "optim=None must be a dict"),
     (dict(name="adam", learning_rat=1), "optim.learning_rat .*Did you mean 'l"),
     (dict(name="adam"), "optim.learning_rate is required"),
     (dict(name="adam", learning_rate=1, eps=1), "optim.eps is set by the lib"),
@@ -28,7 +31,7 @@ class RegistryTest(parameterized.TestCase):
   def test_a_bad_spec_is_refused_by_field(self, spec, message):
     with self.assertRaisesRegex(ValueError, message):
       registry.build(
-        _TABLE, spec, "optim", **{"eps": 1} if "eps" in spec else {}
+        _TABLE, spec, "optim", **{"eps": 1} if "eps" in (spec or ()) else {}
       )
 
 
