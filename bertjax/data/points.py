@@ -83,6 +83,8 @@ class PointData(Data):
       augment=tuple(augment),
       parts=parts,
     )
+    if stored_points is not None and stored_points < 1:
+      raise ValueError(f"data.stored_points={stored_points} must be positive.")
     if farthest and stored_points is None:
       raise ValueError(
         "data.farthest=True: how many farthest points are kept is left to"

@@ -11,6 +11,7 @@ import numpy as np
 
 from bertjax.data.shapes import meshes
 from bertjax.data.shapes.dataset import Reading
+from bertjax.data.shapes.files import check_finite
 from bertjax.loading import LoadedModel
 from bertjax.points import farthest_point_sampling
 from bertjax.predict.rows import power_of_two
@@ -53,8 +54,7 @@ def read_cloud(path: str | pathlib.Path, num_points: int) -> np.ndarray:
     raise ValueError(
       f"{path} holds an array of shape {rows.shape}; it should be [points, 3]."
     )
-  if not np.isfinite(rows[:, :3]).all():
-    raise ValueError(f"{path} holds coordinates that are not finite.")
+  check_finite(path, rows[:, :3])
   if not np.ptp(rows[:, :3], axis=0).any():
     raise ValueError(f"{path}: its {len(rows)} points all lie in one place.")
   return rows[:, :3]

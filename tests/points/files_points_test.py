@@ -111,6 +111,14 @@ class FilesTest(absltest.TestCase):
       file["label"] = np.zeros(9)
     with self.assertRaisesRegex(ValueError, r"data \(9, 3\)"):
       hdf5.ScanObjectNN(self.root, "test")
+    for data, message in (
+      (np.zeros((2, 0, 3)), r"data \(2, 0, 3\)"),
+      (np.full((2, 9, 3), np.inf), "scale75.h5 holds coordinates that are not"),
+    ):
+      with h5py.File(path, "w") as file:
+        file["data"], file["label"] = data, np.zeros(2)
+      with self.assertRaisesRegex(ValueError, message):
+        hdf5.ScanObjectNN(self.root, "test")
     with h5py.File(path, "w") as file:
       file["data"] = rows(0, 3)[None]
     with self.assertRaisesRegex(ValueError, "scale75.h5 has no 'data' or no"):
@@ -155,9 +163,15 @@ class FilesTest(absltest.TestCase):
       with self.assertRaisesRegex(ValueError, "1-b.npy holds no points: "):
         files.ShapeNet55(self.root)[1]
     self.write("modelnet40_train.txt", "bed_0001\n")
-    self.write("bed/bed_0001.txt", "1,2,3\nx\n")
-    with self.assertRaisesRegex(ValueError, "bed_0001.txt holds no points: "):
-      files.ModelNet40(self.root)[0]
+    for content, message in (
+      ("1,2,3\nx\n", "no points: "),
+      ("1,2,nan,0,0,1\n", "coordinates that are not finite"),
+    ):
+      self.write("bed/bed_0001.txt", content)
+      with self.assertRaisesRegex(ValueError, f"bed_0001.txt holds {message}"):
+        files.ModelNet40(self.root)[0]
+    self.write("bed/bed_0001.txt", "1,2,3,nan,nan,nan\n")  # of a sliver
+    self.assertLen(files.ModelNet40(self.root)[0].points, 1)
     for content in (b"", b"no pickle", pickle.dumps([rows(0, 6)])[:40]):
       (self.root / "a.dat").write_bytes(content)
       with self.assertRaisesRegex(ValueError, "a.dat cannot be read: "):

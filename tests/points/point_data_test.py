@@ -182,6 +182,9 @@ class RowsTest(parameterized.TestCase):
   @parameterized.parameters(
     (dict(num_points=0), "data.num_points=0 must be positive"),
     (dict(draw="fps"), "data.draw='fps' is unknown"),
+    (dict(stored_points=0), "data.stored_points=0 must be positive"),
+    (dict(source=dict(name="meshes", path=".", points=0)), "points=0 must be"),
+    (dict(augment=["jitter"]), "data.augment='jitter' must be a dict"),
     (dict(augment=[dict(name="flip")]), "data.augment.name='flip'"),
     (dict(augment=[dict(name="rotate", axis="up")]), "augment.axis='up'"),
     (dict(augment=[dict(name="scale_shift", low=2)]), "low=2, high=1.5"),

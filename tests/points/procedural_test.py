@@ -71,6 +71,8 @@ class ProceduralTest(absltest.TestCase):
       ProceduralShapes(classes=())
     with self.assertRaisesRegex(ValueError, "num_points=0 .* at least 1"):
       ProceduralShapes(num_points=0)
+    with self.assertRaisesRegex(ValueError, "jitter=-0.1 must not be negat"):
+      ProceduralShapes(jitter=-0.1)
 
 
 if __name__ == "__main__":

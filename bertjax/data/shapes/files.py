@@ -401,7 +401,7 @@ def _array(path: Any, rows: Any, columns: int) -> np.ndarray:
   """Rows as float32, at least so many columns.
 
   Raises:
-    ValueError: there are fewer, or no row.
+    ValueError: there are fewer, or no row, or a coordinate is not finite.
   """
   rows = np.asarray(rows, np.float32)
   if rows.ndim != 2 or rows.shape[1] < columns or not len(rows):
@@ -409,4 +409,11 @@ def _array(path: Any, rows: Any, columns: int) -> np.ndarray:
       f"{path} holds an array of shape {rows.shape}; it should be"
       f" [points, {columns}]."
     )
+  check_finite(path, rows[:, :3])
   return rows[:, :columns]
+
+
+def check_finite(path: Any, points: np.ndarray) -> None:
+  """Raises ValueError for coordinates of a file that are no numbers."""
+  if not np.isfinite(points).all():
+    raise ValueError(f"{path} holds coordinates that are not finite.")

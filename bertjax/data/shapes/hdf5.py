@@ -7,7 +7,7 @@ import pathlib
 
 import numpy as np
 
-from bertjax.data.shapes.files import Cloud, Clouds, lines_of
+from bertjax.data.shapes.files import Cloud, Clouds, check_finite, lines_of
 from bertjax.registry import lookup
 
 # Folder and ending of the files of ScanObjectNN's three variants.
@@ -27,8 +27,8 @@ class ClassedArrays(Clouds):
     classes: their names, by label.
 
     Raises:
-      ValueError: a file that cannot be read, arrays of other shapes, or a label
-        of no class.
+      ValueError: a file that cannot be read, arrays of other shapes, points
+        that are not finite, or a label of no class.
       FileNotFoundError: a file is missing.
     """
     parts = [_arrays(path) for path in paths]
@@ -135,9 +135,11 @@ def _arrays(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     raise ValueError(f"{path} has no 'data' or no 'label'.") from err
   except OSError as err:  # not HDF5, or cut off
     raise ValueError(f"{path} cannot be read: {err}.") from err
-  if data.ndim != 3 or data.shape[-1] != 3 or len(data) != len(labels):
+  shaped = data.ndim == 3 and data.shape[1] > 0 and data.shape[2] == 3
+  if not shaped or len(data) != len(labels):
     raise ValueError(
       f"{path}: data {data.shape} and label {labels.shape} should be"
       " [n, points, 3] and [n]."
     )
+  check_finite(path, data)
   return data.astype(np.float32), labels.astype(np.int64)

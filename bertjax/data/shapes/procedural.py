@@ -202,7 +202,8 @@ class ProceduralShapes:
     stretch: largest factor by which an axis is stretched or shrunk.
 
   Raises:
-    ValueError: an unknown class, no point, or a stretch below 1.
+    ValueError: an unknown class, no point, a negative jitter, or a stretch
+      below 1.
   """
 
   classes: tuple[str, ...] = tuple(SHAPES)
@@ -221,6 +222,8 @@ class ProceduralShapes:
         f"num_points={self.num_points} and stretch={self.stretch} must be at"
         " least 1."
       )
+    if self.jitter < 0:
+      raise ValueError(f"jitter={self.jitter} must not be negative.")
 
   @functools.cached_property
   def parts(self) -> tuple[str, ...]:

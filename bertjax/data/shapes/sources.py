@@ -223,8 +223,10 @@ class Divided(ShapeSource):
       "validation" and "test".
 
     Raises:
-      ValueError: shares that are negative or do not add up to 1.
+      ValueError: no point, or shares that are negative or do not add up to 1.
     """
+    if points < 1:
+      raise ValueError(f"data.source.points={points} must be positive.")
     self._path, self.kept = path, points
     self._fractions = dict(
       fractions or dict(train=0.8, validation=0.1, test=0.1)
