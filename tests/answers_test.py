@@ -90,6 +90,13 @@ class AnswersTest(parameterized.TestCase):
       want = [label for label, x in zip("ab", logits) if x > 0]
       self.assertEqual(one["labels"], want)
 
+  def test_labels_may_have_been_numbers(self):
+    model = self.model("several")
+    spec = model.objective_spec | {"labels": [0, 1]}
+    model = dataclasses.replace(model, objective_spec=spec)
+    [one] = predict.classify(model, TEXTS[:1])
+    self.assertEqual(list(one["probabilities"]), ["0", "1"])
+
   def test_every_word_has_the_label_of_its_first_piece(self):
     said = predict.tag(self.model("tags"), TEXTS, batch_size=2)
     for text, one in zip(TEXTS, said):

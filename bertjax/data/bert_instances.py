@@ -25,6 +25,8 @@ from absl import app, flags
 
 from bertjax.data import dataset as dataset_lib
 from bertjax.data.orders import Orders
+from bertjax.data.sources import files as files_lib
+from bertjax.data.sources import remote, tensorflow_io
 
 _SPECIALS = 3  # [CLS] A [SEP] B [SEP]
 Document = Sequence[Sequence[int]]
@@ -78,6 +80,17 @@ class Generator:
       raise ValueError(
         f"max_seq_length={self.max_seq_length} must be at least"
         f" {_SPECIALS + 2}."
+      )
+    for name in ("max_predictions_per_seq", "dupe_factor"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)} must be positive.")
+    if not 0 < self.masked_lm_prob <= 1:
+      raise ValueError(
+        f"masked_lm_prob={self.masked_lm_prob} must be above 0, at most 1."
+      )
+    if not 0 <= self.short_seq_prob <= 1:
+      raise ValueError(
+        f"short_seq_prob={self.short_seq_prob} must be from 0 to 1."
       )
 
   def __call__(self, documents: Iterable[Document]) -> list[Instance]:
@@ -227,7 +240,7 @@ def write_tfrecord(
   max_predictions_per_seq: int,
 ) -> int:
   """Writes tf.Examples; returns how many."""
-  tf = _tensorflow()
+  tf = tensorflow_io.load("tensorflow")
   count = 0
   with tf.io.TFRecordWriter(path) as writer:
     for instance in instances:
@@ -245,11 +258,14 @@ def write_tfrecord(
   return count
 
 
-def read_tfrecord(paths: str | Sequence[str]) -> dict[str, np.ndarray]:
+def read_tfrecord(
+  paths: str | Sequence[str], field: str = "paths"
+) -> dict[str, np.ndarray]:
   """All rows of ready-made BERT TFRecords as one batch of ours.
 
   Args:
-    paths: files or glob patterns.
+    paths: files or glob patterns; rows may differ in length.
+    field: what holds them in a config, for messages.
 
   Returns:
     The batch of `RowDataset`, one row per example: `tokens, segment_ids,
@@ -257,17 +273,16 @@ def read_tfrecord(paths: str | Sequence[str]) -> dict[str, np.ndarray]:
     `pair_labels` [n].
 
   Raises:
-    ValueError: no file, no example, or a missing feature.
+    ValueError: no file, no example, or a file that does not hold such rows.
   """
-  tf = _tensorflow()
+  tf = tensorflow_io.load("tensorflow")
   patterns = [paths] if isinstance(paths, str) else list(paths)
-  files = [f for p in patterns for f in sorted(glob.glob(p))]
+  files = _matching(patterns)
   if not files:
     raise ValueError(
-      f"data.source.files={patterns!r} matches no file; give TFRecords of"
-      " BERT instances."
+      f"{field}={patterns!r} matches no file; give TFRecords of BERT instances."
     )
-  # No lengths are asked for: the first example tells them.
+  # No lengths are asked for: the longest rows tell them.
   spec = {
     name: tf.io.RaggedFeature(
       tf.float32 if name == "masked_lm_weights" else tf.int64
@@ -275,12 +290,29 @@ def read_tfrecord(paths: str | Sequence[str]) -> dict[str, np.ndarray]:
     for name in _FEATURES
   }
   rows = {name: [] for name in _FEATURES}
-  for chunk in tf.data.TFRecordDataset(files).batch(4096):
-    for name, values in tf.io.parse_example(chunk, spec).items():
-      rows[name].append(_rectangle(name, values.to_tensor().numpy(), files))
+  for file in files:
+    for records in tensorflow_io.read_records(file, batch_size=4096):
+      try:
+        parsed = tf.io.parse_example(records, spec)
+      # TensorFlow's message may quote bytes that are no text.
+      except (tf.errors.InvalidArgumentError, UnicodeDecodeError) as err:
+        raise ValueError(f"{file} does not hold {_BERT_INSTANCES}.") from err
+      for name, values in parsed.items():
+        if not values.values.shape[0]:
+          raise ValueError(
+            f"{file} lacks the feature {name!r} of {_BERT_INSTANCES}."
+          )
+        rows[name].append(values)
   if not rows["input_ids"]:
-    raise ValueError(f"data.source.files={files!r} hold no examples.")
-  return _as_batch({k: np.concatenate(v) for k, v in rows.items()})
+    raise ValueError(f"{field}={patterns!r} holds no examples.")
+  return _as_batch(
+    {k: tf.concat(v, axis=0).to_tensor().numpy() for k, v in rows.items()}
+  )
+
+
+def _matching(patterns: Iterable[str]) -> list[str]:
+  found = [f for p in patterns for f in sorted(glob.glob(p))]
+  return [f for f in found if not os.path.isdir(f)]
 
 
 _FEATURES = (
@@ -292,15 +324,7 @@ _FEATURES = (
   "masked_lm_weights",
   "next_sentence_labels",
 )
-
-
-def _rectangle(name, values, files):
-  if values.shape[-1] == 0:
-    raise ValueError(
-      f"data.source.files={files!r}: the feature {name!r} is missing; BERT"
-      f" instances have {', '.join(_FEATURES)}."
-    )
-  return values
+_BERT_INSTANCES = f"BERT instances, tf.Examples of {', '.join(_FEATURES)}"
 
 
 def _as_batch(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -328,7 +352,7 @@ class StaticDataset(dataset_lib.RowDataset):
     self._rows = rows
     self._count, self.seq_len = rows["tokens"].shape
     if not self._count:
-      raise ValueError("data.source.files hold no examples.")
+      raise ValueError("rows holds no examples.")
     self.pad_id, self.seed = pad_id, seed
     self._orders = Orders(self._count, seed)
     digest = hashlib.sha256()
@@ -365,30 +389,29 @@ def read_documents(paths: Sequence[str], tokenizer) -> list[list[list[int]]]:
   """Sentences as ids, from text files in the reference's format."""
   documents = [[]]
   for path in paths:
-    # A line feed alone ends a line, as in the reference.
-    with open(path, encoding="utf-8", newline="\n") as lines:
-      for line in lines:
-        line = line.strip()
-        if not line:
-          documents.append([])
-        elif len(ids := tokenizer.encode(line)):
-          documents[-1].append(ids.tolist())
+    for line in _lines(path):
+      line = line.strip()
+      if not line:
+        documents.append([])
+      elif len(ids := tokenizer.encode(line)):
+        documents[-1].append(ids.tolist())
     # As in the reference, the end of a file does not end a document.
   return [d for d in documents if d]
 
 
+def _lines(path: str) -> Iterator[str]:
+  # A line feed alone ends a line, as in the reference.
+  with open(path, encoding="utf-8", newline="\n") as lines:
+    try:
+      yield from lines
+    except UnicodeDecodeError as err:
+      raise ValueError(
+        f"{files_lib.undecodable(path, err)}; write it in UTF-8."
+      ) from err
+
+
 def _join(sentences: Iterable[Sequence[int]]) -> list[int]:
   return [token for sentence in sentences for token in sentence]
-
-
-def _tensorflow():
-  try:
-    import tensorflow as tf
-  except ImportError as err:
-    raise ImportError(
-      "TFRecords of tf.Examples need TensorFlow: pip install 'bertjax[tfds]'."
-    ) from err
-  return tf
 
 
 _HELP = {
@@ -433,15 +456,18 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _write(values: flags.FlagValues) -> None:
+  from bertjax import cli
   from bertjax.data import tokenizers
 
+  if not remote.is_url(values.output):  # TensorFlow writes to gs:// too
+    cli.check_output("output", values.output)
   tokenizer = tokenizers.load_tokenizer(values.vocab)
-  patterns = map(os.path.expanduser, values.input)
-  files = [f for p in patterns for f in sorted(glob.glob(p))]
+  files = _matching(map(os.path.expanduser, values.input))
   if not files:
     raise ValueError(f"--input={','.join(values.input)} matches no file.")
   options = {name: values[name].value for name in _defaults()}
-  instances = Generator(tokenizer, **options)(read_documents(files, tokenizer))
+  generator = Generator(tokenizer, **options)
+  instances = generator(read_documents(files, tokenizer))
   count = write_tfrecord(
     instances,
     values.output,

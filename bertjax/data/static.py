@@ -44,7 +44,8 @@ class StaticData(MaskedData):
       cache_dir: of the tokenizer.
 
     Raises:
-      ValueError: no file, an unknown split, or ids beyond the vocabulary.
+      ValueError: no file, or none of BERT instances, an unknown split, or ids
+        beyond the vocabulary.
     """
     self._files, self._seed = dict(files), seed
     self._datasets: dict[str, StaticDataset] = {}
@@ -63,7 +64,9 @@ class StaticData(MaskedData):
   def dataset(self, split: str | None = None) -> StaticDataset:
     split = split or self.train_split
     if split not in self._datasets:
-      rows = read_tfrecord(lookup(self._files, split, "data.files"))
+      rows = read_tfrecord(
+        lookup(self._files, split, "data.files"), f"data.files.{split}"
+      )
       largest = max(int(rows["tokens"].max()), int(rows["labels"].max()))
       if largest >= self.tokenizer.vocab_size:
         raise ValueError(

@@ -26,6 +26,7 @@ from bertjax.tasks import (
   build_task,
 )
 from bertjax.tasks.inputs import pair_style_of
+from bertjax.tasks.metrics import is_iob
 
 Record = Mapping[str, Any]
 Answers = list[dict[str, Any]]
@@ -110,7 +111,8 @@ def _records(label: str, **columns: Sequence[Any]) -> list[Record]:
 
 def _classes(model: LoadedModel) -> tuple[str, ...]:
   spec = model.objective_spec
-  return tuple(spec.get("labels") or default_labels(spec["num_classes"]))
+  labels = spec.get("labels") or default_labels(spec["num_classes"])
+  return tuple(map(str, labels))
 
 
 def classify(
@@ -147,6 +149,7 @@ def classify(
     None if pairs is None else "pair",
     labels=() if number else _classes(model),
     multilabel=multilabel,
+    metrics=(),  # nothing is scored
   )
   records = _records("label", text=texts, pair=seconds)
   return _ask(model, kind, records, batch_size, truncate)
@@ -177,8 +180,7 @@ def tag(
   _check(model, "token_classification", {"texts": texts})
   words = [t.split() if isinstance(t, str) else list(t) for t in texts]
   labels = _classes(model)
-  iob = all(label == "O" or label[:2] in ("B-", "I-") for label in labels)
-  kind = Tagging(labels=labels, entity=iob)
+  kind = Tagging(labels=labels, entity=all(map(is_iob, labels)))
   return _ask(
     model, kind, _records("labels", words=words), batch_size, truncate
   )

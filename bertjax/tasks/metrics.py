@@ -6,6 +6,7 @@ predictions is 0, and so is an F1 without any positive.
 
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -80,16 +81,37 @@ def spearman(labels: np.ndarray, predictions: np.ndarray) -> float:
   return _correlation("spearmanr", labels, predictions)
 
 
-METRICS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-  "accuracy": accuracy,
-  "f1": binary_f1,
-  "micro_f1": micro_f1,
-  "macro_f1": macro_f1,
-  "weighted_f1": weighted_f1,
-  "matthews": matthews,
-  "pearson": pearson,
-  "spearman": spearman,
+class Metric(NamedTuple):
+  """A metric, and what it can be asked of.
+
+  Attributes:
+    score: of labels and predictions.
+    targets: some of "binary", "multiclass" (one class of three or more),
+      "multilabel" (0 or 1 for each class) and "continuous" (a number).
+  """
+
+  score: Callable[[np.ndarray, np.ndarray], float]
+  targets: tuple[str, ...]
+
+
+_CLASS = ("binary", "multiclass")
+_CLASSES = (*_CLASS, "multilabel")
+
+METRICS: dict[str, Metric] = {
+  "accuracy": Metric(accuracy, _CLASSES),
+  "f1": Metric(binary_f1, ("binary",)),
+  "micro_f1": Metric(micro_f1, _CLASSES),
+  "macro_f1": Metric(macro_f1, _CLASSES),
+  "weighted_f1": Metric(weighted_f1, _CLASSES),
+  "matthews": Metric(matthews, _CLASS),
+  "pearson": Metric(pearson, ("continuous",)),
+  "spearman": Metric(spearman, ("continuous",)),
 }
+
+
+def is_iob(label: str) -> bool:
+  """Whether `entities` understands a label."""
+  return label == "O" or label.partition("-")[0] in ("B", "I")
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:

@@ -8,6 +8,7 @@ splits, ids, fingerprints, errors, the option `split`) with
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -44,14 +45,24 @@ def _csv(path: str, **options: Any) -> Iterator[dict[str, Any]]:
   return (cells for _, cells in formats.read_cells(path, **options))
 
 
+def _cells(line: str) -> list[str]:
+  """Cells between tabs, which may hold spaces; without any, between spaces.
+
+  Spaces are those of ASCII: a no-break space belongs to its word.
+  """
+  if "\t" in line:
+    return [cell.strip(" ") for cell in line.rstrip(" \t\r\n").split("\t")]
+  return re.findall(r"\S+", line, re.ASCII)
+
+
 def _columns(
   path: str, encoding: str, word_column: int, label_column: int
 ) -> Iterator[dict[str, Any]]:
   words, labels = [], []
   with files.open_text(path, encoding) as f:
     for number, line in enumerate([*f, ""], 1):
-      cells = line.split()
-      if cells and cells[0] != "-DOCSTART-":
+      cells = _cells(line)
+      if any(cells) and cells[0] != "-DOCSTART-":
         try:
           words.append(cells[word_column])
           labels.append(cells[label_column])
@@ -67,19 +78,29 @@ def _columns(
 
 def _squad(path: str, encoding: str) -> Iterator[dict[str, Any]]:
   with files.open_text(path, encoding) as f:
-    articles = json.load(f)["data"]
-  for article in articles:
-    for paragraph in article["paragraphs"]:
-      for question in paragraph["qas"]:
-        answers = question.get("answers", [])
-        yield {
-          "id": question["id"],
-          "context": paragraph["context"],
-          "question": question["question"],
-          "answers": {
-            key: [a[key] for a in answers] for key in ("text", "answer_start")
-          },
-        }
+    try:
+      for article in json.load(f)["data"]:
+        for paragraph in article["paragraphs"]:
+          for question in paragraph["qas"]:
+            yield _asked(question, paragraph["context"])
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as err:
+      raise ValueError(
+        f"{path} is not as SQuAD, one JSON object of articles with 'paragraphs'"
+        f" and 'qas' under 'data' ({type(err).__name__}: {err}). Objects with"
+        " the fields of the task, one a line, are for the source 'jsonl'."
+      ) from err
+
+
+def _asked(question: Mapping[str, Any], context: str) -> dict[str, Any]:
+  answers = question.get("answers", [])
+  return {
+    "id": question["id"],
+    "context": context,
+    "question": question["question"],
+    "answers": {
+      key: [a[key] for a in answers] for key in ("text", "answer_start")
+    },
+  }
 
 
 def _files(name: str, rows: Reader, **options: Any) -> Callable[..., Any]:

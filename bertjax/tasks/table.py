@@ -75,7 +75,7 @@ def classification(
     text: field, or fields to join by a space.
     label: field of the label, or of a list of labels.
     multilabel: whether a text has any number of labels.
-    metrics: keys of `METRICS`.
+    metrics: keys of `METRICS` that are for such labels.
   """
   kind = Sentences(
     _field(text), None, label, tuple(labels), multilabel, tuple(metrics)

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import fakes
 
 from bertjax.data import bert_instances, tokenizers
+from bertjax.data.sources import tensorflow_io
 
 
 class Script:
@@ -157,6 +158,24 @@ class GeneratorTest(parameterized.TestCase):
       bert_instances._HELP.keys(), bert_instances._defaults().keys()
     )
 
+  @parameterized.parameters(
+    ("max_seq_length", 4),
+    ("max_predictions_per_seq", 0),
+    ("masked_lm_prob", 0.0),
+    ("masked_lm_prob", 15.0),
+    ("dupe_factor", 0),
+    ("short_seq_prob", -0.1),
+  )
+  def test_what_would_make_no_instances_is_refused(self, name, value):
+    with self.assertRaisesRegex(ValueError, f"{name}={value} must be"):
+      bert_instances.Generator(self.tokenizer, **{name: value})
+
+  def test_a_file_that_is_no_utf8_is_named(self):
+    path = Path(self.create_tempdir().full_path) / "latin.txt"
+    path.write_bytes(b"a\ncaf\xe9\n")
+    with self.assertRaisesRegex(ValueError, "latin.txt, line 2 is not utf-8"):
+      bert_instances.read_documents([str(path)], fakes.FakeTokenizer())
+
   def test_empty_input(self):
     with self.assertRaisesRegex(ValueError, "--input holds no documents"):
       self.generator([[], [[]]])
@@ -169,6 +188,7 @@ class TfRecordTest(absltest.TestCase):
     cls.instances = bert_instances.Generator(
       fakes.FakeTokenizer(), max_seq_length=32, max_predictions_per_seq=6
     )(documents(10))
+    cls.tf = tensorflow_io.load("tensorflow")
     cls.path = os.path.join(cls.create_tempdir_path(), "pairs.tfrecord")
     bert_instances.write_tfrecord(cls.instances, cls.path, 32, 6)
     cls.rows = bert_instances.read_tfrecord(cls.path)
@@ -214,8 +234,56 @@ class TfRecordTest(absltest.TestCase):
     stream.close()
 
   def test_missing_file(self):
-    with self.assertRaisesRegex(ValueError, "matches no file"):
-      bert_instances.read_tfrecord(self.path + "x")
+    for nothing in (self.path + "x", os.path.dirname(self.path)):
+      with self.assertRaisesRegex(ValueError, "files.*matches no file"):
+        bert_instances.read_tfrecord(nothing, "data.files.train")
+
+  def write(self, name, records):
+    path = os.path.join(os.path.dirname(self.path), name)
+    options = "GZIP" if name.endswith(".gz") else ""
+    with self.tf.io.TFRecordWriter(path, options) as writer:
+      for record in records:
+        writer.write(record)
+    return path
+
+  def test_files_may_be_compressed_and_their_rows_differ_in_length(self):
+    records = list(tensorflow_io.read_records(self.path))
+    short = os.path.join(os.path.dirname(self.path), "short")
+    bert_instances.write_tfrecord(self.instances[:1], short, 48, 7)
+    read = bert_instances.read_tfrecord([short, self.write("a.gz", records)])
+    self.assertEqual(read["tokens"].shape, (1 + len(records), 48))
+    for name, rows in self.rows.items():
+      found = read[name][1:]
+      if rows.ndim > 1:
+        found, added = np.split(found, [rows.shape[1]], axis=1)
+        self.assertFalse((added > 0).any(), name)
+      np.testing.assert_array_equal(found, rows, name)
+
+  def test_files_of_something_else_are_named(self):
+    (record, *_) = tensorflow_io.read_records(self.path)
+    cut = self.write("cut", [record])
+    os.truncate(cut, os.path.getsize(cut) - 2)
+    train = self.tf.train
+    text = train.Feature(bytes_list=train.BytesList(value=[b"x"]))
+    number = train.Feature(int64_list=train.Int64List(value=[1]))
+    text, number = (
+      train.Example(features=train.Features(feature={"input_ids": value}))
+      for value in (text, number)
+    )
+    for path, message in (
+      (cut, "cut is no whole TFRecord file"),
+      (
+        self.write("text", [record, text.SerializeToString()]),
+        "text does not hold BERT instances, tf.Examples of input_ids, ",
+      ),
+      (
+        self.write("number", [number.SerializeToString()]),
+        "number lacks the feature 'input_mask' of BERT instances",
+      ),
+      (self.write("junk", [b"\xff\xff"]), "junk does not hold BERT instances"),
+    ):
+      with self.assertRaisesRegex(ValueError, message):
+        bert_instances.read_tfrecord([self.path, path])
 
 
 class ImportTest(absltest.TestCase):
@@ -243,7 +311,9 @@ class CommandTest(absltest.TestCase):
   def test_the_input_may_begin_at_home(self):
     home = self.create_tempdir()
     text = home.create_file("docs.txt").full_path
-    values = types.SimpleNamespace(input=["~/*.txt"], vocab="vocab")
+    values = types.SimpleNamespace(
+      input=["~/*.txt"], vocab="vocab", output="rows.tfrecord"
+    )
     with (
       mock.patch.dict(os.environ, HOME=home.full_path),
       mock.patch.object(tokenizers, "load_tokenizer"),
@@ -254,6 +324,11 @@ class CommandTest(absltest.TestCase):
       read.return_value = []
       bert_instances._write(values)
     self.assertEqual(read.call_args.args[0], [text])
+
+  def test_an_output_without_a_folder_is_refused_before_the_work(self):
+    values = types.SimpleNamespace(output="/no/such/rows.tfrecord")
+    with self.assertRaisesRegex(ValueError, "--output=.* no folder /no/such"):
+      bert_instances._write(values)
 
 
 if __name__ == "__main__":

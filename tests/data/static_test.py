@@ -96,6 +96,12 @@ class StaticDataTest(absltest.TestCase):
     with self.assertRaisesRegex(ValueError, "data.files.train holds id"):
       StaticData(**spec, seed=0, cache_dir=self.root)
 
+  def test_files_that_are_not_there_are_named_by_their_field(self):
+    spec = self._spec(files=dict(train=f"{self.root}/nope*"))
+    del spec["name"]
+    with self.assertRaisesRegex(ValueError, r"data.files.train=\['.*nope\*'\]"):
+      StaticData(**spec, seed=0, cache_dir=self.root)
+
   def test_an_unknown_split_is_refused(self):
     spec = self._spec()
     del spec["name"]

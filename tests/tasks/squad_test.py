@@ -164,6 +164,23 @@ class WindowTest(parameterized.TestCase):
     answer = squad.decode(text, pieces, [window], logits)
     self.assertTrue(answer.text.startswith("e"))
 
+  @parameterized.parameters("question", "context")
+  def test_what_is_no_text_is_refused(self, field):
+    wrong = record("why", CONTEXT.index("why")) | {"id": "q7", field: None}
+    with self.assertRaisesRegex(ValueError, f"'q7': {field} holds None"):
+      kinds.Questions().features([wrong], tokenizer(), 32, PAIR_STYLES["bert"])
+
+  def test_numbers_count_as_texts(self):
+    answers = {"text": ["5"], "answer_start": [0]}
+    asked = {"question": 4, "context": 5, "answers": answers}
+    features = kinds.Questions().features(
+      [asked], tokenizer(), 32, PAIR_STYLES["bert"]
+    )
+    self.assertTrue(features.labelled.all())
+    shape = (*features.arrays["tokens"].shape, 2)
+    (said,) = kinds.Questions().predictions(np.zeros(shape), features)
+    self.assertEqual(said["answer"], "5")
+
   def test_too_short_rows_are_refused(self):
     with self.assertRaisesRegex(ValueError, "seq_len=9"):
       kinds.Questions().features(

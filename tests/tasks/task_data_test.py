@@ -401,6 +401,18 @@ class ReaderTest(TaskTestCase):
       [(["EU", "rejects"], ["B-ORG", "O"]), (["Peter"], ["B-PER"])],
     )
 
+  def test_words_of_columns_may_hold_spaces(self):
+    lines = (
+      "New York\tNNP \tB-LOC\t\n10\u00a0000\tCD\tO\n\t\t\n10\u00a0000  CD O\r\n"
+    )
+    found = self.read("columns", lines, ".txt")
+    self.assertEqual(
+      [(r["words"], r["labels"]) for r in found],
+      [(["New York", "10\u00a0000"], ["B-LOC", "O"]), (["10\u00a0000"], ["O"])],
+    )
+    tags = self.read("columns", lines, ".txt", label_column=1)[0]["labels"]
+    self.assertEqual(tags, ["NNP", "CD"])
+
   def test_tables_with_tabs_keep_quotation_marks(self):
     found = self.read("csv", 'text\tlabel\n"so\tyes\n', ".tsv")
     self.assertEqual((found[0]["text"], found[0]["label"]), ('"so', "yes"))
@@ -428,6 +440,18 @@ class ReaderTest(TaskTestCase):
     (found,) = self.read("squad", text, ".json")
     self.assertEqual(found["id"], "q")
     self.assertEqual(found["answers"], {"text": ["x"], "answer_start": [2]})
+
+  @parameterized.parameters(
+    '{"question": "q", "context": "c"}',
+    '{"id": 1}\n{"id": 2}\n',
+    "[1]",
+    '{"data": ["x"]}',
+    '{"data": [{"paragraphs": [{"context": "c", "qas": ["x"]}]}]}',
+    "",
+  )
+  def test_other_json_is_not_squad(self, text):
+    with self.assertRaisesRegex(ValueError, "data.json is not as SQuAD.*jsonl"):
+      self.read("squad", text, ".json")
 
   def test_docstrings_know_their_package(self):
     packages = ("absl-py", "optax")

@@ -62,7 +62,7 @@ class RowTest(parameterized.TestCase):
     self.assertFalse(rows["type_ids"].any())
 
 
-class TaggingTest(absltest.TestCase):
+class TaggingTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.kind = kinds.Tagging(labels=("O", "B-X", "I-X"))
@@ -101,6 +101,43 @@ class TaggingTest(absltest.TestCase):
     with self.assertRaisesRegex(ValueError, "labels='B-Y' is no label"):
       self.features(["a"], ["B-Y"])
 
+  @parameterized.parameters("E-X", "S-X", "L-X", "NOUN")
+  def test_entities_are_not_made_of_other_labels_than_iob(self, other):
+    labels = ("O", "B-X", "I-X", other)
+    with self.assertRaisesRegex(ValueError, f"'{other}'.*entity=False"):
+      kinds.Tagging(labels=labels)
+    kinds.Tagging(labels=labels, entity=False)
+    kinds.Tagging(labels=("O", "B", "I"))  # of one type without a name
+
+
+class TextTest(parameterized.TestCase):
+  """What stands where a text should be."""
+
+  @parameterized.parameters(None, True, (["a", "b"],), ({"a": 1},))
+  def test_neither_null_nor_lists_become_words(self, wrong):
+    right = {"id": "r7", "x": "a", "y": "b", "p": "a", "words": ["a", 2]}
+    sentences = kinds.Sentences("x", ("p", "y"), labels=("no", "yes"))
+    choices = kinds.Choices("x", ("y", "p"), 2, prefix="p")
+    self.assertEqual(sentences.texts(right | {"y": 2.5}), ["a", "a 2.5"])
+    self.assertEqual(choices.texts(right), ["a", "a b", "a a"])
+    self.assertEqual(kinds.Tagging(labels=("O", "B")).texts(right), ["a 2"])
+    for kind, field in ((sentences, "y"), (choices, "y"), (choices, "p")):
+      record = kind.prepared(right | {field: wrong}, str.upper)
+      with self.assertRaisesRegex(ValueError, f"'r7': {field} holds .* no tex"):
+        kind.texts(record)
+
+  @parameterized.parameters(
+    ("ab", "no list"), (None, "no list"), (["a", None], "None.* no text")
+  )
+  def test_lists_hold_texts(self, wrong, message):
+    record = {"id": "r7", "x": "a", "words": wrong, "labels": ["O", "O"]}
+    for kind in (
+      kinds.Choices("x", "words", 2),
+      kinds.Tagging(labels=("O", "B-X")),
+    ):
+      with self.assertRaisesRegex(ValueError, f"'r7': words holds .*{message}"):
+        kind.features([record], tokenizer(), 8, PAIR_STYLES["bert"])
+
 
 class SentencesTest(parameterized.TestCase):
   @parameterized.parameters(
@@ -137,6 +174,38 @@ class SentencesTest(parameterized.TestCase):
         8,
         PAIR_STYLES["bert"],
       )
+
+  @parameterized.parameters("xy", "x", 1)
+  def test_several_labels_are_a_list(self, value):
+    kind = kinds.Sentences("text", labels=("x", "y"), multilabel=True)
+    with self.assertRaisesRegex(ValueError, "label=.* must be a list"):
+      kind.features(
+        [{"text": "a", "label": value}], tokenizer(), 8, PAIR_STYLES["bert"]
+      )
+
+  @parameterized.parameters(
+    ((0, 1), r"labels=\(0, 1\) must be strings, as \('0', '1'\)"),
+    (("a", "b", "a"), "labels=.* name 'a' twice"),
+  )
+  def test_labels_are_different_strings(self, labels, message):
+    with self.assertRaisesRegex(ValueError, message):
+      kinds.Sentences("text", labels=labels)
+    with self.assertRaisesRegex(ValueError, message):
+      kinds.Tagging(labels=labels, entity=False)
+
+  @parameterized.parameters(
+    (dict(labels=("a", "b", "c"), metrics=("f1",)), "'f1'.*multiclass.*macro"),
+    (dict(labels=("a", "b"), metrics=("pearson",)), "'pearson'.*binary.* f1"),
+    (
+      dict(labels=("a", "b"), multilabel=True, metrics=("matthews",)),
+      "'matthews'.*multilabel.*micro_f1",
+    ),
+    (dict(), "'accuracy'.*continuous.*pearson, spearman"),
+    (dict(metrics=("pearsen",)), "'pearsen' is unknown"),
+  )
+  def test_metrics_are_for_such_labels(self, options, message):
+    with self.assertRaisesRegex(ValueError, message):
+      kinds.Sentences("text", **options)
 
   @parameterized.parameters(0.7, 1.9, float("nan"), ((1,),))
   def test_what_is_no_whole_number_is_no_class(self, value):
@@ -188,6 +257,21 @@ class MetricsTest(parameterized.TestCase):
     shares = [np.mean(c == k) for k in np.unique(c)]
     self.assertAlmostEqual(metrics.weighted_f1(c, d), np.dot(per_class, shares))
     self.assertAlmostEqual(metrics.micro_f1(c, d), metrics.accuracy(c, d))
+
+  @parameterized.parameters("binary", "multiclass", "multilabel", "continuous")
+  def test_every_metric_serves_its_targets(self, target):
+    rng = np.random.default_rng(0)
+    labels = {
+      "binary": rng.integers(0, 2, 40),
+      "multiclass": rng.integers(0, 3, 40),
+      "multilabel": rng.integers(0, 2, (40, 3)),
+      "continuous": rng.normal(size=40),
+    }[target]
+    served = [m for m in metrics.METRICS.values() if target in m.targets]
+    self.assertNotEmpty(served)
+    for metric in served:
+      self.assertAlmostEqual(metric.score(labels, labels), 1.0)
+      self.assertLess(metric.score(labels, np.roll(labels, 1, 0)), 1.0)
 
   def test_correlations(self):
     a, b = np.random.default_rng(0).normal(size=(2, 30))

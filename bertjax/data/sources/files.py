@@ -174,11 +174,9 @@ class FileSource:
     try:
       yield from self._read(path)
     except UnicodeDecodeError as err:
-      where = _undecodable_line(path, err.encoding) or path
       raise ValueError(
-        f"{where} is not {err.encoding} text ({err.reason}:"
-        f" {err.object[err.start : err.start + 4]!r}); repair it, or set"
-        " `encoding` if the file has another one."
+        f"{undecodable(path, err)}; repair it, or set `encoding` if the file"
+        " has another one."
       ) from err
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as err:
       # The system's own errors carry a number and name the file.
@@ -202,6 +200,15 @@ def _matching(pattern: str) -> list[str]:
 def _place(path: str) -> str:
   """An absolute path, also of a URL, of which relative ones can be taken."""
   return os.path.abspath(f"/{path}" if remote.is_url(path) else path)
+
+
+def undecodable(path: str, err: UnicodeDecodeError) -> str:
+  """Which line of a file is no text, and why; the file if it has no lines."""
+  where = _undecodable_line(path, err.encoding) or path
+  return (
+    f"{where} is not {err.encoding} text ({err.reason}:"
+    f" {err.object[err.start : err.start + 4]!r})"
+  )
 
 
 def _undecodable_line(path: str, encoding: str) -> str | None:

@@ -37,6 +37,27 @@ def load(name: str) -> ModuleType:
   return module
 
 
+def read_records(path: str, batch_size: int | None = None) -> Iterator[Any]:
+  """Bytes of each record of a TFRecord file (.gz: compressed).
+
+  Args:
+    path: of the file.
+    batch_size: give arrays of so many records.
+
+  Raises:
+    ValueError: the file is cut, damaged, or no TFRecord file.
+  """
+  tf = load("tensorflow")
+  compression = "GZIP" if path.endswith(".gz") else ""
+  records = tf.data.TFRecordDataset(path, compression_type=compression)
+  if batch_size is not None:
+    records = records.batch(batch_size)
+  try:
+    yield from records.as_numpy_iterator()
+  except tf.errors.DataLossError as err:
+    raise ValueError(f"{path} is no whole TFRecord file: {err}.") from err
+
+
 def read_examples(path: str) -> Iterator[dict[str, Any]]:
   """Features of each tf.Example of a TFRecord file (.gz: compressed).
 
@@ -46,10 +67,8 @@ def read_examples(path: str) -> Iterator[dict[str, Any]]:
     ValueError: the file is cut, damaged, or holds something else.
   """
   tf = load("tensorflow")
-  compression = "GZIP" if path.endswith(".gz") else ""
-  records = tf.data.TFRecordDataset(path, compression_type=compression)
   try:
-    for record in records.as_numpy_iterator():
+    for record in read_records(path):
       features = {}
       for name, value in tf.train.Example.FromString(
         record
@@ -58,8 +77,6 @@ def read_examples(path: str) -> Iterator[dict[str, Any]]:
         values = list(getattr(value, kind).value) if kind else []
         features[name] = values[0] if len(values) == 1 else values
       yield features
-  except tf.errors.DataLossError as err:
-    raise ValueError(f"{path} is no whole TFRecord file: {err}.") from err
   except Exception as err:
     # protobuf's DecodeError lives in a private module in some versions.
     if type(err).__name__ != "DecodeError":

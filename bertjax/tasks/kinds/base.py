@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import numbers
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -114,15 +115,53 @@ class Kind(abc.ABC):
 
 def _each(value: Any, function: Callable[[str], str]) -> Any:
   """A text, or each of a list of them, gone through a function."""
-  if isinstance(value, str) or value is None:
-    return value and function(value)
-  return [_each(item, function) for item in value]
+  if isinstance(value, str):
+    return function(value)
+  if is_list(value):
+    return [_each(item, function) for item in value]
+  return value  # `as_text` knows what else it may be
+
+
+def as_text(value: Any, record: Record, field: str) -> str:
+  """What stands in a field of a record, or in a list there, as a text.
+
+  Raises:
+    ValueError: it is neither a string nor a number.
+  """
+  if isinstance(value, str):
+    return value
+  if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    return str(value)
+  raise ValueError(
+    f"record {record.get('id')!r}: {field} holds {reprlib.repr(value)}, which"
+    " is no text; write a string there."
+  )
 
 
 def joined(record: Record, field: Field) -> str:
   """The text of one field, or of several."""
   names = (field,) if isinstance(field, str) else field
-  return " ".join(str(record[name]) for name in names)
+  return " ".join(as_text(record[name], record, name) for name in names)
+
+
+def listed(record: Record, field: str) -> list[str]:
+  """The texts of a field that holds a list of them.
+
+  Raises:
+    ValueError: it does not.
+  """
+  values = record[field]
+  if not is_list(values):
+    raise ValueError(
+      f"record {record.get('id')!r}: {field} holds {reprlib.repr(values)},"
+      " which is no list; write one of strings there."
+    )
+  return [as_text(value, record, field) for value in values]
+
+
+def is_list(value: Any) -> bool:
+  """A string is none, though one can walk its characters."""
+  return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
 
 
 def field_names(fields: Sequence[Field | None]) -> tuple[str, ...]:
@@ -218,10 +257,25 @@ def refuse_other_size(found: int, labels: Sequence[str]) -> None:
     )
 
 
-def check_metrics(names: Sequence[str]) -> None:
-  """Raises ValueError for a name that is not in `METRICS`."""
+def check_labels(labels: Sequence[str]) -> None:
+  """Raises ValueError unless the names of classes are different strings."""
+  if not all(isinstance(label, str) for label in labels):
+    raise ValueError(
+      f"labels={labels!r} must be strings, as {tuple(map(str, labels))!r}."
+    )
+  if twice := [label for label in labels if labels.count(label) > 1]:
+    raise ValueError(f"labels={labels!r} name {twice[0]!r} twice.")
+
+
+def check_metrics(names: Sequence[str], target: str) -> None:
+  """Raises ValueError for a name that is no metric of such a target."""
   for name in names:
-    lookup(metrics.METRICS, name, "metrics")
+    if target not in lookup(metrics.METRICS, name, "metrics").targets:
+      fit = [k for k, m in metrics.METRICS.items() if target in m.targets]
+      raise ValueError(
+        f"metrics={name!r} is not for {target} targets, which the task has;"
+        f" choose from {', '.join(sorted(fit))}."
+      )
 
 
 def refuse_unlabelled(known: Any) -> None:

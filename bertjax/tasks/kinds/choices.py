@@ -54,16 +54,17 @@ class Choices(Kind):
 
   def texts(self, record: Record) -> list[str]:
     if isinstance(self.endings, str):
-      endings = list(record[self.endings])
+      endings = base.listed(record, self.endings)
     else:
-      endings = [record[name] for name in self.endings]
+      endings = [base.joined(record, name) for name in self.endings]
     if len(endings) != self.num_choices:
       raise ValueError(
         f"record {record.get('id')!r} has {len(endings)} endings, not"
         f" num_choices={self.num_choices}."
       )
     if self.prefix is not None:
-      endings = [f"{record[self.prefix]} {e}" for e in endings]
+      prefix = base.joined(record, self.prefix)
+      endings = [f"{prefix} {e}" for e in endings]
     return [base.joined(record, self.first), *endings]
 
   def features(self, records, tokenizer, seq_len, style) -> Features:

@@ -66,13 +66,16 @@ class Questions(Kind):
     return {**base.row(seq_len), "labels": ((2,), np.int32)}
 
   def texts(self, record: Record) -> list[str]:
-    return [record[self.question], record[self.context]]
+    fields = (self.question, self.context)
+    return [base.joined(record, field) for field in fields]
 
   def features(self, records, tokenizer, seq_len, style) -> Features:
-    questions = tokenizer.encode_batch([r[self.question] for r in records])
+    asked = [self.texts(record) for record in records]
+    questions = tokenizer.encode_batch([question for question, _ in asked])
     texts, labels, windows, found, misplaced = [], [], [], [], 0
     tokenized: dict[str, squad.Pieces] = {}  # contexts serve many questions
     for i, (record, question) in enumerate(zip(records, questions)):
+      context = asked[i][1]
       question = question[: self.max_question_tokens]
       offset = 1 + len(question) + style.separators  # behind [CLS] q [SEP]
       room = seq_len - offset - 1
@@ -82,12 +85,11 @@ class Questions(Kind):
           f" {len(question)} tokens of question; raise it or lower"
           " max_question_tokens."
         )
-      context = record[self.context]
       if context not in tokenized:
         tokenized[context] = squad.tokenize(context, tokenizer)
       pieces = tokenized[context]
       found.append(pieces)
-      span = self._span(record, pieces)
+      span = self._span(record, context, pieces)
       misplaced += span == (-1, -1) and bool(record[self.answers])
       ranges = squad.window_ranges(len(pieces.ids), room, self.stride)
       for first, stop in ranges:
@@ -115,7 +117,9 @@ class Questions(Kind):
     truncated = cut[[w.example for w in windows]]
     return Features(arrays, truncated, (list(records), found, windows))
 
-  def _span(self, record: Record, pieces: squad.Pieces) -> tuple[int, int]:
+  def _span(
+    self, record: Record, context: str, pieces: squad.Pieces
+  ) -> tuple[int, int]:
     """Tokens `first:stop` of the first answer; (0, 0): none; -1: unknown."""
     answers = record[self.answers]
     if answers is None:
@@ -123,7 +127,7 @@ class Questions(Kind):
     if not len(answers["text"]):
       return 0, 0
     text, start = answers["text"][0], int(answers["answer_start"][0])
-    if record[self.context][start : start + len(text)] != text:
+    if context[start : start + len(text)] != text:
       return -1, -1
     first, last = pieces.span(start, start + len(text))
     return (first, last + 1) if first <= last else (-1, -1)
@@ -138,7 +142,7 @@ class Questions(Kind):
       rows[window.example].append(row)
     return [
       squad.decode(
-        record[self.context],
+        base.joined(record, self.context),
         tokens,
         [windows[row] for row in own],
         logits[own],

@@ -21,7 +21,7 @@ class Sentences(Kind):
       or indices if `multilabel`.
     labels: names of the classes; () means a number.
     multilabel: whether a text has any number of labels.
-    metrics: keys of `METRICS`.
+    metrics: keys of `METRICS` that are for such labels.
     unlabelled: a number that says that there is no label, besides None and "".
   """
 
@@ -34,12 +34,22 @@ class Sentences(Kind):
   unlabelled: float | None = None
 
   def __post_init__(self):
-    base.check_metrics(self.metrics)
     if len(self.labels) == 1 or (self.multilabel and not self.labels):
       raise ValueError(
         f"labels={self.labels!r} must name two classes or more, or none for"
         " regression."
       )
+    base.check_labels(self.labels)
+    base.check_metrics(self.metrics, self._target)
+
+  @property
+  def _target(self) -> str:
+    """As `Metric` names it."""
+    if self.multilabel:
+      return "multilabel"
+    if not self.labels:
+      return "continuous"
+    return "binary" if len(self.labels) == 2 else "multiclass"
 
   @property
   def fields(self) -> tuple[str, ...]:
@@ -67,6 +77,11 @@ class Sentences(Kind):
   def _label(self, record: Record):
     value = record[self.label]
     if self.multilabel:
+      if value is not None and not base.is_list(value):
+        raise ValueError(
+          f"{self.label}={value!r} must be a list of labels, for"
+          " multilabel=True; write null if nothing is known."
+        )
       row = np.full(len(self.labels), -1 if value is None else 0, np.int32)
       for chosen in value or ():
         number = base.label_id(chosen, self.labels, self.label)
@@ -104,7 +119,7 @@ class Sentences(Kind):
         guesses = logits.argmax(-1)
     base.refuse_unlabelled(known)
     return {
-      name: metrics.METRICS[name](labels[known], guesses[known])
+      name: metrics.METRICS[name].score(labels[known], guesses[known])
       for name in self.metrics
     }
 

@@ -20,7 +20,8 @@ class Tagging(Kind):
     words: field of the list of words.
     tags: field of the list of labels, names or indices.
     labels: their names, "O" (or what is most common) first.
-    entity: IOB labels, scored by whole entities besides accuracy.
+    entity: IOB labels (O, B-TYPE, I-TYPE), scored by whole entities besides
+      accuracy.
   """
 
   words: str = "words"
@@ -31,6 +32,13 @@ class Tagging(Kind):
   def __post_init__(self):
     if len(self.labels) < 2:
       raise ValueError(f"labels={self.labels!r} must name two or more.")
+    base.check_labels(self.labels)
+    others = [label for label in self.labels if not metrics.is_iob(label)]
+    if self.entity and others:
+      raise ValueError(
+        f"labels hold {others[0]!r}, which is not IOB (O, B-TYPE, I-TYPE);"
+        " rename them, or set entity=False for accuracy alone."
+      )
 
   @property
   def fields(self) -> tuple[str, ...]:
@@ -52,13 +60,14 @@ class Tagging(Kind):
     return {**base.row(seq_len), "labels": ((seq_len,), np.int32)}
 
   def texts(self, record: Record) -> list[str]:
-    return [" ".join(record[self.words])]
+    return [" ".join(base.listed(record, self.words))]
 
   def features(self, records, tokenizer, seq_len, style) -> Features:
     texts, places, gold = [], [], []
+    sentences = [base.listed(record, self.words) for record in records]
     labels = np.full((len(records), seq_len), -1, np.int32)
-    for i, record in enumerate(records):
-      words, tags = record[self.words], record[self.tags]
+    for i, (record, words) in enumerate(zip(records, sentences)):
+      tags = record[self.tags]
       if tags is None:
         tags = [None] * len(words)
       if len(words) != len(tags):
@@ -74,9 +83,8 @@ class Tagging(Kind):
       places.append(first)
       gold.append(np.array(known, np.int32))
     arrays, truncated = base.encoded(texts, tokenizer, seq_len, style)
-    words = [list(record[self.words]) for record in records]
     return Features(
-      {**arrays, "labels": labels}, truncated, (places, gold, words)
+      {**arrays, "labels": labels}, truncated, (places, gold, sentences)
     )
 
   def _guesses(self, logits, features) -> list[np.ndarray]:
