@@ -251,8 +251,11 @@ def k_fold(
       key = str(_field(example, field, source.name))
     return base.text_hash(key, f"fold{seed}")
 
-  @functools.cache
+  known: dict[int, int] = {}  # filled on demand; Beam can pickle it
+
   def folds() -> dict[int, int]:
+    if known:
+      return known
     found = sorted({group(example) for example in source.examples(of)})
     if len(found) < k:
       raise ValueError(
@@ -260,7 +263,8 @@ def k_fold(
         f" {'texts' if field is None else f'values of {field!r}'} of source"
         f" {source.name!r}."
       )
-    return {key: rank % k for rank, key in enumerate(found)}
+    known.update((key, rank % k) for rank, key in enumerate(found))
+    return known
 
   names = {fold: "test"}
   if validation:

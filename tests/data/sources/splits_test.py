@@ -12,7 +12,7 @@ from bertjax.data.sources import SOURCES, SPLITS, splits
 from bertjax.tasks.records import READERS
 
 _SHARES = dict(train=0.6, validation=0.2, test=0.2)
-_RULES = {
+RULES = {
   "random": dict(fractions=_SHARES),
   "by_field": dict(field="author", fractions=_SHARES),
   "by_document": dict(fractions=_SHARES),
@@ -56,13 +56,13 @@ class SourceTestCase(parameterized.TestCase):
 
 class SplitTest(SourceTestCase):
   def test_every_rule_is_tested_here(self):
-    self.assertEqual({*_RULES, "given"}, set(SPLITS))
+    self.assertEqual({*RULES, "given"}, set(SPLITS))
 
-  @parameterized.parameters(*_RULES)
+  @parameterized.parameters(*RULES)
   def test_splits_share_no_example_and_never_change(self, name):
     found = []
     for _ in range(2):
-      source = self.build(split=dict(name=name, **_RULES[name]))
+      source = self.build(split=dict(name=name, **RULES[name]))
       self.assertIn("train", source.splits)
       found.append({s: [e["id"] for e in source.examples(s)]
                     for s in source.splits})  # fmt: skip
@@ -82,7 +82,7 @@ class SplitTest(SourceTestCase):
     ("random", "text", str),
   )
   def test_groups_stay_together(self, name, field, group):
-    rule = dict(_RULES[name])
+    rule = dict(RULES[name])
     if name == "k_fold":
       rule["field"] = field
     source = self.build(split=dict(name=name, **rule))
@@ -103,7 +103,7 @@ class SplitTest(SourceTestCase):
     self.assertEqual(a, self.texts(self.build(fractions=_SHARES)))
 
   def test_by_year_tests_what_came_later(self):
-    source = self.build(split=dict(name="by_year", **_RULES["by_year"]))
+    source = self.build(split=dict(name="by_year", **RULES["by_year"]))
     years = {
       s: {splits.year(e["date"]) for e in source.examples(s)}
       for s in source.splits
