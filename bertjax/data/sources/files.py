@@ -19,6 +19,8 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from bertjax.data.sources import base, remote
 
 
@@ -42,6 +44,8 @@ _DIVIDE = (
   " hash of the text."
 )
 _SAMPLES, _SAMPLE = 16, 2**20
+# Identifies sources whose features may be bytes; 2: as strings, not as b'...'.
+BYTES = 2
 
 
 class Record(NamedTuple):
@@ -250,6 +254,7 @@ def file_source(
   fractions: Mapping[str, float] | None,
   licence: str,
   hints: Mapping[str, str] = {},
+  identity: Mapping[str, Any] = {},
 ) -> base.Source:
   """A source from a config's options.
 
@@ -262,6 +267,7 @@ def file_source(
       makes everything the training split when `paths` names no splits.
     licence: of the texts.
     hints: see `base.Source`.
+    identity: what else decides the examples, for the fingerprint; JSON-like.
 
   Raises:
     ValueError: splits given twice, by `paths` and by `fractions`; a feature
@@ -295,8 +301,33 @@ def file_source(
     for key, value in options.items()
   }
   bound = functools.partial(read, **options)
-  source = FileSource(name, by_split, bound, options, licence, hints)
+  known = {**options, **identity}
+  source = FileSource(name, by_split, bound, known, licence, hints)
   return source if fractions is None else base.HashSplit(source, fractions)
+
+
+def plain(value: Any) -> Any:
+  """A value of a record, with lists and strings for arrays and bytes.
+
+  Raises:
+    UnicodeDecodeError: bytes that are no UTF-8.
+  """
+  if isinstance(value, Mapping):
+    return {k: plain(v) for k, v in value.items()}
+  if isinstance(value, bytes):
+    return value.decode("utf-8")
+  if isinstance(value, np.ndarray):
+    value = value.tolist()
+  if isinstance(value, list):
+    return [plain(v) for v in value]
+  return value.item() if isinstance(value, np.generic) else value
+
+
+def _readable(value: Any) -> Any:
+  try:
+    return plain(value)
+  except UnicodeDecodeError:
+    return value  # such as a digest, by which examples can still be grouped
 
 
 def pick(
@@ -306,7 +337,7 @@ def pick(
   id_field: str | None,
   features: Sequence[str],
 ) -> tuple[str, str | None, dict[str, Any]]:
-  """(text, id, features) of a record.
+  """(text, id, features) of a record; bytes of UTF-8 are strings.
 
   Raises:
     ValueError: a missing field, or a text that is not a string; names `where`
@@ -331,5 +362,5 @@ def pick(
   return (
     text,
     None if key is None else str(key),
-    {name: record[name] for name in features},
+    {name: _readable(record[name]) for name in features},
   )

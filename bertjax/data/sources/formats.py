@@ -9,6 +9,7 @@ from typing import Any
 
 from bertjax.data.sources import base, remote
 from bertjax.data.sources.files import (
+  BYTES,
   OPENERS,
   Record,
   file_source,
@@ -250,7 +251,13 @@ def parquet(
     text_field=text_field, id_field=id_field, features=tuple(features)
   )
   return file_source(
-    "parquet", paths, read_parquet, options, fractions, licence
+    "parquet",
+    paths,
+    read_parquet,
+    options,
+    fractions,
+    licence,
+    identity={"bytes": BYTES} if features else {},
   )
 
 
@@ -267,5 +274,11 @@ def tfrecord(
     text_field=text_field, id_field=id_field, features=tuple(features)
   )
   return file_source(
-    "tfrecord", paths, read_tfrecord, options, fractions, licence
+    "tfrecord",
+    paths,
+    read_tfrecord,
+    options,
+    fractions,
+    licence,
+    identity={"bytes": BYTES} if features else {},
   )
