@@ -20,9 +20,17 @@ from bertjax.data.sources.base import Example, Source
 
 
 def host(value: Any) -> str:
-  """The host of a URL, without "www."; a bare name is one."""
+  """The host of a URL, without "www."; a bare name is one.
+
+  Raises:
+    ValueError: it is no URL.
+  """
   text = str(value).strip()
-  found = urllib.parse.urlsplit(text if "//" in text else f"//{text}").hostname
+  start = "" if re.match(r"([a-z][a-z0-9+.-]*:)?//", text, re.I) else "//"
+  try:
+    found = urllib.parse.urlsplit(start + text).hostname
+  except ValueError as err:
+    raise ValueError(f"{value!r} names no host ({err}).") from err
   return (found or text).removeprefix("www.")
 
 
@@ -48,6 +56,22 @@ def _field(example: Example, field: str, name: str) -> Any:
   return example[field]
 
 
+def _read(
+  example: Example, field: str, name: str, read: Callable[[Any], Any]
+) -> Any:
+  value = _field(example, field, name)
+  try:
+    return read(value)
+  except ValueError as err:
+    raise ValueError(
+      f"split: {field} of example {example['id']!r} of {name!r}: {err}"
+    ) from err
+
+
+# How groups are read, as fingerprints call it: new for another way to read one.
+_GROUPS = {str: "str", host: "host-2"}
+
+
 def _grouped(
   source: Source,
   field: str,
@@ -60,8 +84,8 @@ def _grouped(
     source,
     fractions,
     of,
-    key=lambda example: group(_field(example, field, source.name)),
-    identity=("group_split", field, group.__name__),
+    key=lambda example: _read(example, field, source.name, group),
+    identity=("group_split", field, _GROUPS[group]),
     seed=seed,
   )
 
@@ -160,13 +184,7 @@ def by_year(
     )
 
   def assign(example: Example) -> str | None:
-    value = _field(example, field, source.name)
-    try:
-      found = year(value)
-    except ValueError as err:
-      raise ValueError(
-        f"split: {field} of example {example['id']!r} of {source.name!r}: {err}"
-      ) from err
+    found = _read(example, field, source.name, year)
     return next((s for s, last in until.items() if found <= last), None)
 
   identity = ("by_year", field, list(until.items()))

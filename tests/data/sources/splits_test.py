@@ -32,6 +32,7 @@ def _record(i):
     "document": f"d{i // 3}",
     "url": f"https://www.host{i % 40}.org/page/{i}",
     "date": f"{2005 + i % 16}-03-01",
+    "link": "http://[b/2",
   }
 
 
@@ -46,7 +47,7 @@ class SourceTestCase(parameterized.TestCase):
     cls.path.write_text("\n".join(map(json.dumps, cls.records)))
 
   def build(self, **changes):
-    features = ["author", "document", "url", "date"]
+    features = ["author", "document", "url", "date", "link"]
     spec = dict(name="jsonl", paths=str(self.path), features=features)
     return registry.build(SOURCES, spec | changes, "data.source")
 
@@ -167,6 +168,8 @@ class SplitTest(SourceTestCase):
      "no field 'site'; it has author"),
     ("year", dict(name="by_year", field="author", until=dict(train=2000)),
      "author of example .*'a0' names no year"),
+    ("host", dict(name="by_host", field="link", fractions=_SHARES),
+     r"link of example .*'http://\[b/2' names no host \(Invalid IPv6"),
     ("folds", dict(name="k_fold", k=31, fold=0, field="author"),
      "k=31 exceeds the 30 distinct values of 'author'"),
     ("empty", dict(name="by_value", field="author", values=dict(train=["z"])),
@@ -181,6 +184,8 @@ class SplitTest(SourceTestCase):
     ("https://www.a.org/x?y", "a.org"),
     ("http://b.c.org:80", "b.c.org"),
     ("a.org/page", "a.org"),
+    ("a.org:80/go?to=http://b.org/1", "a.org"),
+    ("//a.org/page", "a.org"),
   )
   def test_host(self, url, expected):
     self.assertEqual(splits.host(url), expected)
