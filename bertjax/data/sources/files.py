@@ -271,7 +271,8 @@ def file_source(
 
   Raises:
     ValueError: splits given twice, by `paths` and by `fractions`; a feature
-      whose name has a meaning of its own.
+      whose name has a meaning of its own; an encoding or a delimiter that is
+      none.
   """
   try:
     codecs.lookup(options.get("encoding", "utf-8"))
@@ -280,6 +281,11 @@ def file_source(
       f"source {name!r}: encoding={options['encoding']!r} is unknown to Python;"
       " write utf-8, latin-1, utf-16, ..."
     ) from err
+  delimiter = options.get("delimiter")
+  if delimiter is not None and len(delimiter) != 1:
+    raise ValueError(
+      f"source {name!r}: delimiter={delimiter!r} must be one character."
+    )
   for feature in options.get("features", ()):
     if feature in ("copy", "component"):
       raise ValueError(

@@ -298,6 +298,9 @@ class FilesTest(parameterized.TestCase):
     ("jsonl_list", "jsonl", "[1]", "line 1 holds no JSON object"),
     ("csv", "csv", "a,b\n1,2\n", "line 2 has no field 'text'; it has a, b"),
     ("csv_cells", "csv", "text,b\n1,2\n1,2,3\n", "line 3 has 3 cells, not 2"),
+    ("csv_open", "csv", 'text,b\n"a\nb",1\n\n"c,2\nd,3\n',
+     r"a\.csv, line 5 begins no whole row \(.*delimiter=',' and quotes=True r"),
+    ("csv_header", "csv", 'text,"b\n1,2\n', "line 1 begins no whole row"),
     ("latin", "text_files", b"caf\xe9", r"line 1 is not utf-8 text.*b'.xe9'"),
     ("latin_line", "jsonl", b'{"text": "a"}\r\n' * 9999 + b'{"text": "\xff"}',
      r"a\.jsonl, line 10000 is not utf-8 text.*set `encoding`"),
@@ -373,6 +376,12 @@ class FilesTest(parameterized.TestCase):
     path = self.write("a.txt", "a")
     with self.assertRaisesRegex(ValueError, "encoding='utf9' is unknown to"):
       self.source("text_files", path, encoding="utf9")
+
+  @parameterized.parameters("||", "")
+  def test_a_delimiter_is_one_character(self, delimiter):
+    path = self.write("a.csv", "a")
+    with self.assertRaisesRegex(ValueError, "delimiter=.* must be one char"):
+      self.source("csv", path, delimiter=delimiter)
 
   def test_bytes_of_another_encoding_are_named_without_a_line(self):
     path = self.write("a.txt", "a\n" * 9 + "b")
