@@ -104,7 +104,7 @@ class FileSource:
     hints: see `base.Source`.
 
     Raises:
-      ValueError: a pattern that matches no file.
+      ValueError: a pattern that matches no file, or a file in two splits.
     """
     self.name, self.licence = name, licence
     self.splits, self.hints = tuple(paths), hints
@@ -112,6 +112,15 @@ class FileSource:
     self._files = {
       split: self._match(split, patterns) for split, patterns in paths.items()
     }
+    split_of: dict[str, str] = {}
+    for split, files in self._files.items():
+      for file in files:
+        first = split_of.setdefault(_real(file), split)
+        if first != split:
+          raise ValueError(
+            f"paths: {file!r} of source {name!r} is in split {first!r} and in"
+            f" {split!r}; it can be in one."
+          )
     folders = {
       os.path.dirname(_place(f))
       for files in self._files.values()
@@ -142,7 +151,10 @@ class FileSource:
           f" {found_instead}."
         )
       found.update(files)
-    return sorted(found)
+    kept: dict[str, str] = {}  # under one name each
+    for file in sorted(found):
+      kept.setdefault(_real(file), file)
+    return list(kept.values())
 
   def _id(self, path: str) -> str:
     inside = os.path.relpath(_place(path), self._root)
@@ -206,6 +218,11 @@ def _matching(pattern: str) -> list[str]:
 def _place(path: str) -> str:
   """An absolute path, also of a URL, of which relative ones can be taken."""
   return os.path.abspath(f"/{path}" if remote.is_url(path) else path)
+
+
+def _real(path: str) -> str:
+  """The same for all names of a file; of a URL itself."""
+  return path if remote.is_url(path) else os.path.realpath(path)
 
 
 def _undecodable_line(path: str, encoding: str) -> str | None:

@@ -248,6 +248,17 @@ class FilesTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "split='dev'.*train, test"):
       source.examples("dev").__next__()
 
+  def test_a_file_is_in_one_split_and_once(self):
+    path = self.write("a.txt", "a")
+    os.symlink(path, self.folder / "b.txt")
+    again = f"{self.folder}/../{self.folder.name}/a.txt"
+    self.assertLen(self.read("text_files", [f"{self.folder}/*", again]), 1)
+    for test in (path, again, f"{self.folder}/b.*"):
+      with self.assertRaisesRegex(
+        ValueError, r"[ab]\.txt' of .* is in split 'train' and in 'test'"
+      ):
+        self.source("text_files", {"train": path, "test": test})
+
   def test_splits_by_hash_cover_the_shares_and_share_no_text(self):
     texts = [f"Text number {i % 700}." for i in range(1400)]
     texts = [t.upper() if i % 2 else f" {t}" for i, t in enumerate(texts)]
