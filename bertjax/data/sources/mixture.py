@@ -104,6 +104,7 @@ class Mixture:
     self.licence = "; ".join(
       dict.fromkeys(f"{s.name}: {s.licence}" for s in self._sources)
     )
+    self.salts = frozenset().union(*map(base.salts, self._sources))
     present = dict.fromkeys(split for s in self._sources for split in s.splits)
     self.splits = tuple(present)
     if dupe_factors is None and any(way is not None for way in ways):

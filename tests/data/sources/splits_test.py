@@ -103,6 +103,28 @@ class SplitTest(SourceTestCase):
     # Fractions of a file source are the same rule under a shorter name.
     self.assertEqual(a, self.texts(self.build(fractions=_SHARES)))
 
+  @parameterized.parameters(
+    (dict(name="random"), "text"), (dict(name="by_host"), "url")
+  )
+  def test_what_is_divided_is_divided_again_independently(self, rule, field):
+    rule = rule | dict(fractions=dict(train=0.5, test=0.5))
+    spec = dict(name="jsonl", paths=str(self.path), features=["url"])
+    part = spec | dict(split=rule)
+    for seed in (0, 1):
+      mixture = dict(
+        name="mixture",
+        sources=[part],
+        filters=["letters"],
+        split=rule | dict(seed=seed),
+      )
+      twice = registry.build(SOURCES, mixture, "data.source")
+      kept = [{e[field] for e in twice.examples(s)} for s in twice.splits]
+      # Near a half; the same hash would leave nothing for the test.
+      self.assertBetween(len(kept[0]) / len(kept[0] | kept[1]), 0.25, 0.75)
+      if seed:  # another seed is independent without more ado, as it was
+        once = self.build(split=rule | dict(seed=seed))
+        self.assertLess(kept[0], {e[field] for e in once.examples("train")})
+
   def test_by_year_tests_what_came_later(self):
     source = self.build(split=dict(name="by_year", **RULES["by_year"]))
     years = {
