@@ -5,7 +5,8 @@
 
 Every rule is a function of the examples alone: the same on every machine, and
 the splits that it makes have no example in common. Task sources take the same
-option, which makes cross-validation `split=dict(name="k_fold", k=5, fold=i)`.
+option, which makes cross-validation `split=dict(name="k_fold", k=5, fold=i,
+field="sentence")`.
 """
 
 import functools
@@ -116,6 +117,10 @@ def random(
   source: Source,
 ) -> base.HashSplit:
   """By the hash of the text: equal texts stay together.
+
+  Labelled examples without a field `text` are told apart by all of their
+  fields, a label or a number among them; `by_field` keeps together those that
+  agree in a sentence.
 
   Args:
     fractions: share of each split; what is left over is dropped.
@@ -246,7 +251,8 @@ def k_fold(
   Args:
     k: number of folds.
     fold: which is tested, from 0.
-    field: examples that agree in it stay together; None: equal texts do.
+    field: examples that agree in it stay together; None: equal texts do, or
+      labelled examples that agree in all fields, as in `random`.
     validation: whether the fold after it (the first after the last) is the
       validation split and not trained on.
     seed: another one deals out otherwise.
