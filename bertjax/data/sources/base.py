@@ -102,6 +102,12 @@ def strings(value: str | Sequence[str]) -> tuple[str, ...]:
   return (value,) if isinstance(value, str) else tuple(value)
 
 
+def values(value: Any) -> tuple[Any, ...]:
+  """One value or several, as a tuple; a string is one."""
+  several = isinstance(value, Iterable) and not isinstance(value, str)
+  return tuple(value) if several else (value,)
+
+
 def nonempty(
   examples: Iterable[Example], name: str, split: str
 ) -> Iterator[Example]:

@@ -198,7 +198,7 @@ def by_year(
 
 def by_value(
   field: str,
-  values: Mapping[str, Sequence[Any]],
+  values: Mapping[str, Any],
   rest: str | None = None,
   of: str = "train",
   *,
@@ -208,7 +208,7 @@ def by_value(
 
   Args:
     field: of the examples.
-    values: by split the values that belong to it.
+    values: by split the value, or the values, that belong to it.
     rest: the split of all other values; None leaves them out.
     of: the split of the source that is divided.
     source: what to divide.
@@ -218,7 +218,7 @@ def by_value(
   """
   split_of: dict[str, str] = {}
   for split, members in base.as_dict(values).items():
-    for value in members:
+    for value in base.values(members):
       if split_of.setdefault(str(value), split) != split:
         raise ValueError(
           f"split.values: {value!r} is in {split_of[str(value)]!r} and in"

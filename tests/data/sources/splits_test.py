@@ -135,6 +135,13 @@ class SplitTest(SourceTestCase):
     self.assertEqual(years["validation"], {2013, 2014, 2015})
     self.assertEqual(years["test"], {2016, 2017, 2018, 2019})
 
+  def test_one_value_is_a_list_of_one(self):
+    one, several = (
+      self.build(split=dict(name="by_value", field="author", values=values))
+      for values in (dict(test="a1"), dict(test=["a1"]))
+    )
+    self.assertEqual(self.texts(one, "test"), self.texts(several, "test"))
+
   def test_folds_cover_everything_once_and_are_of_one_size(self):
     folds = [
       self.build(split=dict(name="k_fold", k=4, fold=i)) for i in range(4)
@@ -233,6 +240,7 @@ class FilterTest(SourceTestCase):
      ["a", "λ δ", "1 2"]),
     ("field", dict(name="field", field="kind", values=["1", "λ"]),
      ["λ δ", "1 2"]),
+    ("number", dict(name="field", field="kind", values=1), ["1 2"]),
   )  # fmt: skip
   def test_rules(self, rule, expected):
     texts = ["a", "a b c", "λ δ", "1 2", "a b c d"]
