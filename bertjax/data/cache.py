@@ -28,6 +28,7 @@ from bertjax.data.sources import base
 FORMAT = 1
 DIGEST_BYTES = 16
 CHECKS = ("checksums", "sizes")  # of `verify`
+OPEN_SHARDS = 128  # at a time; systems allow 256 files and more
 _READER = "readahead_buffer_size:0,max_parallelism:0"
 
 
@@ -147,7 +148,8 @@ class TokenCache:
     self.manifest = _read_manifest(self.path)
     if verify:
       _verify(self.path, self.manifest["files"], verify == "checksums")
-    self._readers: dict[tuple[int, int], Any] = {}
+    # One that is dropped closes once no thread reads from it any more.
+    self._reader = functools.lru_cache(OPEN_SHARDS)(_reader)
 
   def __reduce__(self):
     return TokenCache, (self.path, None)
@@ -233,12 +235,9 @@ class TokenCache:
 
   def _read(self, shard: int, records: list[int]) -> list[bytes]:
     path = self.path / shard_name(shard)
-    # A reader must not be shared with a forked child: the file offset is one.
-    key = (os.getpid(), shard)
     try:
-      if key not in self._readers:
-        self._readers[key] = open_shard(path)
-      return self._readers[key].read(records)
+      # Not shared with a forked child: the file offset is one.
+      return self._reader(path, os.getpid()).read(records)
     except (RuntimeError, ValueError, IndexError, OSError) as err:
       raise CorruptCacheError(
         f"cannot read {path}: {err}. Start again to have the cache rebuilt."
@@ -250,6 +249,11 @@ def open_shard(path: pathlib.Path) -> Any:
   from array_record.python import array_record_module
 
   return array_record_module.ArrayRecordReader(str(path), _READER)
+
+
+def _reader(path: pathlib.Path, process: int) -> Any:
+  del process
+  return open_shard(path)
 
 
 def _read_manifest(path: pathlib.Path) -> dict[str, Any]:

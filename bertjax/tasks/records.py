@@ -12,8 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from bertjax import registry
 from bertjax.data.sources import base, files, formats
 from bertjax.data.sources.files import Record
@@ -200,7 +198,8 @@ class TfdsRecords(TfdsSource):
     except AssertionError as err:
       raise ValueError(self._unprepared()) from err
     records = (
-      {"id": plain(r["tfds_id"])} | {k: plain(r[k]) for k in self._fields}
+      {"id": files.plain(r["tfds_id"])}
+      | {k: files.plain(r[k]) for k in self._fields}
       for r in self._tfds.as_numpy(dataset)
     )
     return base.nonempty(records, self.name, split)
@@ -215,17 +214,6 @@ def tfds(
 ) -> TfdsRecords:
   """A dataset that TFDS has prepared; needs the extra `tfds`."""
   return TfdsRecords(builder, fields, data_dir, splits, licence)
-
-
-def plain(value: Any) -> Any:
-  """TFDS's arrays and bytes as lists and strings."""
-  if isinstance(value, Mapping):
-    return {k: plain(v) for k, v in value.items()}
-  if isinstance(value, bytes):
-    return value.decode("utf-8")
-  if isinstance(value, np.ndarray):
-    return [plain(v) for v in value.tolist()]
-  return value.item() if isinstance(value, np.generic) else value
 
 
 READERS: dict[str, Callable[..., base.Source]] = {

@@ -10,6 +10,8 @@ import sys
 import tempfile
 import textwrap
 import time
+import weakref
+from concurrent import futures
 from unittest import mock
 
 import hypothesis
@@ -271,6 +273,32 @@ class TokenCacheTest(parameterized.TestCase):
       for _ in range(200):
         self.assertEqual(cache.document(3).tokens.tolist(), expected)
       self.assertEqual(results.get(timeout=30), [expected] * 20)
+
+  def test_few_shards_are_open_at_a_time_also_for_many_threads(self):
+    class Reader:
+      alive = weakref.WeakSet()
+
+      def __init__(self, path):
+        self._reader = open_shard(path)
+        self.alive.add(self)
+
+      def read(self, records):
+        return self._reader.read(records)
+
+    open_shard = cache_lib.open_shard
+    written = texts()
+    with (
+      mock.patch.object(cache_lib, "open_shard", Reader),
+      mock.patch.object(cache_lib, "OPEN_SHARDS", 2),
+      futures.ThreadPoolExecutor(4) as pool,
+    ):
+      cache = self.build(FakeSource(written), documents_per_shard=2)
+      expected = [d.tokens.tolist() for d in cache.documents(range(12))]
+      self.assertLen(Reader.alive, 2)
+      tasks = list(range(12)) * 20
+      read = pool.map(lambda i: cache.document(i).tokens.tolist(), tasks)
+      self.assertEqual(list(read), expected * 20)
+    self.assertLen(Reader.alive, 2)
 
   @parameterized.product(
     name=["manifest.json", "index.npz", "shard-00002.arrayrecord"],

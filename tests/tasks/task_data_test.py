@@ -119,10 +119,11 @@ class TaskTestCase(parameterized.TestCase):
 
   def data(self, name, *, seed=3, seq_len=16, records=None, **options):
     spec, make, _ = KINDS[name]
-    path = self.folder() / "train.jsonl"
-    lines = map(json.dumps, records or examples(make))
-    path.write_text("\n".join(lines))
-    paths = {"train": str(path), "validation": str(path)}
+    folder, paths = self.folder(), {}
+    lines = "\n".join(map(json.dumps, records or examples(make)))
+    for split in ("train", "validation"):
+      paths[split] = str(folder / f"{split}.jsonl")
+      pathlib.Path(paths[split]).write_text(lines)
     given = dict(tokenizer=tokenizer(), cache_dir=self.folder()) | options
     return TaskData(
       task=dict(name=name, source=dict(name="jsonl", paths=paths), **spec),

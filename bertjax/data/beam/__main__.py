@@ -54,8 +54,9 @@ def _text_data(settings: Settings) -> TextData:
 
 
 def _cache(settings: Settings, given: flags.FlagValues, options: Any) -> None:
-  made = _text_data(settings).cache(
-    given.split,
+  data = _text_data(settings)
+  made = data.cache(
+    given.split or data.train_split,
     functools.partial(
       cache.make_shards,
       readers=given.readers,
@@ -74,10 +75,11 @@ def _statistics(
 ) -> None:
   cli.check_output("output", given.output)
   data = _text_data(settings)
+  split = given.split or data.train_split
   found = statistics.corpus_statistics(
     cache_shards.Job(
       source=data.source,
-      split=given.split,
+      split=split,
       tokenizer=data.tokenizer,
       splitter=data.splitter,
       max_tokens_per_document=None,
@@ -91,7 +93,7 @@ def _statistics(
   for name, value in found.items():
     print(f"{name:<15}  {value}")
   if given.output is not None:
-    text = json.dumps({"split": given.split, **found}, indent=2)
+    text = json.dumps({"split": split, **found}, indent=2)
     pathlib.Path(given.output).write_text(text + "\n", encoding="utf-8")
 
 
@@ -107,15 +109,17 @@ def _vocabulary(
       " vocabulary is trained."
     )
   # As `TOKENIZERS["train"]`, which may name a source of its own.
-  own, split = spec.pop("source", None), spec.pop("split", None)
+  own, split = spec.pop("source", None), spec.pop("split", None) or "train"
   where = "data.source" if own is None else "data.tokenizer.source"
   source = registry.build(SOURCES, own or settings.data["source"], where)
-  if own is None and (preprocess := settings.data.get("preprocess")):
-    source = Preprocessed(source, preprocess, "data.preprocess")
+  if own is None:
+    split = given.split or settings.data.get("train_split", "train")
+    if preprocess := settings.data.get("preprocess"):
+      source = Preprocessed(source, preprocess, "data.preprocess")
   trained = vocabulary.train_vocabulary(
     spec.pop("kind", None),
     source,
-    given.split if own is None else split or "train",
+    split,
     given.shared or str(settings.cache_path),
     readers=given.readers,
     pipeline=options,
@@ -162,7 +166,9 @@ def main(argv: Sequence[str]) -> None:
 def _define_flags() -> None:
   cli.define_config()
   flags.DEFINE_string("stage", None, "Which stage of a config with stages.")
-  flags.DEFINE_string("split", "train", "Split of the source.")
+  flags.DEFINE_string(
+    "split", None, "Split of the source; data.train_split if unset."
+  )
   flags.DEFINE_integer(
     "readers", 1, "Workers that read at the same time.", lower_bound=1
   )

@@ -23,7 +23,8 @@ class Source(Protocol):
 
   A source may have a method `parts(split)`, see the function of that name, and
   `hints`: what to do about an unknown split ("splits") or about too few
-  examples ("examples"), sentences for messages.
+  examples ("examples"), sentences for messages. One that was divided by a hash
+  has `salts`, see the function of that name.
   """
 
   name: str
@@ -63,6 +64,14 @@ def parts(source: Source, split: str) -> Sequence[Part]:
   return [functools.partial(source.examples, split)]
 
 
+def salts(source: Source) -> frozenset[str]:
+  """Salts of the hashes that chose what the source holds, or a part of it.
+
+  What the same hash divides once more falls to one side.
+  """
+  return getattr(source, "salts", frozenset())
+
+
 def fingerprint_of(*parts: Any) -> str:
   """A 128-bit hex digest of JSON-like values (mappings in any order)."""
   plain = json.dumps(parts, sort_keys=True, ensure_ascii=True)
@@ -91,6 +100,12 @@ def as_dict(value: Any) -> dict:
 def strings(value: str | Sequence[str]) -> tuple[str, ...]:
   """One string or several, as a tuple."""
   return (value,) if isinstance(value, str) else tuple(value)
+
+
+def values(value: Any) -> tuple[Any, ...]:
+  """One value or several, as a tuple; a string is one."""
+  several = isinstance(value, Iterable) and not isinstance(value, str)
+  return tuple(value) if several else (value,)
 
 
 def nonempty(
@@ -140,6 +155,7 @@ class Derived:
     self._source = source
     self.name, self.licence = source.name, source.licence
     self.splits = source.splits if splits is None else tuple(splits)
+    self.salts = salts(source)
     self.hints = dict(getattr(source, "hints", {}))
     if splits is not None:
       self.hints.pop("splits", None)
@@ -231,7 +247,8 @@ class HashSplit(AssignedSplit):
   """One split of a source dealt out by the hash of the normalised text.
 
   Equal texts always fall into the same split, wherever they stand, and a
-  text keeps its split when the corpus grows.
+  text keeps its split when the corpus grows. What is divided already is divided
+  independently of that.
   """
 
   def __init__(
@@ -258,7 +275,12 @@ class HashSplit(AssignedSplit):
     """
     fractions = as_dict(fractions)
     check_fractions(fractions, source.name)
+    options = [] if seed == 0 else [seed]
     salt = "split" if seed == 0 else f"split{seed}"
+    if salt in (used := salts(source)):
+      while salt in used:
+        salt += "+"
+      options.append(salt)
 
     def assign(example: Example) -> str | None:
       u, edge = text_hash(key(example), salt) / 2**64, 0.0
@@ -268,7 +290,6 @@ class HashSplit(AssignedSplit):
           return split
       return None
 
-    options = [] if seed == 0 else [seed]
     super().__init__(
       source,
       fractions,
@@ -276,6 +297,7 @@ class HashSplit(AssignedSplit):
       [*identity, list(fractions.items()), *options],
       of,
     )
+    self.salts |= {salt}
 
 
 def check_fractions(fractions: Mapping[str, float], name: str) -> None:

@@ -19,6 +19,8 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from bertjax.data.sources import base, remote
 
 
@@ -42,6 +44,8 @@ _DIVIDE = (
   " hash of the text."
 )
 _SAMPLES, _SAMPLE = 16, 2**20
+# Identifies sources whose features may be bytes; 2: as strings, not as b'...'.
+BYTES = 2
 
 
 class Record(NamedTuple):
@@ -100,7 +104,7 @@ class FileSource:
     hints: see `base.Source`.
 
     Raises:
-      ValueError: a pattern that matches no file.
+      ValueError: a pattern that matches no file, or a file in two splits.
     """
     self.name, self.licence = name, licence
     self.splits, self.hints = tuple(paths), hints
@@ -108,6 +112,15 @@ class FileSource:
     self._files = {
       split: self._match(split, patterns) for split, patterns in paths.items()
     }
+    split_of: dict[str, str] = {}
+    for split, files in self._files.items():
+      for file in files:
+        first = split_of.setdefault(_real(file), split)
+        if first != split:
+          raise ValueError(
+            f"paths: {file!r} of source {name!r} is in split {first!r} and in"
+            f" {split!r}; it can be in one."
+          )
     folders = {
       os.path.dirname(_place(f))
       for files in self._files.values()
@@ -138,7 +151,10 @@ class FileSource:
           f" {found_instead}."
         )
       found.update(files)
-    return sorted(found)
+    kept: dict[str, str] = {}  # under one name each
+    for file in sorted(found):
+      kept.setdefault(_real(file), file)
+    return list(kept.values())
 
   def _id(self, path: str) -> str:
     inside = os.path.relpath(_place(path), self._root)
@@ -211,6 +227,11 @@ def undecodable(path: str, err: UnicodeDecodeError) -> str:
   )
 
 
+def _real(path: str) -> str:
+  """The same for all names of a file; of a URL itself."""
+  return path if remote.is_url(path) else os.path.realpath(path)
+
+
 def _undecodable_line(path: str, encoding: str) -> str | None:
   """Where the first line stands that is no text; None if lines are no bytes."""
   if codecs.lookup(encoding).name.startswith(("utf-16", "utf-32")):
@@ -257,6 +278,7 @@ def file_source(
   fractions: Mapping[str, float] | None,
   licence: str,
   hints: Mapping[str, str] = {},
+  identity: Mapping[str, Any] = {},
 ) -> base.Source:
   """A source from a config's options.
 
@@ -269,10 +291,12 @@ def file_source(
       makes everything the training split when `paths` names no splits.
     licence: of the texts.
     hints: see `base.Source`.
+    identity: what else decides the examples, for the fingerprint; JSON-like.
 
   Raises:
     ValueError: splits given twice, by `paths` and by `fractions`; a feature
-      whose name has a meaning of its own.
+      whose name has a meaning of its own; an encoding or a delimiter that is
+      none.
   """
   try:
     codecs.lookup(options.get("encoding", "utf-8"))
@@ -281,6 +305,11 @@ def file_source(
       f"source {name!r}: encoding={options['encoding']!r} is unknown to Python;"
       " write utf-8, latin-1, utf-16, ..."
     ) from err
+  delimiter = options.get("delimiter")
+  if delimiter is not None and len(delimiter) != 1:
+    raise ValueError(
+      f"source {name!r}: delimiter={delimiter!r} must be one character."
+    )
   for feature in options.get("features", ()):
     if feature in ("copy", "component"):
       raise ValueError(
@@ -302,8 +331,33 @@ def file_source(
     for key, value in options.items()
   }
   bound = functools.partial(read, **options)
-  source = FileSource(name, by_split, bound, options, licence, hints)
+  known = {**options, **identity}
+  source = FileSource(name, by_split, bound, known, licence, hints)
   return source if fractions is None else base.HashSplit(source, fractions)
+
+
+def plain(value: Any) -> Any:
+  """A value of a record, with lists and strings for arrays and bytes.
+
+  Raises:
+    UnicodeDecodeError: bytes that are no UTF-8.
+  """
+  if isinstance(value, Mapping):
+    return {k: plain(v) for k, v in value.items()}
+  if isinstance(value, bytes):
+    return value.decode("utf-8")
+  if isinstance(value, np.ndarray):
+    value = value.tolist()
+  if isinstance(value, list):
+    return [plain(v) for v in value]
+  return value.item() if isinstance(value, np.generic) else value
+
+
+def _readable(value: Any) -> Any:
+  try:
+    return plain(value)
+  except UnicodeDecodeError:
+    return value  # such as a digest, by which examples can still be grouped
 
 
 def pick(
@@ -313,7 +367,7 @@ def pick(
   id_field: str | None,
   features: Sequence[str],
 ) -> tuple[str, str | None, dict[str, Any]]:
-  """(text, id, features) of a record.
+  """(text, id, features) of a record; bytes of UTF-8 are strings.
 
   Raises:
     ValueError: a missing field, or a text that is not a string; names `where`
@@ -338,5 +392,5 @@ def pick(
   return (
     text,
     None if key is None else str(key),
-    {name: record[name] for name in features},
+    {name: _readable(record[name]) for name in features},
   )

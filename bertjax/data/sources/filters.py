@@ -95,9 +95,9 @@ def matches(pattern: str, keep: bool = True) -> Rule:
   return lambda example: bool(compiled.search(example["text"])) == keep
 
 
-def field(field: str, values: Sequence[Any], keep: bool = True) -> Rule:
+def field(field: str, values: Any, keep: bool = True) -> Rule:
   """Examples whose field has one of some values; or, `keep=False`, has not."""
-  wanted = {str(value) for value in base.strings(values)}
+  wanted = set(map(str, base.values(values)))
 
   def rule(example: Example) -> bool:
     if field not in example:

@@ -9,6 +9,7 @@ from typing import Any
 
 from bertjax.data.sources import base, remote
 from bertjax.data.sources.files import (
+  BYTES,
   OPENERS,
   Record,
   file_source,
@@ -67,7 +68,8 @@ def read_cells(
   """Line number and cells by column of a table's rows; see `csv`.
 
   Raises:
-    ValueError: a row of more or fewer cells than there are columns.
+    ValueError: a row of more or fewer cells than there are columns, or a
+      quotation mark that none closes.
   """
   bare = path
   while os.path.splitext(bare)[1] in OPENERS:
@@ -79,19 +81,27 @@ def read_cells(
   # A document may be longer than csv's 128 kB; the limit is the library's own.
   csv_lib.field_size_limit(min(sys.maxsize, 2**31 - 1))
   quoting = csv_lib.QUOTE_MINIMAL if quotes else csv_lib.QUOTE_NONE
+  question = f"are delimiter={delimiter!r} and quotes={quotes} right?"
   with open_text(path, encoding) as f:
-    rows = csv_lib.reader(f, delimiter=delimiter, quoting=quoting)
-    header = list(columns) if columns is not None else next(rows, [])
-    for row in rows:
-      if not row:
-        continue
-      if len(row) != len(header):
-        raise ValueError(
-          f"{path}, line {rows.line_num} has {len(row)} cells, not"
-          f" {len(header)} ({', '.join(header)}); are delimiter={delimiter!r}"
-          f" and quotes={quotes} right?"
-        )
-      yield rows.line_num, dict(zip(header, row))
+    # strict: else a mark that none closes takes the rest of the file for a cell
+    rows = csv_lib.reader(f, delimiter=delimiter, quoting=quoting, strict=True)
+    begin = 1
+    try:
+      header = list(columns) if columns is not None else next(rows, [])
+      begin = rows.line_num + 1
+      for row in rows:
+        if row and len(row) != len(header):
+          raise ValueError(
+            f"{path}, line {rows.line_num} has {len(row)} cells, not"
+            f" {len(header)} ({', '.join(header)}); {question}"
+          )
+        if row:
+          yield rows.line_num, dict(zip(header, row))
+        begin = rows.line_num + 1
+    except csv_lib.Error as err:
+      raise ValueError(
+        f"{path}, line {begin} begins no whole row ({err}); {question}"
+      ) from err
 
 
 def read_csv(
@@ -250,7 +260,13 @@ def parquet(
     text_field=text_field, id_field=id_field, features=tuple(features)
   )
   return file_source(
-    "parquet", paths, read_parquet, options, fractions, licence
+    "parquet",
+    paths,
+    read_parquet,
+    options,
+    fractions,
+    licence,
+    identity={"bytes": BYTES} if features else {},
   )
 
 
@@ -267,5 +283,11 @@ def tfrecord(
     text_field=text_field, id_field=id_field, features=tuple(features)
   )
   return file_source(
-    "tfrecord", paths, read_tfrecord, options, fractions, licence
+    "tfrecord",
+    paths,
+    read_tfrecord,
+    options,
+    fractions,
+    licence,
+    identity={"bytes": BYTES} if features else {},
   )

@@ -104,6 +104,7 @@ class Mixture:
     self.licence = "; ".join(
       dict.fromkeys(f"{s.name}: {s.licence}" for s in self._sources)
     )
+    self.salts = frozenset().union(*map(base.salts, self._sources))
     present = dict.fromkeys(split for s in self._sources for split in s.splits)
     self.splits = tuple(present)
     if dupe_factors is None and any(way is not None for way in ways):
@@ -143,12 +144,22 @@ class Mixture:
     if self._targets is not None:
       if self._unit in _MEASURED and self._measure is None:
         return [1.0] * len(self._sources)  # counts of what is not known yet
-      sizes = map(self._size, self._sources)
-      return [target / size for target, size in zip(self._targets, sizes)]
-    sizes = list(map(self._size, self._sources))
+      return [t / size for t, size in zip(self._targets, self._sizes())]
+    sizes = self._sizes()
     weights = self._weights or [size**self._alpha for size in sizes]
     wanted = [w / size for w, size in zip(weights, sizes)]
     return [w / max(wanted) for w in wanted]
+
+  def _sizes(self) -> list[int]:
+    sizes = list(map(self._size, self._sources))
+    for i, (source, size) in enumerate(zip(self._sources, sizes)):
+      if not size:
+        raise ValueError(
+          f"sources[{i}] of source 'mixture', {source.name!r}, has 0"
+          f" {self._unit} in split 'train', which no factor turns into a share;"
+          " leave it out."
+        )
+    return sizes
 
   def _size(self, source: base.Source) -> int:
     if self._measure is not None:

@@ -5,7 +5,8 @@
 
 Every rule is a function of the examples alone: the same on every machine, and
 the splits that it makes have no example in common. Task sources take the same
-option, which makes cross-validation `split=dict(name="k_fold", k=5, fold=i)`.
+option, which makes cross-validation `split=dict(name="k_fold", k=5, fold=i,
+field="sentence")`.
 """
 
 import functools
@@ -20,9 +21,17 @@ from bertjax.data.sources.base import Example, Source
 
 
 def host(value: Any) -> str:
-  """The host of a URL, without "www."; a bare name is one."""
+  """The host of a URL, without "www."; a bare name is one.
+
+  Raises:
+    ValueError: it is no URL.
+  """
   text = str(value).strip()
-  found = urllib.parse.urlsplit(text if "//" in text else f"//{text}").hostname
+  start = "" if re.match(r"([a-z][a-z0-9+.-]*:)?//", text, re.I) else "//"
+  try:
+    found = urllib.parse.urlsplit(start + text).hostname
+  except ValueError as err:
+    raise ValueError(f"{value!r} names no host ({err}).") from err
   return (found or text).removeprefix("www.")
 
 
@@ -48,6 +57,22 @@ def _field(example: Example, field: str, name: str) -> Any:
   return example[field]
 
 
+def _read(
+  example: Example, field: str, name: str, read: Callable[[Any], Any]
+) -> Any:
+  value = _field(example, field, name)
+  try:
+    return read(value)
+  except ValueError as err:
+    raise ValueError(
+      f"split: {field} of example {example['id']!r} of {name!r}: {err}"
+    ) from err
+
+
+# How groups are read, as fingerprints call it: new for another way to read one.
+_GROUPS = {str: "str", host: "host-2"}
+
+
 def _grouped(
   source: Source,
   field: str,
@@ -60,8 +85,8 @@ def _grouped(
     source,
     fractions,
     of,
-    key=lambda example: group(_field(example, field, source.name)),
-    identity=("group_split", field, group.__name__),
+    key=lambda example: _read(example, field, source.name, group),
+    identity=("group_split", field, _GROUPS[group]),
     seed=seed,
   )
 
@@ -92,6 +117,10 @@ def random(
   source: Source,
 ) -> base.HashSplit:
   """By the hash of the text: equal texts stay together.
+
+  Labelled examples without a field `text` are told apart by all of their
+  fields, a label or a number among them; `by_field` keeps together those that
+  agree in a sentence.
 
   Args:
     fractions: share of each split; what is left over is dropped.
@@ -160,13 +189,7 @@ def by_year(
     )
 
   def assign(example: Example) -> str | None:
-    value = _field(example, field, source.name)
-    try:
-      found = year(value)
-    except ValueError as err:
-      raise ValueError(
-        f"split: {field} of example {example['id']!r} of {source.name!r}: {err}"
-      ) from err
+    found = _read(example, field, source.name, year)
     return next((s for s, last in until.items() if found <= last), None)
 
   identity = ("by_year", field, list(until.items()))
@@ -175,7 +198,7 @@ def by_year(
 
 def by_value(
   field: str,
-  values: Mapping[str, Sequence[Any]],
+  values: Mapping[str, Any],
   rest: str | None = None,
   of: str = "train",
   *,
@@ -185,7 +208,7 @@ def by_value(
 
   Args:
     field: of the examples.
-    values: by split the values that belong to it.
+    values: by split the value, or the values, that belong to it.
     rest: the split of all other values; None leaves them out.
     of: the split of the source that is divided.
     source: what to divide.
@@ -195,7 +218,7 @@ def by_value(
   """
   split_of: dict[str, str] = {}
   for split, members in base.as_dict(values).items():
-    for value in members:
+    for value in base.values(members):
       if split_of.setdefault(str(value), split) != split:
         raise ValueError(
           f"split.values: {value!r} is in {split_of[str(value)]!r} and in"
@@ -228,7 +251,8 @@ def k_fold(
   Args:
     k: number of folds.
     fold: which is tested, from 0.
-    field: examples that agree in it stay together; None: equal texts do.
+    field: examples that agree in it stay together; None: equal texts do, or
+      labelled examples that agree in all fields, as in `random`.
     validation: whether the fold after it (the first after the last) is the
       validation split and not trained on.
     seed: another one deals out otherwise.
@@ -251,8 +275,11 @@ def k_fold(
       key = str(_field(example, field, source.name))
     return base.text_hash(key, f"fold{seed}")
 
-  @functools.cache
+  known: dict[int, int] = {}  # filled on demand; Beam can pickle it
+
   def folds() -> dict[int, int]:
+    if known:
+      return known
     found = sorted({group(example) for example in source.examples(of)})
     if len(found) < k:
       raise ValueError(
@@ -260,7 +287,8 @@ def k_fold(
         f" {'texts' if field is None else f'values of {field!r}'} of source"
         f" {source.name!r}."
       )
-    return {key: rank % k for rank, key in enumerate(found)}
+    known.update((key, rank % k) for rank, key in enumerate(found))
+    return known
 
   names = {fold: "test"}
   if validation:

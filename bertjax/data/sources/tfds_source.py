@@ -77,6 +77,7 @@ class TfdsSource:
       self._text_field,
       self._features,
       sorted(self._splits.items()),
+      *([files.BYTES] if self._features else []),
     )
 
   def examples(self, split: str) -> Iterator[base.Example]:

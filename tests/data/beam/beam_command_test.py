@@ -27,7 +27,8 @@ class BeamCommandTest(absltest.TestCase):
     return config.settings(
       dict(
         data=dict(
-          source=dict(name="jsonl", paths=f"{self.folder}/*.jsonl"),
+          source=dict(name="jsonl", paths=dict(mine=f"{self.folder}/*.jsonl")),
+          train_split="mine",
           tokenizer=tokenizer,
           preprocess=["unicode_nfkc"],
           seq_len=16,
@@ -42,7 +43,7 @@ class BeamCommandTest(absltest.TestCase):
 
   def run_command(self, name, settings, **options):
     options = {
-      "split": "train",
+      "split": None,
       "readers": 2,
       "output": None,
       "shared": None,
@@ -65,11 +66,11 @@ class BeamCommandTest(absltest.TestCase):
       settings.data, seed=5, cache_dir=settings.cache_path
     )
     with mock.patch.object(cache_shards.Job, "write") as write:
-      cache = data.cache("train")  # what training opens
+      cache = data.cache("mine")  # what training opens
     write.assert_not_called()
     found = json.loads(output.read_text())
     self.assertEqual(found["tokens"], cache.num_tokens)
-    self.assertEqual(found["documents"], 12)
+    self.assertEqual((found["split"], found["documents"]), ("mine", 12))
     self.assertGreater(found["tokens"], self.words)
     in_process = experiment.build_data(
       self.settings(train).data, seed=5, cache_dir=settings.cache_path

@@ -3,9 +3,11 @@
 import itertools
 
 from absl.testing import absltest, parameterized
+from apache_beam.internal import pickler
 
 from bertjax.data import cache_shards
 from bertjax.data.beam import reading
+from tests.data.sources import splits_test
 
 
 class FakeSource:
@@ -73,6 +75,18 @@ class ShareTest(parameterized.TestCase):
       [(number, next(examples)) for number, examples in blocks],
       [(2, 6), (3, 9), (4, 12)],
     )
+
+
+class WorkerTest(splits_test.SourceTestCase):
+  @parameterized.parameters(*splits_test.RULES)
+  def test_a_divided_source_reaches_workers(self, name):
+    source = self.build(split=dict(name=name, **splits_test.RULES[name]))
+    for _ in range(2):  # before it was read, and after
+      sent = pickler.loads(pickler.dumps(source))
+      for split in source.splits:
+        self.assertEqual(
+          list(sent.examples(split)), list(source.examples(split))
+        )
 
 
 if __name__ == "__main__":

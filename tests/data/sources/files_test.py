@@ -248,6 +248,17 @@ class FilesTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, "split='dev'.*train, test"):
       source.examples("dev").__next__()
 
+  def test_a_file_is_in_one_split_and_once(self):
+    path = self.write("a.txt", "a")
+    os.symlink(path, self.folder / "b.txt")
+    again = f"{self.folder}/../{self.folder.name}/a.txt"
+    self.assertLen(self.read("text_files", [f"{self.folder}/*", again]), 1)
+    for test in (path, again, f"{self.folder}/b.*"):
+      with self.assertRaisesRegex(
+        ValueError, r"[ab]\.txt' of .* is in split 'train' and in 'test'"
+      ):
+        self.source("text_files", {"train": path, "test": test})
+
   def test_splits_by_hash_cover_the_shares_and_share_no_text(self):
     texts = [f"Text number {i % 700}." for i in range(1400)]
     texts = [t.upper() if i % 2 else f" {t}" for i, t in enumerate(texts)]
@@ -298,6 +309,9 @@ class FilesTest(parameterized.TestCase):
     ("jsonl_list", "jsonl", "[1]", "line 1 holds no JSON object"),
     ("csv", "csv", "a,b\n1,2\n", "line 2 has no field 'text'; it has a, b"),
     ("csv_cells", "csv", "text,b\n1,2\n1,2,3\n", "line 3 has 3 cells, not 2"),
+    ("csv_open", "csv", 'text,b\n"a\nb",1\n\n"c,2\nd,3\n',
+     r"a\.csv, line 5 begins no whole row \(.*delimiter=',' and quotes=True r"),
+    ("csv_header", "csv", 'text,"b\n1,2\n', "line 1 begins no whole row"),
     ("latin", "text_files", b"caf\xe9", r"line 1 is not utf-8 text.*b'.xe9'"),
     ("latin_line", "jsonl", b'{"text": "a"}\r\n' * 9999 + b'{"text": "\xff"}',
      r"a\.jsonl, line 10000 is not utf-8 text.*set `encoding`"),
@@ -373,6 +387,12 @@ class FilesTest(parameterized.TestCase):
     path = self.write("a.txt", "a")
     with self.assertRaisesRegex(ValueError, "encoding='utf9' is unknown to"):
       self.source("text_files", path, encoding="utf9")
+
+  @parameterized.parameters("||", "")
+  def test_a_delimiter_is_one_character(self, delimiter):
+    path = self.write("a.csv", "a")
+    with self.assertRaisesRegex(ValueError, "delimiter=.* must be one char"):
+      self.source("csv", path, delimiter=delimiter)
 
   def test_bytes_of_another_encoding_are_named_without_a_line(self):
     path = self.write("a.txt", "a\n" * 9 + "b")

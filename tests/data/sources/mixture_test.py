@@ -103,6 +103,17 @@ class MixtureTest(SourceTestCase):
     # deviation of their number is 16 at most.
     self.assertAlmostEqual(a / 200, 5**alpha, delta=0.3 * (alpha < 1))
 
+  @parameterized.parameters(
+    dict(alpha=0.7), dict(weights=[1, 1]), dict(targets=[9, 9])
+  )
+  def test_a_source_without_a_character_has_no_share(self, **way):
+    empty = self.jsonl("empty.jsonl", ["", ""])
+    source = self.build(name="mixture", sources=[self.a, empty], **way)
+    with self.assertRaisesRegex(
+      ValueError, r"sources\[1\] of .*'jsonl', has 0 characters"
+    ):
+      list(source.examples("train"))
+
   def test_components_reach_the_cache(self):
     nested = dict(name="mixture", sources=[self.a, self.b])
     source = self.build(name="mixture", sources=[self.b, nested])

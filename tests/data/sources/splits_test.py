@@ -12,7 +12,7 @@ from bertjax.data.sources import SOURCES, SPLITS, splits
 from bertjax.tasks.records import READERS
 
 _SHARES = dict(train=0.6, validation=0.2, test=0.2)
-_RULES = {
+RULES = {
   "random": dict(fractions=_SHARES),
   "by_field": dict(field="author", fractions=_SHARES),
   "by_document": dict(fractions=_SHARES),
@@ -32,6 +32,7 @@ def _record(i):
     "document": f"d{i // 3}",
     "url": f"https://www.host{i % 40}.org/page/{i}",
     "date": f"{2005 + i % 16}-03-01",
+    "link": "http://[b/2",
   }
 
 
@@ -46,7 +47,7 @@ class SourceTestCase(parameterized.TestCase):
     cls.path.write_text("\n".join(map(json.dumps, cls.records)))
 
   def build(self, **changes):
-    features = ["author", "document", "url", "date"]
+    features = ["author", "document", "url", "date", "link"]
     spec = dict(name="jsonl", paths=str(self.path), features=features)
     return registry.build(SOURCES, spec | changes, "data.source")
 
@@ -56,13 +57,13 @@ class SourceTestCase(parameterized.TestCase):
 
 class SplitTest(SourceTestCase):
   def test_every_rule_is_tested_here(self):
-    self.assertEqual({*_RULES, "given"}, set(SPLITS))
+    self.assertEqual({*RULES, "given"}, set(SPLITS))
 
-  @parameterized.parameters(*_RULES)
+  @parameterized.parameters(*RULES)
   def test_splits_share_no_example_and_never_change(self, name):
     found = []
     for _ in range(2):
-      source = self.build(split=dict(name=name, **_RULES[name]))
+      source = self.build(split=dict(name=name, **RULES[name]))
       self.assertIn("train", source.splits)
       found.append({s: [e["id"] for e in source.examples(s)]
                     for s in source.splits})  # fmt: skip
@@ -82,7 +83,7 @@ class SplitTest(SourceTestCase):
     ("random", "text", str),
   )
   def test_groups_stay_together(self, name, field, group):
-    rule = dict(_RULES[name])
+    rule = dict(RULES[name])
     if name == "k_fold":
       rule["field"] = field
     source = self.build(split=dict(name=name, **rule))
@@ -102,8 +103,30 @@ class SplitTest(SourceTestCase):
     # Fractions of a file source are the same rule under a shorter name.
     self.assertEqual(a, self.texts(self.build(fractions=_SHARES)))
 
+  @parameterized.parameters(
+    (dict(name="random"), "text"), (dict(name="by_host"), "url")
+  )
+  def test_what_is_divided_is_divided_again_independently(self, rule, field):
+    rule = rule | dict(fractions=dict(train=0.5, test=0.5))
+    spec = dict(name="jsonl", paths=str(self.path), features=["url"])
+    part = spec | dict(split=rule)
+    for seed in (0, 1):
+      mixture = dict(
+        name="mixture",
+        sources=[part],
+        filters=["letters"],
+        split=rule | dict(seed=seed),
+      )
+      twice = registry.build(SOURCES, mixture, "data.source")
+      kept = [{e[field] for e in twice.examples(s)} for s in twice.splits]
+      # Near a half; the same hash would leave nothing for the test.
+      self.assertBetween(len(kept[0]) / len(kept[0] | kept[1]), 0.25, 0.75)
+      if seed:  # another seed is independent without more ado, as it was
+        once = self.build(split=rule | dict(seed=seed))
+        self.assertLess(kept[0], {e[field] for e in once.examples("train")})
+
   def test_by_year_tests_what_came_later(self):
-    source = self.build(split=dict(name="by_year", **_RULES["by_year"]))
+    source = self.build(split=dict(name="by_year", **RULES["by_year"]))
     years = {
       s: {splits.year(e["date"]) for e in source.examples(s)}
       for s in source.splits
@@ -111,6 +134,13 @@ class SplitTest(SourceTestCase):
     self.assertEqual(years["train"], set(range(2005, 2013)))
     self.assertEqual(years["validation"], {2013, 2014, 2015})
     self.assertEqual(years["test"], {2016, 2017, 2018, 2019})
+
+  def test_one_value_is_a_list_of_one(self):
+    one, several = (
+      self.build(split=dict(name="by_value", field="author", values=values))
+      for values in (dict(test="a1"), dict(test=["a1"]))
+    )
+    self.assertEqual(self.texts(one, "test"), self.texts(several, "test"))
 
   def test_folds_cover_everything_once_and_are_of_one_size(self):
     folds = [
@@ -167,6 +197,8 @@ class SplitTest(SourceTestCase):
      "no field 'site'; it has author"),
     ("year", dict(name="by_year", field="author", until=dict(train=2000)),
      "author of example .*'a0' names no year"),
+    ("host", dict(name="by_host", field="link", fractions=_SHARES),
+     r"link of example .*'http://\[b/2' names no host \(Invalid IPv6"),
     ("folds", dict(name="k_fold", k=31, fold=0, field="author"),
      "k=31 exceeds the 30 distinct values of 'author'"),
     ("empty", dict(name="by_value", field="author", values=dict(train=["z"])),
@@ -181,6 +213,8 @@ class SplitTest(SourceTestCase):
     ("https://www.a.org/x?y", "a.org"),
     ("http://b.c.org:80", "b.c.org"),
     ("a.org/page", "a.org"),
+    ("a.org:80/go?to=http://b.org/1", "a.org"),
+    ("//a.org/page", "a.org"),
   )
   def test_host(self, url, expected):
     self.assertEqual(splits.host(url), expected)
@@ -206,6 +240,7 @@ class FilterTest(SourceTestCase):
      ["a", "λ δ", "1 2"]),
     ("field", dict(name="field", field="kind", values=["1", "λ"]),
      ["λ δ", "1 2"]),
+    ("number", dict(name="field", field="kind", values=1), ["1 2"]),
   )  # fmt: skip
   def test_rules(self, rule, expected):
     texts = ["a", "a b c", "λ δ", "1 2", "a b c d"]

@@ -62,7 +62,13 @@ class TfrecordTest(parameterized.TestCase):
   @parameterized.parameters("a.tfrecord", "a.tfrecord.gz")
   def test_plain_and_compressed(self, name):
     records = [
-      example_of(body=[t.encode()], key=[b"k%d" % i], tags=[b"x", b"y"])
+      example_of(
+        body=[t.encode()],
+        key=[b"k%d" % i],
+        tags=[b"x", b"y"],
+        kind=[b"news" if i % 3 else "भाषा".encode()],
+        digest=[b"\xff%d" % (i % 2)],
+      )
       for i, t in enumerate(_TEXTS)
     ]
     path = self.write(name, records)
@@ -73,7 +79,17 @@ class TfrecordTest(parameterized.TestCase):
     found = list(source.examples("train"))
     self.assertEqual([e["text"] for e in found], _TEXTS)
     self.assertEqual(found[3]["id"], "k3")
-    self.assertEqual(found[3]["tags"], [b"x", b"y"])
+    self.assertEqual(found[3]["tags"], ["x", "y"])
+
+    def read(**options):
+      spec = dict(paths=path, text_field="body", features=["kind", "digest"])
+      return texts_of(build(name="tfrecord", **spec, **options))
+
+    # Rules see strings, and bytes only where they are no text.
+    kept = read(filters=[dict(name="field", field="kind", values="भाषा")])
+    self.assertEqual(kept, _TEXTS[::3])
+    folds = dict(name="k_fold", k=2, fold=0, field="digest")
+    self.assertIn(read(split=folds), (_TEXTS[::2], _TEXTS[1::2]))
 
   def test_bad_files_are_named(self):
     path = self.write("a.tfrecord", [example_of(body=[b"x"], key=[b"y"])])
@@ -127,10 +143,11 @@ class TfdsTest(parameterized.TestCase):
     return build(name="tfds", **options)
 
   def test_stored_dataset_is_read_in_order(self):
-    source = self.source(features=["year"])
+    source = self.source(features=["year", "body"])
     self.assertCountEqual(source.splits, ["train", "test"])
     found = list(source.examples("train"))
     self.assertEqual([e["text"] for e in found], _TEXTS)
+    self.assertEqual([e["body"] for e in found], _TEXTS)
     self.assertEqual([e["year"] for e in found], list(range(2000, 2030)))
     self.assertLen({e["id"] for e in found}, 30)
     self.assertEqual(texts_of(source, "test"), ["Held out."])
