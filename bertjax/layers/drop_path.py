@@ -13,9 +13,14 @@ from bertjax.parallel import sharding
 
 
 def linear_rates(num_layers: int, last: float) -> Float[Array, " l"] | None:
-  """Rates of the layers, from 0 in the first to `last`; None if all are 0."""
+  """Rates of the layers, from 0 in the first to `last`; None if all are 0.
+
+  A single layer is the last one.
+  """
   if not last:
     return None
+  if num_layers == 1:
+    return jnp.full(1, last, jnp.float32)
   return jnp.linspace(0.0, last, num_layers, dtype=jnp.float32)
 
 

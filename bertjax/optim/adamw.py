@@ -152,7 +152,11 @@ def _direction(
     v = b2 * debias(v, b2, t + 1) + squares
   else:
     v = debias(v, b2, t)
-  return m / (jnp.sqrt(v) + eps)
+  root = jnp.sqrt(v) + eps
+  if eps:
+    return m / root
+  # What never had a gradient does not move.
+  return jnp.where(v > 0, m / jnp.where(v > 0, root, 1.0), 0.0)
 
 
 def add_weight_decay(

@@ -51,13 +51,13 @@ def clip_tree(
   """`tree * max_norm / max(norm, max_norm)` and the norm before it.
 
   Nothing changes, to the bit, while the norm is below `max_norm` or when that
-  is None. A gradient that is not finite stays so: the loop must see it.
+  is None. A gradient whose norm is not finite is NaN: the loop must see it.
   """
   norm = global_norm(tree, norm_axes)
   if max_norm is None:
     return tree, norm
   factor = max_norm / jnp.maximum(norm, max_norm)
-  return _scaled(tree, factor), norm
+  return _scaled(tree, _seen(factor, norm)), norm
 
 
 def normalize_tree(
@@ -65,7 +65,13 @@ def normalize_tree(
 ) -> tuple[Any, Float[Array, ""]]:
   """`tree / norm` (NVLAMB) and the norm; a zero tree stays zero."""
   norm = global_norm(tree, norm_axes)
-  return _scaled(tree, 1.0 / jnp.where(norm > 0, norm, 1.0)), norm
+  factor = 1.0 / jnp.where(norm > 0, norm, 1.0)
+  return _scaled(tree, _seen(factor, norm)), norm
+
+
+def _seen(factor: Float[Array, ""], norm: Float[Array, ""]) -> Array:
+  """Of squares that overflow the factor were 0, and nobody would know."""
+  return jnp.where(jnp.isfinite(norm), factor, jnp.nan)
 
 
 def _scaled(tree: Any, factor: Float[Array, ""]) -> Any:

@@ -294,8 +294,8 @@ class _OneBitLamb:
     before = AdamState(state.count, state.mu, state.nu)
     directions, after = self._adam.update(self.workers.sum(grads), before)
     moved = self._decayed(directions, params)
-    ratio = self._ratios(params, moved)
-    mean, count = self._averaged(state, ratio)
+    ratio, adapted = self._ratios(params, moved)
+    mean, count = self._averaged(state, ratio, adapted)
     scales = state.momentum_scale
     if self.scale_momentum:
       scales = momentum_scales(self.layers.rms(after.mu))
@@ -370,28 +370,32 @@ class _OneBitLamb:
     return jax.tree.map(one, directions, params, excluded)
 
   def _ratios(self, params, moved):
-    """LAMB's clipped trust ratios."""
+    """LAMB's clipped trust ratios, 1 where there is none, and where one is."""
 
-    def one(w, u, out):
-      usable = (w > 0) & (u > 0)
-      ratio = jnp.clip(w / jnp.where(usable, u, 1.0), *self.trust_clip)
-      return jnp.ones_like(w) if out else jnp.where(usable, ratio, 1.0)
+    def usable(w, u, out):
+      return jnp.zeros_like(w, bool) if out else (w > 0) & (u > 0)
+
+    def one(w, u, yes):
+      ratio = jnp.clip(w / jnp.where(yes, u, 1.0), *self.trust_clip)
+      return jnp.where(yes, ratio, 1.0)
 
     weights, updates = self.layers.norm(params), self.layers.norm(moved)
-    return jax.tree.map(one, weights, updates, self._unadapted(params))
+    adapted = jax.tree.map(usable, weights, updates, self._unadapted(params))
+    return jax.tree.map(one, weights, updates, adapted), adapted
 
-  def _averaged(self, state, ratio):
+  def _averaged(self, state, ratio, adapted):
     """Running means of the ratios, and how many they have seen."""
 
-    def counted(n, r):
-      return n + (r != 1).astype(jnp.float32)
+    def counted(n, yes):
+      return n + yes.astype(jnp.float32)
 
-    def averaged(old, r, n):
+    def averaged(old, r, n, yes):
       share = jnp.maximum(1 - self.ratio_decay, 1 / jnp.maximum(n, 1.0))
-      return jnp.where(r != 1, old + (r - old) * share, old)
+      return jnp.where(yes, old + (r - old) * share, old)
 
-    count = jax.tree.map(counted, state.ratio_count, ratio)
-    return jax.tree.map(averaged, state.ratio_mean, ratio, count), count
+    count = jax.tree.map(counted, state.ratio_count, adapted)
+    mean = jax.tree.map(averaged, state.ratio_mean, ratio, count, adapted)
+    return mean, count
 
   def _growth(self, state, fresh, moves):
     """How much smaller than the frozen one the rebuilt variance can be."""

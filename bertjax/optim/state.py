@@ -5,7 +5,7 @@ path of its parameter; whatever else a state holds (counters, norms, trust
 ratios) is small.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -38,19 +38,21 @@ def schedule_step(opt_state: Any) -> Int[Array, ""]:
   Raises:
     ValueError: the state holds no counter.
   """
-  kinds = optax.ScaleByScheduleState | freezing.PhaseState
-  found = _first(opt_state, kinds, "counter of steps")
-  is_schedule = isinstance(found, optax.ScaleByScheduleState)
-  return found.count if is_schedule else found.steps
+  for schedule in _nodes(opt_state, optax.ScaleByScheduleState):
+    return schedule.count
+  # Optimizers that look their rate up themselves.
+  return _first(opt_state, freezing.PhaseState, "counter of steps").steps
 
 
-def _first(opt_state: Any, kind: Any, what: str) -> Any:
-  """The first node of a kind, a class or a union of some."""
-
+def _nodes(opt_state: Any, kind: type) -> Iterator[Any]:
   def found(node):
     return isinstance(node, kind)
 
-  for node in filter(found, jax.tree.leaves(opt_state, is_leaf=found)):
+  return filter(found, jax.tree.leaves(opt_state, is_leaf=found))
+
+
+def _first(opt_state: Any, kind: type, what: str) -> Any:
+  for node in _nodes(opt_state, kind):
     return node
   raise ValueError(f"opt_state holds no {what}; is it from build_optimizer?")
 

@@ -17,6 +17,7 @@ from kernels.flash_attention.options import (
   Extras,
   Options,
   Unsupported,
+  check,
   check_arrays,
 )
 from kernels.flash_attention.sharded import Sharding
@@ -24,15 +25,20 @@ from kernels.flash_attention.sharded import Sharding
 __all__ = ["BACKENDS", "Sharding", "Unsupported", "flash_attention"]
 
 
-def _segments(segment_ids, kv_lengths, t, s):
+def _segments(segment_ids, kv_lengths, n):
   """(q_segments, kv_segments) of whichever way padding was told."""
   if segment_ids is not None and kv_lengths is not None:
     raise ValueError(
       "segment_ids and kv_lengths both say which keys are padding; give one."
     )
   if kv_lengths is not None:
-    real = jnp.arange(s)[None] < kv_lengths[:, None]
-    ones = jnp.ones((kv_lengths.shape[0], t), jnp.int32)
+    kv_lengths = jnp.asarray(kv_lengths)
+    if kv_lengths.shape != (n.b,):
+      raise ValueError(
+        f"kv_lengths has shape {kv_lengths.shape}; it must be [{n.b}]."
+      )
+    real = jnp.arange(n.s)[None] < kv_lengths[:, None]
+    ones = jnp.ones((n.b, n.t), jnp.int32)
     return ones, real.astype(jnp.int32)
   if segment_ids is None:
     return None, None
@@ -67,6 +73,12 @@ def _run(
   sharding: Sharding | None,
 ) -> tuple[jax.Array, jax.Array]:
   """(out, lse), split over a mesh if need be."""
+  n = check(q, k, v, extras, options)
+  if 0 in (n.b, n.t, n.s):  # backends have no tile of nothing
+    shape = tuple(dict(zip(options.layout, q.shape), d=n.dv).values())
+    return jnp.zeros(shape, v.dtype), jnp.full(
+      (n.b, n.h, n.t), -jnp.inf, jnp.float32
+    )
   if sharding is None or backend in dispatch.PLAIN or not sharding.needed:
     return dispatch.attend(backend, q, k, v, extras, options)
   chosen, options = dispatch.choose(backend, options)
@@ -117,7 +129,9 @@ def flash_attention(
     q: queries [b, t, h, d], or with these letters in the order of `layout`.
     k: keys [b, s, h', d], where h' divides h: grouped-query attention.
     v: values [b, s, h', dv].
-    bias: [1|b, 1|h, 1|t, s], added to the scaled scores.
+    bias: [1|b, 1|h, 1|t, s], added to the scaled scores; -inf hides a key.
+      Where it is large in all of a row, as -1e9 of padding, gradients of that
+      row lose their digits.
     alibi_slopes: [h] or [b, h]; slope times the distance of query and key is
       subtracted from the score (Press et al. 2021; symmetric, for encoders).
     relative_bias: [1|b, 1|h, n], added to the scaled scores: T5's bias.
@@ -163,7 +177,7 @@ def flash_attention(
       named backend does not do.
   """
   n = check_arrays(q, k, v, layout)
-  q_segments, kv_segments = _segments(segment_ids, kv_lengths, n.t, n.s)
+  q_segments, kv_segments = _segments(segment_ids, kv_lengths, n)
   extras = Extras(
     bias=bias,
     alibi_slopes=alibi_slopes,

@@ -193,7 +193,7 @@ class _Step(NamedTuple):
         start, extent = self.h // share, max(1, plan.heads // share)
       else:
         start, extent = places[letter]
-      starts.append(start)
+      starts.append(jnp.asarray(start, jnp.int32))
       shape.append(extent)
     return starts, shape
 
@@ -371,8 +371,8 @@ def forward(
   shape = (n.b, n.h, plan.padded_t)
   init = (
     jnp.zeros((*shape, n.dv), jnp.float32),
-    jnp.full(shape, _LOWEST),
-    jnp.zeros(shape),
+    jnp.full(shape, _LOWEST, jnp.float32),
+    jnp.zeros(shape, jnp.float32),
   )
   out, top, total = (
     y[:, :, : n.t] for y in _loop(body, init, extras, options, plan)

@@ -120,7 +120,7 @@ class _Call(NamedTuple):
 
   def run(self, kernel, grid, shapes, **more):
     """Runs a kernel that writes arrays of these ShapeDtypeStructs."""
-    return pl.pallas_call(
+    call = pl.pallas_call(
       functools.partial(kernel, p=self.p),
       grid=grid,
       in_specs=[self.specs],
@@ -131,7 +131,9 @@ class _Call(NamedTuple):
       ),
       interpret=self.p.options.interpret,
       name=f"flash_attention_{kernel.__name__}",
-    )(self.arrays)
+    )
+    with jax.enable_x64(False):  # indices are 32 bits wide
+      return call(self.arrays)
 
   def spec(self, shape, letters: str) -> pl.BlockSpec:
     return _whole(self.p, shape, letters)

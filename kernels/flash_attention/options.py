@@ -18,7 +18,8 @@ gradients.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -196,6 +197,12 @@ def _check_extras(n: Sizes, extras: Extras) -> None:
       not fits,
       f"bias has shape {shape}; it must be [1|{n.b}, 1|{n.h}, 1|{n.t}, {n.s}].",
     )
+    dtype = extras.bias.dtype
+    _refuse(
+      not jnp.issubdtype(dtype, jnp.floating),
+      f"bias has dtype {dtype}, but is added to scores; to hide keys, give"
+      " jnp.where(mask, 0.0, -jnp.inf), or segment_ids.",
+    )
   if extras.alibi_slopes is not None:
     shape = extras.alibi_slopes.shape
     _refuse(
@@ -248,6 +255,11 @@ def _check_block_mask(n: Sizes, extras: Extras, options: Options) -> None:
   )
 
 
+def _is_window(window: Any) -> bool:
+  pair = isinstance(window, tuple | list) and len(window) == 2
+  return pair and all(isinstance(x, Integral) and x >= 0 for x in window)
+
+
 def check(
   q: jax.Array, k: jax.Array, v: jax.Array, extras: Extras, options: Options
 ) -> Sizes:
@@ -257,6 +269,10 @@ def check(
     ValueError: names the argument, its value and what would be right.
   """
   n = check_arrays(q, k, v, options.layout)
+  _refuse(
+    isinstance(options.scale, jax.core.Tracer),
+    "sm_scale is traced, but is part of the program: multiply q by it instead.",
+  )
   _check_extras(n, extras)
   _check_block_mask(n, extras, options)
   rate = options.dropout_rate
@@ -272,8 +288,9 @@ def check(
   )
   window = options.window
   _refuse(
-    window is not None and (len(window) != 2 or min(window) < 0),
-    f"window={window} must be (left, right), both at least 0.",
+    window is not None and not _is_window(window),
+    f"window={window} must be (left, right), integers of at least 0, or one"
+    " for both.",
   )
   _refuse(
     options.softcap is not None and options.softcap <= 0,

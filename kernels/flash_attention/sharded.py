@@ -97,6 +97,13 @@ def _specs(extras: Extras, layout: str, sharding: Sharding):
 
 
 def _divides(n: Sizes, sharding: Sharding, mesh) -> None:
+  missing = sorted(set(sharding.axes) - set(mesh.axis_names))
+  if missing:
+    raise ValueError(
+      f"sharding names the mesh axes {sharding.axes}; of these the mesh of the"
+      f" context has no {', '.join(missing)}, but {mesh.axis_names}. Set it"
+      " with jax.set_mesh."
+    )
   for name, size, axes in (
     ("examples", n.b, sharding.batch),
     ("heads of k and v", n.kv_heads, sharding.heads),

@@ -19,6 +19,7 @@ class DropPathTest(parameterized.TestCase):
     np.testing.assert_allclose(
       linear_rates(12, 0.1), np.linspace(0, 0.1, 12), rtol=1e-6
     )
+    np.testing.assert_allclose(linear_rates(1, 0.1), [0.1], rtol=1e-6)
     self.assertIsNone(linear_rates(12, 0.0))
 
   @parameterized.product(rate=(0.1, 0.5), dtype=(jnp.float32, jnp.bfloat16))

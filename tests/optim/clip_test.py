@@ -21,6 +21,15 @@ class ClipTest(parameterized.TestCase):
     np.testing.assert_allclose(np.linalg.norm(clipped["a"]), 5.5, rtol=1e-6)
     np.testing.assert_allclose(state.norm, 2 * np.hypot(3.1, 4.1), rtol=1e-6)
 
+  def test_a_norm_that_overflows_is_seen(self):
+    grads = {"a": jnp.array([3e20, 1.0])}  # finite, but not its square
+    for transform in (
+      clip_by_global_norm(1.0), clip.normalize_by_global_norm()
+    ):  # fmt: skip
+      found, state = transform.update(grads, transform.init(grads))
+      self.assertTrue(np.isnan(found["a"]).all())
+      self.assertTrue(np.isinf(state.norm))
+
   def test_clip_per_shard_clips_each_and_averages(self):
     # Gradients (3, 4), (0, 1), (0.6, 0) and (0, 0) of the shards' own means.
     own = np.array([[3.0, 4.0], [0.0, 1.0], [0.6, 0.0], [0.0, 0.0]])

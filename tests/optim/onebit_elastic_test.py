@@ -167,6 +167,17 @@ class ElasticTest(parameterized.TestCase):
       np.testing.assert_array_equal, (old.mu, old.nu), (new.mu, new.nu)
     )
 
+  def test_a_schedule_goes_on_beside_moments_that_begin_again(self):
+    w = world(**onebit_state.ONEBIT)
+    state, _ = w.run(w.init(), 0, 5)
+    handed = optim.hand_over(
+      state.opt_state,
+      w.init().opt_state,
+      reset_schedule=False,
+      reset_moments=True,
+    )
+    self.assertEqual(optim.schedule_step(handed), 5)
+
   def test_another_optimizer_is_refused(self):
     w, other = world(**onebit_state.ONEBIT), world(name="onebit_sgd")
     folder = pathlib.Path(self.create_tempdir())

@@ -419,6 +419,17 @@ class OneBitLambTest(parameterized.TestCase):
     states = [w.run(w.init(), 0, 5)[0] for w in (onebit, lamb)]
     onebit_state.assert_close(states[0].params, states[1].params)
 
+  def test_ratios_that_are_clipped_to_1_count(self):
+    w = world(name="onebit_lamb", freeze_step=9, trust_clip=(1e-9, 1.0))
+    state = w.init()
+    # Weights this large have ratios above 1.
+    large = jax.tree.map(lambda x: 99 * x, state.params)
+    state, _ = w.run(state.replace(params=large), 0, 3)
+    (lamb,) = onebit_state.nodes(state.opt_state, OneBitLambState)
+    self.assertEqual(lamb.ratio_count["up"], 3)
+    self.assertEqual(lamb.ratio_mean["up"], 1)
+    self.assertEqual(lamb.ratio_count["bias"], 0)  # has none
+
   def test_one_magnitude_for_all_layers(self):
     w = world(name="onebit_lamb", freeze_step=5)
     state, _ = w.run(w.init(), 0, 5)

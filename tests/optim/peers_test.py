@@ -11,6 +11,7 @@ import optax
 from absl.testing import absltest, parameterized
 
 from bertjax.optim import adam, adamw, build_optimizer, lamb
+from bertjax.optim.adamw import scale_by_adam
 from tests.optim.toy import NOTHING, assert_close, run, unstacked
 
 
@@ -159,6 +160,12 @@ class PeersTest(parameterized.TestCase):
       rtol=1e-5,  # 20 steps of float32 rounding
       atol=1e-6,
     )
+
+  def test_without_eps_what_has_no_gradient_stays(self):
+    transform = scale_by_adam(eps=0.0)
+    grads = jnp.array([0.0, -2.0])
+    found, _ = transform.update(grads, transform.init(grads))
+    np.testing.assert_allclose(found, [0.0, -1.0], rtol=1e-5)
 
   def test_uncorrected_adam_has_the_closed_form(self):
     """Gradient 1: u_t = (1 - b1^t) / (sqrt(1 - b2^t) + eps)."""

@@ -113,7 +113,7 @@ def launch(
     entry = schedule.entry(group, visit, table)
     body(Step(b, group, entry, visit == 0), refs)
 
-  results = pl.pallas_call(
+  call = pl.pallas_call(
     kernel,
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(prefetch),
@@ -137,5 +137,7 @@ def launch(
     ),
     interpret=problem.options.interpret,
     name=name,
-  )(*prefetch, *(x.array for x in inputs.values()))
+  )
+  with jax.enable_x64(False):  # indices are 32 bits wide
+    results = call(*prefetch, *(x.array for x in inputs.values()))
   return dict(zip(outputs, results))

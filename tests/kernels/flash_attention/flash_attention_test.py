@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from kernels.flash_attention import Unsupported, flash_attention
+from kernels.flash_attention import Sharding, Unsupported, flash_attention
 from tests import optimized
 from tests.draws import normal
 from tests.kernels.flash_attention.cases import qkv
@@ -29,6 +29,11 @@ class RefusalTest(parameterized.TestCase):
     ("values", dict(v=V[:, :5]), "v of shape.*all but the head width"),
     ("heads", dict(q=Q[:, :, :3]), "2 heads, which do not divide q's 3"),
     ("bias", dict(bias=Q), r"bias has shape.*\[1\|2, 1\|4, 1\|6, 8\]"),
+    (
+      "bias_dtype",
+      dict(bias=jnp.ones((1, 1, T, S), bool)),
+      r"bias has dtype bool, .*jnp.where\(mask, 0.0, -jnp.inf\)",
+    ),
     ("slopes", dict(alibi_slopes=Q[0, 0]), r"alibi_slopes.*\[4\] or \[2, 4\]"),
     (
       "relative_bias",
@@ -51,6 +56,12 @@ class RefusalTest(parameterized.TestCase):
       dict(segment_ids=jnp.ones((B, T)), kv_lengths=jnp.ones(B)),
       "segment_ids and kv_lengths.*give one",
     ),
+    (
+      "lengths",
+      dict(kv_lengths=jnp.ones(3)),
+      r"kv_lengths has .*\(3,\).*\[2\]",
+    ),
+    ("one_length", dict(kv_lengths=3), r"kv_lengths has shape \(\)"),
     ("rate", dict(dropout_rate=1.0), r"dropout_rate=1.0 must lie in \[0, 1\)"),
     ("seed", dict(dropout_rate=0.1), "needs dropout_seed"),
     (
@@ -59,6 +70,12 @@ class RefusalTest(parameterized.TestCase):
       "dropout_generator='philox'.*counter, hardware, auto",
     ),
     ("window", dict(window=(1, -1)), r"window=\(1, -1\).*at least 0"),
+    ("window_type", dict(window=1.0), "window=1.0 must be .left, right., int"),
+    (
+      "mesh",
+      dict(sharding=Sharding(("data",)), backend="blockwise"),
+      r"mesh axes \('data',\); .*has no data, .*jax.set_mesh",
+    ),
     ("cap", dict(logit_softcap=0.0), "logit_softcap=0.0 must be positive"),
     ("mask", dict(block_mask=np.ones((4, 4), bool)), "does not tile.*(6, 8)"),
     (
@@ -77,6 +94,11 @@ class RefusalTest(parameterized.TestCase):
     arguments = dict(q=Q, k=K, v=V) | changes
     with self.assertRaisesRegex(ValueError, message):
       flash_attention(**arguments)
+
+  def test_a_traced_scale_is_refused(self):
+    attend = jax.jit(lambda scale: flash_attention(Q, K, V, sm_scale=scale))
+    with self.assertRaisesRegex(ValueError, "sm_scale is traced.*multiply q"):
+      attend(0.3)
 
   @parameterized.named_parameters(
     (
@@ -159,6 +181,36 @@ class DispatchTest(parameterized.TestCase):
     mask = np.ones((1, 1), bool)
     self.assertIn("flash_attention_", self.lower("cuda", block_mask=mask))
     self.assertNotIn("flash_attention_", self.lower("tpu", block_mask=mask))
+
+  @parameterized.parameters((0, T, S), (B, 0, S), (B, T, 0))
+  def test_of_nothing_there_is_nothing_to_see(self, *sizes):
+    q, k, v = qkv((*sizes, H, 2, D, 24))[:3]
+
+    def attend(q):
+      return flash_attention(q, k, v, return_lse=True)
+
+    (out, lse), pullback = jax.vjp(attend, q)
+    self.assertEqual(out.shape, (*q.shape[:3], 24))
+    np.testing.assert_array_equal(out, 0.0)
+    np.testing.assert_array_equal(lse, -np.inf)
+    (grad,) = pullback((out, lse))
+    np.testing.assert_array_equal(grad, np.zeros_like(q))
+
+  @parameterized.parameters(
+    dict(),
+    dict(causal=True, dropout_rate=0.2, dropout_seed=1),
+    dict(backend="blockwise", tiles=(3, 4)),
+  )
+  def test_programs_of_64_bits_say_the_same(self, **options):
+    def solved():
+      loss = lambda q: flash_attention(q, K, V, **options).sum()  # noqa: E731
+      return jax.jit(jax.value_and_grad(loss))(Q)
+
+    want = solved()
+    with jax.enable_x64(True):
+      found = solved()
+    for a, b in zip(found, want, strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
   def test_a_window_may_be_an_integer_of_numpy(self):
     found, want = (
