@@ -128,7 +128,8 @@ def evaluate(
     spec["tokenizer"] = model.need_tokenizer()
   cache = (model.config or {}).get("cache_dir")
   built = build_data(spec, seed=0, cache_dir=cache_path(cache))
-  built.objective(model.objective_spec)
+  # What does not say so, as older runs, has one label a text.
+  built.objective({"multilabel": False, **model.objective_spec})
   stream = built.dataset(split).reseeded(EVALUATION_SEED)
   told = _what(spec, split, stream.rows_per_epoch(0))
   hosts.say(f"Evaluating {path} on {told}.")

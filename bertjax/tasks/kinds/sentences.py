@@ -53,7 +53,7 @@ class Sentences(Kind):
   def objective(self) -> dict[str, Any]:
     spec = {"name": "classification", "num_classes": len(self.labels) or 1}
     spec |= {"labels": self.labels} if self.labels else {}
-    return spec | ({"multilabel": True} if self.multilabel else {})
+    return spec | {"multilabel": self.multilabel}
 
   def row_shapes(self, seq_len: int) -> dict[str, tuple[tuple, type]]:
     shape = (len(self.labels),) if self.multilabel else ()
