@@ -319,7 +319,7 @@ class WatchTest(parameterized.TestCase):
 
     Those that begin with an exclamation mark are errors.
     """
-    answers = {name: [""] for name in ("create", "scp", "delete")}
+    answers = {name: [""] for name in ("create", "scp", "delete", "launch")}
     answers |= {"describe": states, "statuses": statuses} | others
     for name, lines in answers.items():
       (self.commands.folder / name).write_text("\n".join(lines) + "\n")
@@ -335,6 +335,7 @@ class WatchTest(parameterized.TestCase):
       'case "$4 $*" in\n'
       "  describe*|create*|scp*|delete*) take $4 ;;\n"
       "  ssh*status=*) take statuses status= ;;\n"
+      "  ssh*bertjax.train*) take launch ;;\n"
       "esac",
     )
     looks = itertools.count()
@@ -405,6 +406,22 @@ class WatchTest(parameterized.TestCase):
     with self.assertRaisesRegex(RuntimeError, "status 1; --max_restarts=2"):
       self._watch(["ACTIVE"], ["1 1"], max_restarts=2)
     self.assertEqual(self._actions(), ["launch"] * 2)
+
+  def test_a_restart_that_takes_several_attempts_is_one(self):
+    found = self._watch(
+      ["ACTIVE", "SUSPENDED", "SUSPENDED", "!NOT_FOUND: gone", "ACTIVE"],
+      ["running running", "none none", "1 1", "1 1", "0 0"],
+      delete=["!SUSPENDING: try again", ""],
+      launch=["", "!ssh: no route", ""],
+      max_restarts=2,
+    )
+    self.assertEqual(
+      found, ["delete"] * 2 + ["create", "setup"] + ["launch"] * 3
+    )
+    self.assertEqual(
+      re.findall(r"restart \d of 2", self.said.getvalue()),
+      ["restart 1 of 2", "restart 2 of 2"],
+    )
 
   def test_hosts_that_never_answer_end_it(self):
     with self.assertRaisesRegex(GcloudError, "ended with status 1"):
