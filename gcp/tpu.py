@@ -23,6 +23,7 @@ from absl import app, flags
 
 from bertjax import cli, hardware
 from bertjax.hardware.machines import machine_of
+from gcp.job import check_config
 from gcp.queued_resource import (
   MOUNT,
   RUNNING,
@@ -30,6 +31,7 @@ from gcp.queued_resource import (
   GcloudError,
   State,
   Tpu,
+  check_packed,
   packed,
 )
 
@@ -124,6 +126,8 @@ def _preview(tpu: Tpu, arguments: Sequence[str], create, bucket) -> None:
 def _arguments(config: str | None, workdir: str | None, rest) -> list[str]:
   if config is None or workdir is None:
     raise ValueError("--config and --workdir say what to run; both are needed.")
+  check_config(config)
+  check_packed(config.partition(":")[0])
   return [f"--config={config}", f"--workdir={workdir}", *rest]
 
 

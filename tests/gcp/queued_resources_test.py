@@ -309,6 +309,7 @@ class WatchTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.commands = Commands(pathlib.Path(self.create_tempdir()) / "standins")
+    self.commands.add("gcloud")
     self.enter_context(self.commands.on_path())
     self.said = io.StringIO()
     self.enter_context(contextlib.redirect_stdout(self.said))
@@ -446,6 +447,31 @@ class WatchTest(parameterized.TestCase):
     ):
       self._watch(["!NOT_FOUND: no"], ["none"])
     self.assertEqual(self._actions(), [])
+
+  @parameterized.parameters("launch", "watch")
+  def test_a_config_that_hosts_would_not_get_is_refused(self, command):
+    folder = pathlib.Path(self.create_tempdir())
+    who = ["-c", "user.name=me", "-c", "user.email=me@here"]
+    for arguments in (["init"], [*who, "commit", "--allow-empty", "-m", "x"]):
+      subprocess.run(
+        ["git", *arguments], cwd=folder, check=True, capture_output=True
+      )
+    tpu = Tpu("bert", _machine("v5e:4x4"), zone="z")
+    given = mock.Mock(workdir="w", config="configs/nosuch.py:base")
+    with self.assertRaisesRegex(ValueError, "there is no file configs/nosuch"):
+      tpu_lib._run(tpu, command, [], given)
+    given.config = "configs/bert.py:base"  # in another folder's last commit
+    with (
+      mock.patch.object(queued_resource, "_ROOT", folder),
+      self.assertRaisesRegex(
+        ValueError, f"configs/bert.py is not in the last commit of {folder}"
+      ),
+    ):
+      tpu_lib._run(tpu, command, [], given)
+    self.assertEqual(self._actions(), [])
+    given.config = "/mnt/shared/mine.py"
+    tpu_lib._run(tpu, "launch", [], given)
+    self.assertEqual(self._actions(), ["launch"])
 
   @parameterized.parameters(_QUOTA, _EXISTS)
   def test_a_first_request_that_is_refused_ends_it(self, words):
