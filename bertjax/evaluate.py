@@ -37,6 +37,8 @@ _TEXT = dict(
   instances=dict(name="packed"),
   masking=dict(rate=0.15),
 )
+# What compares the devices of a run under way measures no saved model.
+_MEASURES = {k: v for k, v in EVALUATORS.items() if k != "replicas"}
 
 
 def _data_spec(
@@ -107,7 +109,8 @@ def evaluate(
     source: a name of `SOURCES`, or of points of `SHAPE_SOURCES`, and its
       options; by default that of the run, or `python_docs` for a published
       model.
-    evaluators: names of `EVALUATORS`; by default those that suit the data.
+    evaluators: names of `EVALUATORS` but "replicas"; by default those that suit
+      the data.
     num_batches: of the evaluator "objective"; 0 reads the whole split, None as
       much as suits the data: some of a corpus, all of what is labelled.
     num_rows: of the evaluator "pseudo_perplexity".
@@ -122,6 +125,11 @@ def evaluate(
     ValueError: unknown names, a model that does not fit the data, or a folder
       that holds no model.
   """
+  if "replicas" in (evaluators or ()):
+    raise ValueError(
+      "evaluators: 'replicas' compares the devices of a run under way; a saved"
+      " model is on one. Set config.evals.replicas of the run instead."
+    )
   model = load_model(path)
   spec = _data_spec(model, split, source, data or {})
   if takes(spec, "tokenizer"):
@@ -144,7 +152,7 @@ def evaluate(
   baseline, found = {}, {}
   for name in evaluators or built.evaluators:
     evaluator = registry.build(
-      EVALUATORS,
+      _MEASURES,
       {"name": name, "split": split, **options.get(name, {})},
       "evaluators",
       objective=model.objective,
@@ -163,7 +171,7 @@ _DATA_FLAG = flags.DEFINE_string("data", None, "JSON of options of data.")
 _EVALUATORS = flags.DEFINE_list(
   "evaluators",
   None,
-  f"What to measure, of {', '.join(EVALUATORS)}; by default what suits the"
+  f"What to measure, of {', '.join(_MEASURES)}; by default what suits the"
   " data.",
 )
 _NUM_BATCHES = flags.DEFINE_integer(
