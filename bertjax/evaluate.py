@@ -69,13 +69,24 @@ def _data_spec(
   return spec | dict(data) | {"name": name}
 
 
-def _what(spec: Mapping[str, Any], split: str, rows: int) -> str:
-  """What values depend on beside the model: two runs of this may differ."""
+def _what(
+  spec: Mapping[str, Any], split: str, rows: int, read: Mapping[str, int]
+) -> str:
+  """What values depend on beside the model: two runs of this may differ.
+
+  Args:
+    spec: `config.data`.
+    split: of its source.
+    rows: that it has.
+    read: by evaluator, at most how many of them it reads; the others read all.
+  """
   source = spec.get("source") or spec.get("task") or spec
   lengths = [f"{k}={spec[k]}" for k in ("seq_len", "num_points") if k in spec]
+  parts = [f"{name} reads {n}" for name, n in read.items() if n < rows]
   return (
     f"{source.get('name', spec['name'])}, split {split!r}, {rows} rows of"
     f" {', '.join(lengths)}"
+    + (f", of which {', '.join(parts)}" if parts else "")
   )
 
 
@@ -115,7 +126,7 @@ def evaluate(
       much as suits the data: some of a corpus, all of what is labelled.
     num_rows: of the evaluator "pseudo_perplexity".
     data: options of `config.data` to replace, such as `seq_len`, or with `name`
-      a row of `DATA` and its options.
+      a row of `DATA` and its options; the tokenizer is the model's.
 
   Returns:
     Values by name; one that several evaluators measure is preceded by theirs,
@@ -130,6 +141,11 @@ def evaluate(
       "evaluators: 'replicas' compares the devices of a run under way; a saved"
       " model is on one. Set config.evals.replicas of the run instead."
     )
+  if "tokenizer" in (data or {}):
+    raise ValueError(
+      f"data.tokenizer={data['tokenizer']!r}: a model reads by its own"
+      " tokenizer; leave it out."
+    )
   model = load_model(path)
   spec = _data_spec(model, split, source, data or {})
   if takes(spec, "tokenizer"):
@@ -139,18 +155,22 @@ def evaluate(
   # What does not say so, as older runs, has one label a text.
   built.objective({"multilabel": False, **model.objective_spec})
   stream = built.dataset(split).reseeded(EVALUATION_SEED)
-  told = _what(spec, split, stream.rows_per_epoch(0))
-  hosts.say(f"Evaluating {path} on {told}.")
-  # One device: the batch need not divide over anything.
-  mesh = make_mesh(devices=jax.devices()[:1])
+  chosen, rows = evaluators or built.evaluators, stream.rows_per_epoch(0)
   if num_batches is None:
     num_batches = built.evaluated_batches
+  most = {"pseudo_perplexity": num_rows}
+  if num_batches:
+    most["objective"] = num_batches * built.batch_size
+  read = {name: most[name] for name in chosen if name in most}
+  hosts.say(f"Evaluating {path} on {_what(spec, split, rows, read)}.")
+  # One device: the batch need not divide over anything.
+  mesh = make_mesh(devices=jax.devices()[:1])
   options = {
     "objective": {"num_batches": num_batches or None},
     "pseudo_perplexity": {"num_rows": num_rows},
   }
   baseline, found = {}, {}
-  for name in evaluators or built.evaluators:
+  for name in chosen:
     evaluator = registry.build(
       _MEASURES,
       {"name": name, "split": split, **options.get(name, {})},
