@@ -35,10 +35,10 @@ class Sentences(Kind):
 
   def __post_init__(self):
     base.check_metrics(self.metrics)
-    if len(self.labels) == 1 or (self.multilabel and not self.labels):
+    if len(self.labels) == (0 if self.multilabel else 1):
       raise ValueError(
         f"labels={self.labels!r} must name two classes or more, or none for"
-        " regression."
+        " regression; with multilabel=True one or more."
       )
 
   @property
