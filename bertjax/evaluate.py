@@ -37,6 +37,8 @@ _TEXT = dict(
   instances=dict(name="packed"),
   masking=dict(rate=0.15),
 )
+# What compares the devices of a run under way measures no saved model.
+_MEASURES = {k: v for k, v in EVALUATORS.items() if k != "replicas"}
 
 
 def _data_spec(
@@ -67,13 +69,24 @@ def _data_spec(
   return spec | dict(data) | {"name": name}
 
 
-def _what(spec: Mapping[str, Any], split: str, rows: int) -> str:
-  """What values depend on beside the model: two runs of this may differ."""
+def _what(
+  spec: Mapping[str, Any], split: str, rows: int, read: Mapping[str, int]
+) -> str:
+  """What values depend on beside the model: two runs of this may differ.
+
+  Args:
+    spec: `config.data`.
+    split: of its source.
+    rows: that it has.
+    read: by evaluator, at most how many of them it reads; the others read all.
+  """
   source = spec.get("source") or spec.get("task") or spec
   lengths = [f"{k}={spec[k]}" for k in ("seq_len", "num_points") if k in spec]
+  parts = [f"{name} reads {n}" for name, n in read.items() if n < rows]
   return (
     f"{source.get('name', spec['name'])}, split {split!r}, {rows} rows of"
     f" {', '.join(lengths)}"
+    + (f", of which {', '.join(parts)}" if parts else "")
   )
 
 
@@ -107,12 +120,13 @@ def evaluate(
     source: a name of `SOURCES`, or of points of `SHAPE_SOURCES`, and its
       options; by default that of the run, or `python_docs` for a published
       model.
-    evaluators: names of `EVALUATORS`; by default those that suit the data.
+    evaluators: names of `EVALUATORS` but "replicas"; by default those that suit
+      the data.
     num_batches: of the evaluator "objective"; 0 reads the whole split, None as
       much as suits the data: some of a corpus, all of what is labelled.
     num_rows: of the evaluator "pseudo_perplexity".
     data: options of `config.data` to replace, such as `seq_len`, or with `name`
-      a row of `DATA` and its options.
+      a row of `DATA` and its options; the tokenizer is the model's.
 
   Returns:
     Values by name; one that several evaluators measure is preceded by theirs,
@@ -122,28 +136,43 @@ def evaluate(
     ValueError: unknown names, a model that does not fit the data, or a folder
       that holds no model.
   """
+  if "replicas" in (evaluators or ()):
+    raise ValueError(
+      "evaluators: 'replicas' compares the devices of a run under way; a saved"
+      " model is on one. Set config.evals.replicas of the run instead."
+    )
+  if "tokenizer" in (data or {}):
+    raise ValueError(
+      f"data.tokenizer={data['tokenizer']!r}: a model reads by its own"
+      " tokenizer; leave it out."
+    )
   model = load_model(path)
   spec = _data_spec(model, split, source, data or {})
   if takes(spec, "tokenizer"):
     spec["tokenizer"] = model.need_tokenizer()
   cache = (model.config or {}).get("cache_dir")
   built = build_data(spec, seed=0, cache_dir=cache_path(cache))
-  built.objective(model.objective_spec)
+  # What does not say so, as older runs, has one label a text.
+  built.objective({"multilabel": False, **model.objective_spec})
   stream = built.dataset(split).reseeded(EVALUATION_SEED)
-  told = _what(spec, split, stream.rows_per_epoch(0))
-  hosts.say(f"Evaluating {path} on {told}.")
-  # One device: the batch need not divide over anything.
-  mesh = make_mesh(devices=jax.devices()[:1])
+  chosen, rows = evaluators or built.evaluators, stream.rows_per_epoch(0)
   if num_batches is None:
     num_batches = built.evaluated_batches
+  most = {"pseudo_perplexity": num_rows}
+  if num_batches:
+    most["objective"] = num_batches * built.batch_size
+  read = {name: most[name] for name in chosen if name in most}
+  hosts.say(f"Evaluating {path} on {_what(spec, split, rows, read)}.")
+  # One device: the batch need not divide over anything.
+  mesh = make_mesh(devices=jax.devices()[:1])
   options = {
     "objective": {"num_batches": num_batches or None},
     "pseudo_perplexity": {"num_rows": num_rows},
   }
   baseline, found = {}, {}
-  for name in evaluators or built.evaluators:
+  for name in chosen:
     evaluator = registry.build(
-      EVALUATORS,
+      _MEASURES,
       {"name": name, "split": split, **options.get(name, {})},
       "evaluators",
       objective=model.objective,
@@ -162,7 +191,7 @@ _DATA_FLAG = flags.DEFINE_string("data", None, "JSON of options of data.")
 _EVALUATORS = flags.DEFINE_list(
   "evaluators",
   None,
-  f"What to measure, of {', '.join(EVALUATORS)}; by default what suits the"
+  f"What to measure, of {', '.join(_MEASURES)}; by default what suits the"
   " data.",
 )
 _NUM_BATCHES = flags.DEFINE_integer(

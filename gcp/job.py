@@ -1,6 +1,7 @@
 """A run of `bertjax.train` on a cluster, whatever the cluster's language."""
 
 import dataclasses
+import pathlib
 import re
 
 from bertjax.hardware.machines import Machine
@@ -69,3 +70,18 @@ class Job:
       f"--workdir={self.workdir}",
       *self.arguments,
     ]
+
+
+def check_config(config: str) -> None:
+  """Refuses a file that the checkout lacks; others are for the hosts to find.
+
+  Raises:
+    ValueError: names both.
+  """
+  checkout = pathlib.Path(__file__).parents[1]
+  path = pathlib.Path(config.partition(":")[0])
+  if not path.is_absolute() and not (checkout / path).is_file():
+    raise ValueError(
+      f"--config={config}: there is no file {path} in {checkout}, from a copy"
+      " of which the job runs."
+    )

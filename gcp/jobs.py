@@ -21,7 +21,7 @@ from bertjax import cli, hardware
 from bertjax.hardware.machines import machine_of
 from bertjax.registry import lookup
 from gcp import jobset, slurm
-from gcp.job import Job
+from gcp.job import Job, check_config
 
 KINDS = {"jobset": jobset.render, "slurm": slurm.render}
 
@@ -39,21 +39,6 @@ def _refuse_others(kind: str, given: flags.FlagValues) -> None:
         raise ValueError(f"--{name} is for --kind={other}, not {kind}.")
 
 
-def _check_config(config: str) -> None:
-  """Refuses a file that the checkout lacks; others are for the hosts to find.
-
-  Raises:
-    ValueError: names both.
-  """
-  checkout = pathlib.Path(__file__).parents[1]
-  path = pathlib.Path(config.partition(":")[0])
-  if not path.is_absolute() and not (checkout / path).is_file():
-    raise ValueError(
-      f"--config={config}: there is no file {path} in {checkout}, from a copy"
-      " of which the job runs."
-    )
-
-
 def main(argv: list[str]) -> None:
   given = flags.FLAGS
   with cli.clear_errors():
@@ -62,7 +47,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--{name} is required.")
     render = lookup(KINDS, given.kind, "kind")
     _refuse_others(given.kind, given)
-    _check_config(given.config)
+    check_config(given.config)
     cli.check_output("output", given.output)
     fields = {
       f.name: given[f.name].value

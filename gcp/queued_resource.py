@@ -52,23 +52,43 @@ _STATES = {
 _PACKING = ("git", "archive", "--format=tar.gz", "HEAD")
 
 
+def _git(command: Sequence[str], refusal: str) -> bytes:
+  """What git prints; ValueError of the refusal and its words if it fails."""
+  try:
+    return subprocess.run(
+      command, cwd=_ROOT, check=True, capture_output=True
+    ).stdout
+  except FileNotFoundError as err:
+    raise ValueError("git, which packs what hosts get, is missing.") from err
+  except subprocess.CalledProcessError as err:
+    words = err.stderr.decode(errors="replace").strip()
+    raise ValueError(f"{refusal}; git says: {words}") from err
+
+
 def packed() -> bytes:
   """This checkout's last commit, as .tar.gz.
 
   Raises:
     ValueError: git's words, as there is none.
   """
-  try:
-    return subprocess.run(
-      _PACKING, cwd=_ROOT, check=True, capture_output=True
-    ).stdout
-  except FileNotFoundError as err:
-    raise ValueError("git, which packs what hosts get, is missing.") from err
-  except subprocess.CalledProcessError as err:
-    raise ValueError(
-      f"{_ROOT} has no commit that hosts could get; git says:"
-      f" {err.stderr.decode(errors='replace').strip()}"
-    ) from err
+  return _git(_PACKING, f"{_ROOT} has no commit that hosts could get")
+
+
+def check_packed(path: str) -> None:
+  """Refuses a file of the checkout that `packed` lacks.
+
+  Args:
+    path: from the checkout; an absolute one is for the hosts to find.
+
+  Raises:
+    ValueError: git's words, as the last commit does not have it.
+  """
+  if not pathlib.Path(path).is_absolute():
+    _git(
+      ("git", "cat-file", "-e", f"HEAD:./{path}"),
+      f"--config={path} is not in the last commit of {_ROOT}, which is what"
+      " hosts get: commit it",
+    )
 
 
 class Tpu:

@@ -14,14 +14,16 @@ Further arguments of `launch` and `watch`, after `--`, go to `bertjax.train`.
 (Multislice): one queued resource of two nodes.
 """
 
+import functools
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from absl import app, flags
 
 from bertjax import cli, hardware
 from bertjax.hardware.machines import machine_of
+from gcp.job import check_config
 from gcp.queued_resource import (
   MOUNT,
   RUNNING,
@@ -29,6 +31,7 @@ from gcp.queued_resource import (
   GcloudError,
   State,
   Tpu,
+  check_packed,
   packed,
 )
 
@@ -67,10 +70,11 @@ def watch(
   """
   restarts, failures, ready, worked, begun = 0, 0, False, False, False
 
-  def restart(why: str) -> None:
+  def restart(why: str, act: Callable[[], None]) -> None:
     nonlocal restarts
     if restarts == max_restarts:
       raise RuntimeError(f"{why}; --max_restarts={max_restarts} were made.")
+    act()  # it may fail and be tried again, which is still one restart
     restarts += 1
     print(f"{why}; restart {restarts} of {max_restarts}.", flush=True)
 
@@ -83,8 +87,7 @@ def watch(
         tpu.create(**create)
       worked = True
       if state is State.GONE:
-        restart("The TPUs were taken away")
-        tpu.delete()
+        restart("The TPUs were taken away", tpu.delete)
         continue
       if state is State.ACTIVE:
         found = set(tpu.statuses())
@@ -95,10 +98,12 @@ def watch(
         if found == {"none"} and not ready:
           tpu.setup(bucket)
           ready = True
-        elif found != {"none"} and not found & {RUNNING, STOPPED}:
-          restart(f"The run ended with status {', '.join(sorted(found))}")
-        if RUNNING not in found:
-          tpu.launch(arguments)
+        launch = functools.partial(tpu.launch, arguments)
+        if found == {"none"} or (STOPPED in found and RUNNING not in found):
+          launch()
+        elif RUNNING not in found:
+          status = ", ".join(sorted(found))
+          restart(f"The run ended with status {status}", launch)
         begun = True
       failures = 0
     except GcloudError as err:  # so it is while TPUs are taken away
@@ -121,6 +126,8 @@ def _preview(tpu: Tpu, arguments: Sequence[str], create, bucket) -> None:
 def _arguments(config: str | None, workdir: str | None, rest) -> list[str]:
   if config is None or workdir is None:
     raise ValueError("--config and --workdir say what to run; both are needed.")
+  check_config(config)
+  check_packed(config.partition(":")[0])
   return [f"--config={config}", f"--workdir={workdir}", *rest]
 
 

@@ -81,6 +81,26 @@ class FertilityTest(parameterized.TestCase):
     found = command.measure("fertility", str(root / "run"), source)
     self.assertEqual(found, fertility(self.tokenizer, ["the cat"]))
 
+  @parameterized.parameters(
+    ("config.json", [], "the cat"),  # a tokenizer without weights
+    ("bert_config.json", [dict(name="replace", pattern="the", by="cats")],
+     "cats cat"),
+  )  # fmt: skip
+  def test_a_published_folder_says_what_its_texts_go_through(
+    self, config, functions, read
+  ):
+    root = pathlib.Path(self.create_tempdir())
+    self.tokenizer.save(root / "model")
+    for name, content in (
+      (config, {}),
+      ("preprocess.json", {"preprocess": functions}),
+    ):
+      (root / "model" / name).write_text(json.dumps(content))
+    (root / "a.txt").write_text("the cat")
+    source = dict(name="text_files", paths=str(root / "a.txt"))
+    found = command.measure("fertility", str(root / "model"), source)
+    self.assertEqual(found, fertility(self.tokenizer, [read]))
+
 
 if __name__ == "__main__":
   absltest.main()

@@ -21,6 +21,7 @@ OBJECTIVES = {
   "several": dict(
     name="classification", num_classes=2, labels=("a", "b"), multilabel=True
   ),
+  "one": dict(name="classification", num_classes=1, multilabel=True),
   "tags": dict(
     name="token_classification", num_classes=3, labels=("O", "B-X", "I-X")
   ),
@@ -84,11 +85,12 @@ class AnswersTest(parameterized.TestCase):
     for text, one in zip(TEXTS, predict.classify(self.model("number"), TEXTS)):
       want = self.logits("number", text)[0]
       self.assertAlmostEqual(one["value"], want, places=4)
-    said = predict.classify(self.model("several"), TEXTS)
-    for text, one in zip(TEXTS, said):
-      logits = self.logits("several", text)
-      want = [label for label, x in zip("ab", logits) if x > 0]
-      self.assertEqual(one["labels"], want)
+    for name, labels in (("several", ("a", "b")), ("one", ("LABEL_0",))):
+      said = predict.classify(self.model(name), TEXTS)
+      for text, one in zip(TEXTS, said):
+        logits = self.logits(name, text)
+        want = [label for label, x in zip(labels, logits) if x > 0]
+        self.assertEqual(one["labels"], want)
 
   def test_labels_may_have_been_numbers(self):
     model = self.model("several")

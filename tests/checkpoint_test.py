@@ -3,6 +3,7 @@
 import pathlib
 import random
 import shutil
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bertjax import checkpoint
+from bertjax.checkpoint import disk
 from tests.checkpoints import (
   CONFIG,
   abstract,
@@ -154,6 +156,31 @@ class CheckpointTest(parameterized.TestCase):
       self.assertEqual(config, CONFIG)
     newest, _ = checkpoint.load_params(self.workdir)
     self.assertEqual(bits(newest), bits(make_state(6).params))
+
+  @parameterized.product(late=(False, True), keep_every=(None, 2))
+  def test_what_is_removed_while_it_is_read_makes_way_for_the_newest(
+    self, late, keep_every
+  ):
+    checkpointer = saver(self.workdir, keep=1, keep_every=keep_every)
+    save(checkpointer, 2)
+    save(checkpointer, 3)
+    find = disk.first_intact
+
+    def overtaken(folder, steps):
+      chosen = find(folder, steps) if late else None
+      save(checkpointer, 5)  # which removes 3
+      return chosen or find(folder, steps)
+
+    with (
+      mock.patch.object(disk, "first_intact", side_effect=overtaken),
+      self.assertLogs(level="WARNING") as logs,
+    ):
+      params, _ = checkpoint.load_params(self.workdir)
+    self.assertEqual(bits(params), bits(make_state(5).params))
+    self.assertIn("changed while it was read", logs.output[0])
+    self.assertLen(logs.output, 1)
+    with self.assertRaisesRegex(FileNotFoundError, "checkpoint of step 3"):
+      checkpoint.load_params(self.workdir, 3)
 
   @parameterized.named_parameters(*DAMAGE)
   def test_damaged_newest_falls_back_and_says_so(self, damage, reason):

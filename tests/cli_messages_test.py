@@ -183,7 +183,10 @@ class MessagesTest(parameterized.TestCase):
       self.assertRegex(told, rf"\n  {name} +{re.escape(what)}\n")
     told = flags.FLAGS[evaluate._EVALUATORS.name].help
     for name in evals.EVALUATORS:
-      self.assertIn(name, told)
+      # It compares the devices of a run, which a saved model has not.
+      self.assertEqual(name in told, name != "replicas", name)
+    with self.assertRaisesRegex(ValueError, "'replicas' compares .* of a run"):
+      evaluate.evaluate("nowhere", evaluators=["objective", "replicas"])
 
   @parameterized.parameters(
     ("{name: x}", "--source={name: x} is no JSON: Expecting property name"),

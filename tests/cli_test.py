@@ -80,7 +80,7 @@ class CommandsTest(absltest.TestCase):
     self.assertRegex(
       done.stderr,
       rf"Evaluating {self.workdir} on text_files, split 'validation', \d+ rows"
-      r" of seq_len=\d+\.\n",
+      r" of seq_len=\d+, of which pseudo_perplexity reads 2\.\n",
     )
     done = _run(
       "bertjax.predict",

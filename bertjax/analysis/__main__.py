@@ -18,6 +18,7 @@ from bertjax.analysis import ANALYSES
 from bertjax.checkpoint import located
 from bertjax.data.sources import SOURCES, text_function
 from bertjax.data.tokenizers import load_tokenizer
+from bertjax.interop import published
 
 
 def measure(
@@ -48,12 +49,14 @@ def measure(
     examples = itertools.islice(built.examples(split), max_documents)
     return (example["text"] for example in examples)
 
-  path, preprocess = pathlib.Path(located(folder)), ()
-  if (path / "config.json").exists():
+  path = pathlib.Path(located(folder))
+  if (path / "checkpoints").is_dir():  # the rest needs no weights, nor a spec
     found = loading.describe(folder)
     if found.tokenizer is None:
       raise ValueError(f"{folder} holds no tokenizer.")
     path, preprocess = found.tokenizer, found.preprocess
+  else:
+    preprocess = published.read_preprocess(path)
   clean = text_function(preprocess, "data.preprocess")
   return run(load_tokenizer(path), texts(), clean)
 

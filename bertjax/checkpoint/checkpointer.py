@@ -49,7 +49,8 @@ class Restored:
 class Checkpointer:
   """Saves and restores the state of one run under `workdir/checkpoints`.
 
-  One process group writes into a workdir at a time; any number may read.
+  One process group writes into a workdir at a time; any number may read with
+  `load_variables` meanwhile.
 
   Attributes:
     folder: where the checkpoints are.

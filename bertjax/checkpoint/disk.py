@@ -180,7 +180,10 @@ def is_unfinished(path: epath.Path) -> bool:
   """Whether a kill interrupted the writing or removing of this directory."""
   if not path.is_dir() or (path / MANIFEST).exists():
     return False
-  return (path / MARKER).exists() or not any(path.iterdir())
+  try:
+    return (path / MARKER).exists() or not any(path.iterdir())
+  except FileNotFoundError:  # it is removed right now
+    return True
 
 
 def remove(path: epath.Path) -> None:

@@ -1,11 +1,13 @@
 """The parameters in a checkpoint, for who has neither its model nor a mesh."""
 
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 
 from bertjax.checkpoint import disk
@@ -28,7 +30,8 @@ def load_variables(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """All of a model's variables, and the config that it had.
 
-  Needs neither a mesh nor a model, and reads no optimizer state.
+  Needs neither a mesh nor a model, and reads no optimizer state. Of a run that
+  removes checkpoints while they are read, those that it has then are read.
 
   Args:
     path: a workdir, its `checkpoints` folder, or one checkpoint in it. Of a
@@ -49,15 +52,29 @@ def load_variables(
     path, step = path.parent, int(path.name)
   workdir = located(path.parent if path.name == "checkpoints" else path)
   folder = workdir / "checkpoints"
-  steps = disk.committed_steps(folder)[::-1]
-  if step is None:
-    step = selected_step(workdir)
-  if step is not None:
-    steps = tuple(s for s in steps if s == step)
-  if not steps:
+  while True:
+    steps = disk.committed_steps(folder)
+    wanted = selected_step(workdir) if step is None else step
+    try:
+      return _read(folder, steps, wanted)
+    # Orbax has several errors for files that vanish; none of them is hidden.
+    except Exception:
+      if disk.committed_steps(folder) == steps:
+        raise
+    logging.warning("%s changed while it was read; reading it again.", folder)
+
+
+def _read(
+  folder: epath.Path, steps: Sequence[int], step: int | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Variables and config of one of these steps; raises as `load_variables`."""
+  candidates = [s for s in steps[::-1] if step in (None, s)]
+  if not candidates:
     which = "" if step is None else f" of step {step}"
     raise FileNotFoundError(f"There is no checkpoint{which} in {folder}.")
-  chosen, skipped = disk.first_intact(folder, steps)
+  chosen, skipped = disk.first_intact(folder, candidates)
+  if gone := {s for s, _ in skipped} - {*disk.committed_steps(folder)}:
+    raise disk.CheckpointError(f"Removed from {folder}: {sorted(gone)}.")
   disk.report(folder, chosen, skipped)
   meta = disk.read_json(folder / str(chosen) / disk.META)
   item: dict[str, Any] = {}

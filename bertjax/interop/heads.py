@@ -5,10 +5,13 @@ its labels are called and what kind of answers they are.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 MASKED_LM = {"name": "masked_lm", "pair_task": None}
+# Published layouts have one head of pairs, and no field for what it learned.
+PAIR_TASK = "bertjax_pair_task"
+_PUBLISHED_PAIR_TASK = "nsp"
 _DEFAULT_CLASSES = 2  # of a config.json that does not say
 
 
@@ -59,6 +62,25 @@ def head_of(config: Mapping[str, Any], family: str) -> str | None:
       if head.suffix == suffix:
         return objective
   return None
+
+
+def pre_training(
+  config: Mapping[str, Any], heads: Collection[str]
+) -> dict[str, Any]:
+  """Our `config.objective` of a published model with none of `HEADS`.
+
+  Args:
+    config: of either layout, with `PAIR_TASK` if we wrote it.
+    heads: names of the parts beside the encoder.
+  """
+  task = config.get(PAIR_TASK, _PUBLISHED_PAIR_TASK)
+  return MASKED_LM | ({"pair_task": task} if "pair_head" in heads else {})
+
+
+def config_of_pairs(objective: Mapping[str, Any]) -> dict[str, Any]:
+  """What a published config says of a task of pairs that is not NSP."""
+  task = objective.get("pair_task")
+  return {} if task in (None, _PUBLISHED_PAIR_TASK) else {PAIR_TASK: task}
 
 
 def default_labels(count: int) -> tuple[str, ...]:

@@ -117,6 +117,7 @@ def write(
   if path.exists():
     raise ValueError(f"{path} is there already; name a new file.")
   made = _released(spec, objective, variables)
+  path.parent.mkdir(parents=True, exist_ok=True)
   torch_files.write_torch_file(made, path, "base_model")
 
 

@@ -144,7 +144,7 @@ def read_huggingface(
   model_spec.refuse_other_head(spec, names.heads_of(params), str(folder))
   return Published(
     spec | ({} if scan else {"scan": False}),
-    _with_heads(objective, params),
+    _with_heads(objective, params, config),
     params,
     read_tokenizer(folder),
     _weight_dtype(found),
@@ -152,14 +152,15 @@ def read_huggingface(
 
 
 def _with_heads(
-  objective: Mapping[str, Any], params: Mapping[str, Any]
+  objective: Mapping[str, Any],
+  params: Mapping[str, Any],
+  config: Mapping[str, Any],
 ) -> dict[str, Any]:
   """The objective, or masked LM if the heads of another one were left out."""
   head = heads_lib.HEADS.get(objective["name"])
   if head is not None and head.part in params:
     return dict(objective)
-  pair = "nsp" if "pair_head" in params else None
-  return heads_lib.MASKED_LM | {"pair_task": pair}
+  return heads_lib.pre_training(config, params)
 
 
 def read_tf1(
@@ -188,7 +189,7 @@ def read_tf1(
   )
   return Published(
     spec | ({} if scan else {"scan": False}),
-    _with_heads(objective, params),
+    _with_heads(objective, params, config),
     params,
     read_tokenizer(folder),
     _weight_dtype(found),
@@ -226,6 +227,7 @@ def write_huggingface(
   pad_id = family_pad if tokenizer is None else tokenizer.pad_id
   heads = names.heads_of(params)
   config = model_spec.config_from_spec(spec, heads, pad_id)
+  config |= heads_lib.config_of_pairs(objective)
   if objective["name"] in heads_lib.HEADS:
     config |= heads_lib.config_from_objective(objective, spec["name"])
   if tokenizer is not None:
@@ -270,6 +272,7 @@ def write_tf1(
   spec = model_spec.resolve(spec)
   pad_id = 0 if tokenizer is None else tokenizer.pad_id
   config = tf1.config_from_spec(spec, names.heads_of(params), pad_id)
+  config |= heads_lib.config_of_pairs(objective)
   config |= tf1.config_of_objective(objective)
   arrays = names.to_published(
     params,
@@ -361,6 +364,8 @@ def model_card(
     "activation": config["hidden_act"],
     "weights": config["dtype"],
   }
+  if heads_lib.PAIR_TASK in config:
+    rows["seq_relationship"] = f"{config[heads_lib.PAIR_TASK]}, not NSP"
   if tokenizer is not None:
     rows["tokenizer"] = f"{tokenizer.kind}, {tokenizer.vocab_size:,} pieces"
     rows["tokenizer fingerprint"] = tokenizer.fingerprint()

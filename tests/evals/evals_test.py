@@ -245,9 +245,17 @@ class PairTaskTest(tiny.CorpusTestCase):
       num_rows=1,
     )
     sizes = dict(seq_len=32, batch_size=8)
-    with mock.patch.object(evaluate, "load_model", return_value=published):
+    with (
+      mock.patch.object(evaluate, "load_model", return_value=published),
+      mock.patch.object(evaluate.hosts, "say") as say,
+    ):
       values = evaluate.evaluate("bert", data=sizes, **asked)
       self.assertIn("nsp_accuracy", values)
+      self.assertRegex(
+        say.call_args.args[0],
+        r"\d rows of seq_len=32, of which objective reads 8, pseudo_perplexity"
+        r" reads 1\.$",
+      )
       packed = sizes | dict(instances=dict(name="packed"))
       with self.assertRaisesRegex(ValueError, "MaskedLM reads pair_labels"):
         evaluate.evaluate("bert", data=packed, **asked)
@@ -255,6 +263,11 @@ class PairTaskTest(tiny.CorpusTestCase):
         "bert", data=packed, evaluators=["pseudo_perplexity"], **asked
       )
       self.assertIn("pseudo_perplexity", values)
+
+  def test_another_tokenizer_than_the_models_is_refused(self):
+    data = dict(tokenizer=dict(name="bytes"))
+    with self.assertRaisesRegex(ValueError, "data.tokenizer=.*; leave it out"):
+      evaluate.evaluate("nowhere", data=data)
 
 
 class BatchTest(parameterized.TestCase):

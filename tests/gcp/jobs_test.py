@@ -15,7 +15,8 @@ from absl.testing import absltest, parameterized
 from bertjax import hardware
 from bertjax.hardware.machines import machine_of
 from bertjax.parallel import launchers
-from gcp import jobs, jobset, slurm
+from gcp import job as job_lib
+from gcp import jobset, slurm
 from gcp.job import Job
 from tests.gcp.standins import SHELLCHECK, Commands
 
@@ -310,7 +311,7 @@ class CommandTest(absltest.TestCase):
     self.assertIn(
       "Error: --config=configs/nosuch.py:base: there is no file", done.stderr
     )
-    jobs._check_config("/on/the/cluster.py:base")
+    job_lib.check_config("/on/the/cluster.py:base")
 
   def test_names_and_numbers_out_of_range(self):
     for options, message in (

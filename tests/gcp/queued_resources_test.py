@@ -309,6 +309,7 @@ class WatchTest(parameterized.TestCase):
   def setUp(self):
     super().setUp()
     self.commands = Commands(pathlib.Path(self.create_tempdir()) / "standins")
+    self.commands.add("gcloud")
     self.enter_context(self.commands.on_path())
     self.said = io.StringIO()
     self.enter_context(contextlib.redirect_stdout(self.said))
@@ -319,7 +320,7 @@ class WatchTest(parameterized.TestCase):
 
     Those that begin with an exclamation mark are errors.
     """
-    answers = {name: [""] for name in ("create", "scp", "delete")}
+    answers = {name: [""] for name in ("create", "scp", "delete", "launch")}
     answers |= {"describe": states, "statuses": statuses} | others
     for name, lines in answers.items():
       (self.commands.folder / name).write_text("\n".join(lines) + "\n")
@@ -335,6 +336,7 @@ class WatchTest(parameterized.TestCase):
       'case "$4 $*" in\n'
       "  describe*|create*|scp*|delete*) take $4 ;;\n"
       "  ssh*status=*) take statuses status= ;;\n"
+      "  ssh*bertjax.train*) take launch ;;\n"
       "esac",
     )
     looks = itertools.count()
@@ -406,6 +408,22 @@ class WatchTest(parameterized.TestCase):
       self._watch(["ACTIVE"], ["1 1"], max_restarts=2)
     self.assertEqual(self._actions(), ["launch"] * 2)
 
+  def test_a_restart_that_takes_several_attempts_is_one(self):
+    found = self._watch(
+      ["ACTIVE", "SUSPENDED", "SUSPENDED", "!NOT_FOUND: gone", "ACTIVE"],
+      ["running running", "none none", "1 1", "1 1", "0 0"],
+      delete=["!SUSPENDING: try again", ""],
+      launch=["", "!ssh: no route", ""],
+      max_restarts=2,
+    )
+    self.assertEqual(
+      found, ["delete"] * 2 + ["create", "setup"] + ["launch"] * 3
+    )
+    self.assertEqual(
+      re.findall(r"restart \d of 2", self.said.getvalue()),
+      ["restart 1 of 2", "restart 2 of 2"],
+    )
+
   def test_hosts_that_never_answer_end_it(self):
     with self.assertRaisesRegex(GcloudError, "ended with status 1"):
       self._watch(["ACTIVE"], ["!ssh: no route"])
@@ -429,6 +447,31 @@ class WatchTest(parameterized.TestCase):
     ):
       self._watch(["!NOT_FOUND: no"], ["none"])
     self.assertEqual(self._actions(), [])
+
+  @parameterized.parameters("launch", "watch")
+  def test_a_config_that_hosts_would_not_get_is_refused(self, command):
+    folder = pathlib.Path(self.create_tempdir())
+    who = ["-c", "user.name=me", "-c", "user.email=me@here"]
+    for arguments in (["init"], [*who, "commit", "--allow-empty", "-m", "x"]):
+      subprocess.run(
+        ["git", *arguments], cwd=folder, check=True, capture_output=True
+      )
+    tpu = Tpu("bert", _machine("v5e:4x4"), zone="z")
+    given = mock.Mock(workdir="w", config="configs/nosuch.py:base")
+    with self.assertRaisesRegex(ValueError, "there is no file configs/nosuch"):
+      tpu_lib._run(tpu, command, [], given)
+    given.config = "configs/bert.py:base"  # in another folder's last commit
+    with (
+      mock.patch.object(queued_resource, "_ROOT", folder),
+      self.assertRaisesRegex(
+        ValueError, f"configs/bert.py is not in the last commit of {folder}"
+      ),
+    ):
+      tpu_lib._run(tpu, command, [], given)
+    self.assertEqual(self._actions(), [])
+    given.config = "/mnt/shared/mine.py"
+    tpu_lib._run(tpu, "launch", [], given)
+    self.assertEqual(self._actions(), ["launch"])
 
   @parameterized.parameters(_QUOTA, _EXISTS)
   def test_a_first_request_that_is_refused_ends_it(self, words):

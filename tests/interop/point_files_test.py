@@ -273,7 +273,7 @@ class FilesTest(parameterized.TestCase):
       "momentum": {"slow": {"params": slow, "updated": 6}},
       "queue": {"queue": {"keys": keys, "next": 3}},
     }
-    path = f"{self.folder}/run.pth"
+    path = f"{self.folder}/new/run.pth"  # in a folder that is made for it
     point_bert_files.write(path, model.spec, model.objective_spec, variables)
     found = self.written(path)
     np.testing.assert_array_equal(found["queue"], keys.T)
@@ -288,7 +288,7 @@ class FilesTest(parameterized.TestCase):
       )
     self.assertIn("dvae.dgcnn_1.layer5.0.weight", found)
     self.assertNotIn("dvae.dgcnn_2.layer5.0.weight", found)
-    again = self.load("run")
+    again = self.load("new/run")
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
     (teacher,) = frozen_variables(again.extra).values()
     jax.tree.map(np.testing.assert_array_equal, teacher, coding)

@@ -93,6 +93,25 @@ class HuggingFaceTest(FolderTestCase):
       if key != "bos_token_id":
         self.assertEqual(config[key], wanted[key], key)
 
+  @parameterized.parameters(
+    ("huggingface", "sop", "sop"),
+    ("huggingface", "nsp", "nsp"),
+    ("huggingface", None, "nsp"),
+    ("tf1", "sop", "sop"),
+    ("tf1", None, "nsp"),
+  )
+  def test_what_the_head_of_pairs_learned_is_kept(self, layout, task, want):
+    spec = toy.spec(activation="gelu_tanh")
+    objective = dict(name="masked_lm", pair_task=task)
+    write = getattr(interop, f"write_{layout}")
+    write(self.root / "m", spec, toy.params(spec), None, objective=objective)
+    found = getattr(interop, f"read_{layout}")(self.root / "m")
+    self.assertEqual(found.objective, dict(name="masked_lm", pair_task=want))
+    if layout == "huggingface":
+      transformers.BertForPreTraining.from_pretrained(self.root / "m")
+      card = (self.root / "m" / "README.md").read_text()
+      self.assertEqual("| sop, not NSP |" in card, task == "sop")
+
   @parameterized.parameters("bfloat16", "float16")
   def test_sixteen_bit_files_keep_their_bits(self, dtype):
     spec = toy.spec()

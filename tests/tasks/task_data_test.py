@@ -3,6 +3,7 @@
 import json
 import pathlib
 import random
+import types
 from unittest import mock
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from bertjax import registry, train_state, train_step
+from bertjax import evaluate, registry, train_state, train_step
 from bertjax.data.sources import preprocess
 from bertjax.data.tokenizers.words import WordTokenizer
 from bertjax.evals.task_metrics import task_metrics
@@ -341,11 +342,35 @@ class ContractTest(TaskTestCase):
         "name": "classification",
         "num_classes": 2,
         "labels": ["no", "yes"],
+        "multilabel": False,
         "dropout_rate": 0.3,
       },
     )
     with self.assertRaisesRegex(ValueError, r"labels=\['yes', 'no'\] does not"):
       data.objective({"labels": ["yes", "no"]})
+
+  @parameterized.parameters(
+    (False, dict(multilabel=True), "multilabel=True .* needs False"),
+    (True, dict(multilabel=False), "multilabel=False .* needs True"),
+    (True, {}, "multilabel=False .* needs True"),  # as older runs say it
+  )
+  def test_a_model_of_one_label_is_not_measured_by_several(
+    self, several, said, message
+  ):
+    made = self.data("classification").task
+    task = dict(name="classification", source=made.source, labels=["no", "yes"])
+    task["multilabel"] = several
+    model = types.SimpleNamespace(
+      config=dict(data=dict(name="task", task=task, seq_len=16, batch_size=8)),
+      objective_spec=dict(name="classification", num_classes=2) | said,
+      preprocess=(),
+      need_tokenizer=tokenizer,
+    )
+    with (
+      mock.patch.object(evaluate, "load_model", return_value=model),
+      self.assertRaisesRegex(ValueError, f"objective.{message}"),
+    ):
+      evaluate.evaluate("run", split="train")
 
   @parameterized.parameters(*KINDS)
   def test_predictions_agree_with_scores(self, name):

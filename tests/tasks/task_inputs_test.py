@@ -164,6 +164,13 @@ class SentencesTest(parameterized.TestCase):
       found.arrays["labels"], [[1, 0, 1], [0, 0, 0], [-1, -1, -1]]
     )
 
+  @parameterized.parameters((("x",), False), ((), True))
+  def test_labels_among_which_nothing_is_chosen_are_refused(
+    self, labels, several
+  ):
+    with self.assertRaisesRegex(ValueError, "two classes.* one or more"):
+      kinds.Sentences("text", labels=labels, multilabel=several)
+
   @parameterized.parameters("", -1, None)
   def test_what_is_unknown_is_no_label_among_several(self, unknown):
     kind = kinds.Sentences("text", labels=("x", "y"), multilabel=True)

@@ -34,10 +34,10 @@ class Sentences(Kind):
   unlabelled: float | None = None
 
   def __post_init__(self):
-    if len(self.labels) == 1 or (self.multilabel and not self.labels):
+    if len(self.labels) == (0 if self.multilabel else 1):
       raise ValueError(
         f"labels={self.labels!r} must name two classes or more, or none for"
-        " regression."
+        " regression; with multilabel=True one or more."
       )
     base.check_labels(self.labels)
     base.check_metrics(self.metrics, self._target)
@@ -63,7 +63,7 @@ class Sentences(Kind):
   def objective(self) -> dict[str, Any]:
     spec = {"name": "classification", "num_classes": len(self.labels) or 1}
     spec |= {"labels": self.labels} if self.labels else {}
-    return spec | ({"multilabel": True} if self.multilabel else {})
+    return spec | {"multilabel": self.multilabel}
 
   def row_shapes(self, seq_len: int) -> dict[str, tuple[tuple, type]]:
     shape = (len(self.labels),) if self.multilabel else ()
