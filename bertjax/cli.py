@@ -2,13 +2,14 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import pathlib
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -199,6 +200,27 @@ def json_object(name: str, text: str | None) -> dict[str, Any] | None:
       f'--{name}={text} must be a JSON object, as {{"name": ...}}.'
     )
   return value
+
+
+def refuse_others(
+  chosen: str,
+  flags_of: Mapping[str, Collection[str]],
+  given: flags.FlagValues,
+) -> None:
+  """Refuses flags that were given and that the choice made does not read.
+
+  Args:
+    chosen: a key of `flags_of`.
+    flags_of: by choice, names of the flags that not all choices read.
+    given: the flags, parsed.
+
+  Raises:
+    ValueError: names the first, and the choices that it is for.
+  """
+  for name in dict.fromkeys(itertools.chain(*flags_of.values())):
+    if given[name].present and name not in flags_of[chosen]:
+      readers = [choice for choice, names in flags_of.items() if name in names]
+      raise ValueError(f"--{name} is for {', '.join(readers)}, not {chosen}.")
 
 
 def check_output(name: str, path: str | None) -> None:

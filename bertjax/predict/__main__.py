@@ -201,6 +201,20 @@ TASKS: dict[str, tuple[str, tuple[Field, ...], Command]] = {
   "segment_points": ("a part for every point of a cloud", (), _segment_points),
 }  # fmt: skip
 
+# Flags that not all tasks read, by the tasks that do.
+_TEXT_FLAGS = ("text", "pair", "file", "truncate")
+FLAGS_OF = {
+  "fill_mask": (*_TEXT_FLAGS, "top_k", "format"),
+  "embed": (*_TEXT_FLAGS, "pooling", "max_length", "normalize"),
+  "classify": _TEXT_FLAGS,
+  "tag": _TEXT_FLAGS,
+  "answer": (*_TEXT_FLAGS, "null_answer"),
+  "choose": _TEXT_FLAGS,
+  "tokenize_points": ("input", "reconstruction"),
+  "classify_points": ("input", "votes"),
+  "segment_points": ("input", "category"),
+}
+
 
 def usage() -> str:
   """What `--help` prints above the flags."""
@@ -230,7 +244,9 @@ def _define_flags() -> None:
     "Checkpoint of a workdir; the best by keep.best_metric, or the newest.",
   )
   flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Compute dtype.")
-  flags.DEFINE_integer("batch_size", 32, "Texts at a time.", lower_bound=1)
+  flags.DEFINE_integer(
+    "batch_size", 32, "Texts or clouds at a time.", lower_bound=1
+  )
   flags.DEFINE_bool("truncate", False, "Cut texts that are too long.")
   flags.DEFINE_multi_string("ignore", [], "Regex of tensors to leave out.")
   flags.DEFINE_integer("top_k", 5, "fill_mask: guesses per mask.")
@@ -271,6 +287,7 @@ def main(argv: list[str]) -> None:
   cli.keep_compiled()
   with cli.clear_errors():
     _, fields, command = lookup(TASKS, argv[1], "task")
+    cli.refuse_others(argv[1], FLAGS_OF, f)
     cli.check_output("output", f.output)
     cli.check_output("reconstruction", f.reconstruction)
     requests = requests_of(f, fields) if fields else []
