@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bertjax import cli
-from bertjax.checkpoint import located
+from bertjax.checkpoint import located, parts_with
 from bertjax.health import (
   REFERENCE_TOLERANCE,
   Check,
@@ -22,6 +22,7 @@ from bertjax.health import (
   curve_checks,
   data_checks,
 )
+from bertjax.interop.names import listed
 from bertjax.metrics.writers import read_csv
 
 # What writers='csv' writes in a workdir.
@@ -56,9 +57,15 @@ def write_report(
   workdir = pathlib.Path(located(workdir))
   source = workdir / CURVES
   if not source.exists():
+    parts = parts_with(workdir, CURVES)
     raise FileNotFoundError(
-      f"{source} does not exist; the report needs a workdir in which"
-      " training has logged at least once."
+      f"{source} does not exist; "
+      + (
+        f"name a part of the run: {listed(parts)}."
+        if parts
+        else "the report needs a workdir in which training has logged at least"
+        " once."
+      )
     )
   table = read_csv(source)
   health = _json(workdir / "health.json")

@@ -206,6 +206,11 @@ class ReportTest(parameterized.TestCase):
   def test_missing_metrics_are_named(self):
     with self.assertRaisesRegex(FileNotFoundError, "metrics.csv does not"):
       report.write_report(self.workdir)
+    part = self.workdir / "phase1"
+    part.mkdir()
+    write_run(part)
+    with self.assertRaisesRegex(FileNotFoundError, "part of the run: phase1"):
+      report.write_report(self.workdir)
 
 
 if __name__ == "__main__":
