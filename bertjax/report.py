@@ -57,7 +57,8 @@ def write_report(
   workdir = pathlib.Path(located(workdir))
   source = workdir / CURVES
   if not source.exists():
-    parts = parts_with(workdir, CURVES)
+    # A report holds a copy of the curves.
+    parts = parts_with(workdir, CURVES) - parts_with(workdir, "report.md")
     raise FileNotFoundError(
       f"{source} does not exist; "
       + (
