@@ -208,6 +208,8 @@ class PredictPointsTest(parameterized.TestCase):
       task(getattr(self, model), self.clouds)
     with self.assertRaisesRegex(ValueError, "There is no cloud"):
       classify_points(self.classes, [])
+    with self.assertRaisesRegex(ValueError, "batch_size=0 must be at least 1"):
+      classify_points(self.classes, self.clouds, batch_size=0)
 
   @parameterized.parameters(embed, fill_mask)
   def test_tasks_of_texts_say_what_the_model_is_for(self, task):

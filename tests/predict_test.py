@@ -139,6 +139,12 @@ class PredictTest(parameterized.TestCase):
     vectors = predict.embed(self.model, PLAIN, normalize=True)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
 
+  def test_texts_may_be_an_array(self):
+    np.testing.assert_array_equal(
+      predict.embed(self.model, np.array(PLAIN)),
+      predict.embed(self.model, PLAIN),
+    )
+
   def test_text_that_spells_a_special_token_is_mere_text_for_embed(self):
     with mock.patch.object(
       type(self.tokenizer), "encode_batch", autospec=True,
@@ -165,7 +171,9 @@ class PredictTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ("no_mask", ["the cat"], {}, r"Text 0 \('the cat'\) has no \[MASK\]"),
     ("no_text", [], {}, "There is no text"),
+    ("no_text_in_an_array", np.array([], str), {}, "There is no text"),
     ("string", "a [MASK]", {}, "pass a list"),
+    ("no_batch", ["[MASK]"], {"batch_size": 0}, "batch_size=0 must be at"),
     ("too_many", ["[MASK]"], {"top_k": 19}, "between 1 and .* 18"),
     ("long", ["[MASK]" + " cat" * 70], {}, "Text 0 has 73 tokens .* most 60"),
     (

@@ -13,7 +13,7 @@ from bertjax.data.shapes import meshes
 from bertjax.data.shapes.dataset import Reading
 from bertjax.loading import LoadedModel
 from bertjax.points import farthest_point_sampling
-from bertjax.predict.rows import power_of_two
+from bertjax.predict.rows import power_of_two, starts
 
 _TABLES = (".txt", ".xyz", ".csv", ".pts")
 _DENSE = 10_000  # points of ModelNet40's clouds, of which the farthest are kept
@@ -216,7 +216,7 @@ def run(
     batch_size: rows at a time.
   """
   count, found = len(next(iter(arrays.values()))), []
-  for start in range(0, count, batch_size):
+  for start in starts(count, batch_size):
     part = {k: x[start : start + batch_size] for k, x in arrays.items()}
     rows = len(next(iter(part.values())))
     missing = min(power_of_two(rows), batch_size) - rows
