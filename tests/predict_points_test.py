@@ -35,6 +35,7 @@ from bertjax.predict.clouds import (
 )
 
 N, STORED = 40, 60
+FAR = (612345.25, 4512345.5, 10)  # where float32 has steps of half a metre
 CLASSES = ("box", "cone", "torus")
 
 
@@ -161,6 +162,19 @@ class PredictPointsTest(parameterized.TestCase):
       )
       self.assertEqual(said["label"], CLASSES[row.argmax()])
       self.assertEqual(said["probability"], max(said["probabilities"].values()))
+
+  def test_where_a_scan_lies_changes_nothing(self):
+    for name, shift in (("near.xyz", (0, 0, 0)), ("far.xyz", FAR)):
+      np.savetxt(self.root / name, self.clouds[0] + np.array(shift))
+    near, far = classify_points(
+      self.classes,
+      [read_cloud(self.root / f"{x}.xyz", 5) for x in ("near", "far")],
+    )
+    np.testing.assert_allclose(
+      list(far["probabilities"].values()),
+      list(near["probabilities"].values()),
+      atol=1e-5,  # as float64 rounds so far out
+    )
 
   def test_votes_are_the_mean_over_views_as_in_training(self):
     cloud = self.data.clouds("test")[0].points  # the farthest come first
@@ -321,12 +335,14 @@ class CloudFilesTest(parameterized.TestCase):
   def test_clouds_that_are_written_can_be_read(self):
     import trimesh
 
-    parts = np.arange(9) % 4
+    parts, far = np.arange(9) % 4, self.cloud + np.array(FAR)
     for written in (None, parts):
-      for name in ("a.ply", "a.npy"):
-        write_cloud(self.root / name, self.cloud, written)
-        found = read_cloud(self.root / name, 5)
-        np.testing.assert_allclose(found, self.cloud, atol=1e-5)
+      for name in ("a.ply", "a.npy", "b.PLY", "b.NPY"):
+        for cloud in (self.cloud, far):
+          write_cloud(self.root / name, cloud, written)
+          found = read_cloud(self.root / name, 5)
+          np.testing.assert_array_equal(found, cloud)
+    self.assertLen([*self.root.iterdir()], 4)
     raw = trimesh.load(self.root / "a.ply").metadata["_ply_raw"]["vertex"]
     np.testing.assert_array_equal(raw["data"]["part"].reshape(-1), parts)
     with self.assertRaisesRegex(ValueError, "a.gif must end in .npy or .ply"):

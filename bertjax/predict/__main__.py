@@ -145,8 +145,7 @@ def _tokenize_points(
   with _opened(f.output) as out:
     for path, tokens in zip(f.input, found):
       line = {"input": path, "codes": tokens.codes.tolist()}
-      centres = [[round(float(x), 6) for x in row] for row in tokens.centres]
-      _print_json(line | {"centres": centres}, out)
+      _print_json(line | {"centres": tokens.centres.tolist()}, out)
   if f.reconstruction:
     write_cloud(f.reconstruction, found[0].points)
 
