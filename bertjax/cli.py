@@ -223,16 +223,25 @@ def refuse_others(
       raise ValueError(f"--{name} is for {', '.join(readers)}, not {chosen}.")
 
 
-def check_output(name: str, path: str | None) -> None:
+def check_output(
+  name: str, path: str | None, endings: Sequence[str] = ()
+) -> None:
   """Refuses a file that cannot be written, before any work is done for it.
 
+  Args:
+    name: of the flag.
+    path: its value; None is no file.
+    endings: those of which the file must have one; () allows any.
+
   Raises:
-    ValueError: its folder is not there, it is a folder itself, or nobody lets
-      this process write it.
+    ValueError: it ends in something else, its folder is not there, it is a
+      folder itself, or nobody lets this process write it.
   """
   if path is None:
     return
   file = pathlib.Path(path).absolute()
+  if endings and file.suffix.lower() not in endings:
+    raise ValueError(f"--{name}={path} must end in {' or '.join(endings)}.")
   if file.is_dir():
     raise ValueError(f"--{name}={path} is a folder; name a file.")
   if not file.parent.is_dir():

@@ -302,6 +302,11 @@ class MessagesTest(parameterized.TestCase):
     objects = '{"text": "a\u2028b"}\n'.encode()
     self.assertEqual(self.requests("a.jsonl", objects), ["a\u2028b"])
 
+  def test_a_mark_of_the_order_of_bytes_is_no_text(self):
+    for name, lines in (("a.txt", "a\nb"), ("a.jsonl", '{"text": "a"}')):
+      marked = lines.encode("utf-8-sig")
+      self.assertEqual(self.requests(name, marked)[0], "a")
+
   def test_an_empty_file_is_not_a_wish_to_read_standard_input(self):
     with self.assertRaisesRegex(ValueError, "Nothing is asked; give --text"):
       self.requests(content=b"", stdin=b"else")
@@ -400,6 +405,10 @@ class MessagesTest(parameterized.TestCase):
       "--file is for fill_mask, embed",
     ),
     ("classify_points --input=x.obj --truncate", "--truncate is for fill_mask"),
+    (
+      "tokenize_points --input=x.obj --reconstruction=r.obj",
+      "--reconstruction=r.obj must end in .npy or .ply.",
+    ),
     ("embed --text=a --max_length=8 --truncate --dtype=bfloat16", "All flags"),
     ("classify_points --input=x.obj --votes=3 --batch_size=2", "All flags"),
   )

@@ -303,6 +303,11 @@ class PredictPointsTest(parameterized.TestCase):
     np.testing.assert_allclose(rows[:, :3], self.clouds[1], atol=1e-6)
     (wanted,) = segment_points(self.parts, [self.clouds[1]], "cone")
     np.testing.assert_array_equal(rows[:, 3], wanted)
+    given.output = str(self.root / "parts.PLY")
+    command(self.parts, [], given)
+    written = pathlib.Path(given.output).read_text()
+    self.assertEndsWith(written, f" {wanted[-1]}\n")
+    given.output = str(self.root / "parts.npy")
     given.input *= 2
     with self.assertRaisesRegex(ValueError, "parts.npy holds one cloud"):
       command(self.parts, [], given)

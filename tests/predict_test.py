@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import types
 from unittest import mock
 
 import chex
@@ -19,6 +20,7 @@ from absl.testing import absltest, parameterized
 from bertjax import interop, loading, predict
 from bertjax.data.sources import text_function
 from bertjax.data.tokenizers import train_tokenizer
+from bertjax.predict.__main__ import TASKS
 from bertjax.predict.rows import rows_of
 from tests.interop import toy
 
@@ -242,6 +244,18 @@ class PredictTest(parameterized.TestCase):
       np.load(folder / "v.npy"),
       want,
       atol=1e-6,  # the same program
+    )
+
+  def test_the_command_knows_an_ending_in_capitals(self):
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    given = types.SimpleNamespace(
+      output=str(folder / "v.NPY"), pooling="max", batch_size=2,
+      max_length=None, normalize=False, truncate=False,
+    )  # fmt: skip
+    _, _, command = TASKS["embed"]
+    command(self.model, [{"text": text} for text in PLAIN], given)
+    np.testing.assert_array_equal(
+      np.load(given.output), predict.embed(self.model, PLAIN, "max", 2)
     )
 
   def test_the_command_names_its_tasks(self):

@@ -16,6 +16,7 @@ from bertjax.loading import LoadedModel
 from bertjax.points import farthest_point_sampling
 from bertjax.predict.rows import power_of_two, starts
 
+WRITTEN = (".npy", ".ply")  # endings of files that `write_cloud` writes
 _TABLES = (".txt", ".xyz", ".csv", ".pts")
 _DENSE = 10_000  # points of ModelNet40's clouds, of which the farthest are kept
 # What models were trained on that do not say it themselves.
@@ -110,7 +111,7 @@ def write_cloud(
     text = "\n".join([*head, "end_header", *lines])
     path.write_text(text + "\n", encoding="ascii")
   else:
-    raise ValueError(f"{path} must end in .npy or .ply.")
+    raise ValueError(f"{path} must end in {' or '.join(WRITTEN)}.")
 
 
 def _data(model: LoadedModel) -> Mapping[str, Any]:
