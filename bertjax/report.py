@@ -52,7 +52,7 @@ def write_report(
 
   Raises:
     FileNotFoundError: no `metrics.csv`, or no reference at the path given.
-    ValueError: the reference has no curve of the loss.
+    ValueError: no row in the former, or no curve of the loss in the latter.
   """
   workdir = pathlib.Path(located(workdir))
   source = workdir / CURVES
@@ -69,6 +69,8 @@ def write_report(
       )
     )
   table = read_csv(source)
+  if not table["step"]:
+    raise ValueError(f"{source} has no row; training has not logged yet.")
   health = _json(workdir / "health.json")
   config = _json(workdir / "config.json")
   if reference is None:
@@ -110,6 +112,12 @@ def write_report(
   return report
 
 
+def has_curves(workdir: pathlib.Path) -> bool:
+  """Whether a run left what its report is drawn from."""
+  source = workdir / CURVES
+  return source.exists() and bool(read_csv(source)["step"])
+
+
 def read_reference(path: str | pathlib.Path) -> Table:
   """The curve of a run known to be good, from a CSV of `step,loss`.
 
@@ -136,12 +144,13 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A Markdown table; bars in cells are escaped."""
+  """A Markdown table; bars and ends of lines in cells are escaped."""
   lines = [header, ["---"] * len(header), *rows]
-  return "\n".join(
-    "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
-    for line in lines
-  )
+  return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+  return "<br>".join(text.replace("|", "\\|").splitlines())
 
 
 def _results(table: Table, health: Mapping[str, Any]) -> str:
