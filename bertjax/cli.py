@@ -2,13 +2,14 @@
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import pathlib
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -201,16 +202,46 @@ def json_object(name: str, text: str | None) -> dict[str, Any] | None:
   return value
 
 
-def check_output(name: str, path: str | None) -> None:
-  """Refuses a file that cannot be written, before any work is done for it.
+def refuse_others(
+  chosen: str,
+  flags_of: Mapping[str, Collection[str]],
+  given: flags.FlagValues,
+) -> None:
+  """Refuses flags that were given and that the choice made does not read.
+
+  Args:
+    chosen: a key of `flags_of`.
+    flags_of: by choice, names of the flags that not all choices read.
+    given: the flags, parsed.
 
   Raises:
-    ValueError: its folder is not there, it is a folder itself, or nobody lets
-      this process write it.
+    ValueError: names the first, and the choices that it is for.
+  """
+  for name in dict.fromkeys(itertools.chain(*flags_of.values())):
+    if given[name].present and name not in flags_of[chosen]:
+      readers = [choice for choice, names in flags_of.items() if name in names]
+      raise ValueError(f"--{name} is for {', '.join(readers)}, not {chosen}.")
+
+
+def check_output(
+  name: str, path: str | None, endings: Sequence[str] = ()
+) -> None:
+  """Refuses a file that cannot be written, before any work is done for it.
+
+  Args:
+    name: of the flag.
+    path: its value; None is no file.
+    endings: those of which the file must have one; () allows any.
+
+  Raises:
+    ValueError: it ends in something else, its folder is not there, it is a
+      folder itself, or nobody lets this process write it.
   """
   if path is None:
     return
   file = pathlib.Path(path).absolute()
+  if endings and file.suffix.lower() not in endings:
+    raise ValueError(f"--{name}={path} must end in {' or '.join(endings)}.")
   if file.is_dir():
     raise ValueError(f"--{name}={path} is a folder; name a file.")
   if not file.parent.is_dir():

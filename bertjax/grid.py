@@ -10,6 +10,7 @@ The workdir gets grid.csv and `best`, a link to the best run's folder.
 
 import csv
 import dataclasses
+import hashlib
 import itertools
 import json
 import pathlib
@@ -23,6 +24,7 @@ from bertjax.config import merge, plain
 from bertjax.stopping import score, sign_of
 
 CSV = "grid.csv"
+_LONGEST = 255  # bytes of a folder's name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,7 @@ def points(config: Any) -> list[Point]:
     for path, value in chosen.items():
       changed = merge(changed, _nested(path, value))
     name = ",".join(f"{labels[p]}={_short(v)}" for p, v in chosen.items())
-    found.append(Point(name, chosen, changed))
+    found.append(Point(_folder(name), chosen, changed))
   names = [point.name for point in found]
   if twice := [name for name in names if names.count(name) > 1]:
     raise ValueError(
@@ -165,6 +167,15 @@ def _labels(paths: Sequence[str]) -> dict[str, str]:
     path: last if lasts.count(last) == 1 else path
     for path, last in zip(paths, lasts)
   }
+
+
+def _folder(name: str) -> str:
+  """The name, or as much as a file system takes and a hash of the whole."""
+  encoded = name.encode()
+  if len(encoded) <= _LONGEST:
+    return name
+  end = f"-{hashlib.sha256(encoded).hexdigest()[:8]}"
+  return encoded[: _LONGEST - len(end)].decode(errors="ignore") + end
 
 
 def _short(value: Any) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 from flax.typing import Dtype
 
 from bertjax import interop, registry
-from bertjax.checkpoint import load_variables, located
+from bertjax.checkpoint import load_variables, located, parts_with
 from bertjax.data.sources import text_function
 from bertjax.data.tokenizers import Tokenizer, load_tokenizer
 from bertjax.interop import model_spec, names, point_bert_files, published, tf1
@@ -145,6 +145,11 @@ def origin_of(path: str | os.PathLike) -> str:
     return WORKDIR
   if any((folder / name).exists() for name in interop.WEIGHT_FILES):
     return HUGGINGFACE
+  if parts := parts_with(folder, "checkpoints"):
+    raise ValueError(
+      f"{folder} holds no model itself, as a grid or a run of stages does once"
+      f" a part has come to its end; name a part of it: {names.listed(parts)}."
+    )
   raise ValueError(
     f"{folder} holds no model: it has neither checkpoints/ (a workdir of"
     f" bertjax), nor {published.CONFIG} with {next(iter(interop.WEIGHT_FILES))}"

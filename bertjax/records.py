@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from bertjax.checkpoint import BEST, LAST
+from bertjax.checkpoint import BEST, LAST, parts_with
 from bertjax.experiment import Experiment
 from bertjax.grid import CSV
 from bertjax.interop.names import listed
@@ -80,10 +80,9 @@ def check_workdir(
       f"a run without stages or a grid, but this config has {listed(parts)}"
     )
   elif runs := {
-    path.relative_to(workdir).parts[0]
+    pathlib.PurePath(part).parts[0]
     for sign in _SIGNS
-    for level in ("*", "*/*")  # stages; and those of a grid's runs
-    for path in workdir.glob(f"{level}/{sign}")
+    for part in parts_with(workdir, sign)
   }:
     what = f"runs in {listed(runs)}, but not this one"
   elif taken := found & _TAKEN:

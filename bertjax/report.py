@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bertjax import cli
-from bertjax.checkpoint import located
+from bertjax.checkpoint import located, parts_with
 from bertjax.health import (
   REFERENCE_TOLERANCE,
   Check,
@@ -22,6 +22,7 @@ from bertjax.health import (
   curve_checks,
   data_checks,
 )
+from bertjax.interop.names import listed
 from bertjax.metrics.writers import read_csv
 
 # What writers='csv' writes in a workdir.
@@ -51,16 +52,25 @@ def write_report(
 
   Raises:
     FileNotFoundError: no `metrics.csv`, or no reference at the path given.
-    ValueError: the reference has no curve of the loss.
+    ValueError: no row in the former, or no curve of the loss in the latter.
   """
   workdir = pathlib.Path(located(workdir))
   source = workdir / CURVES
   if not source.exists():
+    # A report holds a copy of the curves.
+    parts = parts_with(workdir, CURVES) - parts_with(workdir, "report.md")
     raise FileNotFoundError(
-      f"{source} does not exist; the report needs a workdir in which"
-      " training has logged at least once."
+      f"{source} does not exist; "
+      + (
+        f"name a part of the run: {listed(parts)}."
+        if parts
+        else "the report needs a workdir in which training has logged at least"
+        " once."
+      )
     )
   table = read_csv(source)
+  if not table["step"]:
+    raise ValueError(f"{source} has no row; training has not logged yet.")
   health = _json(workdir / "health.json")
   config = _json(workdir / "config.json")
   if reference is None:
@@ -102,6 +112,12 @@ def write_report(
   return report
 
 
+def has_curves(workdir: pathlib.Path) -> bool:
+  """Whether a run left what its report is drawn from."""
+  source = workdir / CURVES
+  return source.exists() and bool(read_csv(source)["step"])
+
+
 def read_reference(path: str | pathlib.Path) -> Table:
   """The curve of a run known to be good, from a CSV of `step,loss`.
 
@@ -128,12 +144,13 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A Markdown table; bars in cells are escaped."""
+  """A Markdown table; bars and ends of lines in cells are escaped."""
   lines = [header, ["---"] * len(header), *rows]
-  return "\n".join(
-    "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
-    for line in lines
-  )
+  return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+  return "<br>".join(text.replace("|", "\\|").splitlines())
 
 
 def _results(table: Table, health: Mapping[str, Any]) -> str:

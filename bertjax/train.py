@@ -252,7 +252,7 @@ def _report(
   params = hosts.whole(state.params) if texts else None
   if not hosts.is_first():
     return None
-  if not (workdir / report.CURVES).exists():
+  if not report.has_curves(workdir):
     hosts.say("There is no report: it is drawn from what writers='csv' writes.")
     return None
   if texts:

@@ -26,17 +26,17 @@ from gcp.job import Job, check_config
 KINDS = {"jobset": jobset.render, "slurm": slurm.render}
 
 
-_OF_KIND = {
-  "jobset": ("image", "claim", "bucket", "mount", "service_account", "spot"),
-  "slurm": ("partition", "account", "time", "python"),
+_FLAGS_OF = {
+  "--kind=jobset": (
+    "image",
+    "claim",
+    "bucket",
+    "mount",
+    "service_account",
+    "spot",
+  ),
+  "--kind=slurm": ("partition", "account", "time", "python"),
 }
-
-
-def _refuse_others(kind: str, given: flags.FlagValues) -> None:
-  for other, names in _OF_KIND.items():
-    for name in names:
-      if other != kind and given[name].present:
-        raise ValueError(f"--{name} is for --kind={other}, not {kind}.")
 
 
 def main(argv: list[str]) -> None:
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
       if getattr(given, name) is None:
         raise ValueError(f"--{name} is required.")
     render = lookup(KINDS, given.kind, "kind")
-    _refuse_others(given.kind, given)
+    cli.refuse_others(f"--kind={given.kind}", _FLAGS_OF, given)
     check_config(given.config)
     cli.check_output("output", given.output)
     fields = {

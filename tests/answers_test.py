@@ -168,6 +168,8 @@ class AnswersTest(parameterized.TestCase):
       one["probabilities"], other["probabilities"][::-1], rtol=1e-5
     )
     self.assertEqual(one["choice"], 2 - other["choice"])
+    arrays = np.array(TEXTS[:1]), np.array(endings)
+    self.assertEqual(predict.choose(model, *arrays), [one])
 
   def test_what_cannot_be_answered_is_said(self):
     long = ["cat " * 60]
@@ -181,6 +183,8 @@ class AnswersTest(parameterized.TestCase):
       predict.classify(self.model("classes"), long)
     with self.assertRaisesRegex(ValueError, "1 texts and 0 lists of endings"):
       predict.choose(self.model("choices"), ["a"], [])
+    with self.assertRaisesRegex(ValueError, "batch_size=0 must be at least 1"):
+      predict.classify(self.model("classes"), ["a"], batch_size=0)
     cut = predict.classify(self.model("classes"), long, truncate=True)
     want = predict.classify(self.model("classes"), ["cat " * 38])
     np.testing.assert_allclose(

@@ -1,6 +1,7 @@
 """What the commands say to the mistakes that their users make."""
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -304,6 +305,11 @@ class MessagesTest(parameterized.TestCase):
     objects = '{"text": "a\u2028b"}\n'.encode()
     self.assertEqual(self.requests("a.jsonl", objects), ["a\u2028b"])
 
+  def test_a_mark_of_the_order_of_bytes_is_no_text(self):
+    for name, lines in (("a.txt", "a\nb"), ("a.jsonl", '{"text": "a"}')):
+      marked = lines.encode("utf-8-sig")
+      self.assertEqual(self.requests(name, marked)[0], "a")
+
   def test_an_empty_file_is_not_a_wish_to_read_standard_input(self):
     with self.assertRaisesRegex(ValueError, "Nothing is asked; give --text"):
       self.requests(content=b"", stdin=b"else")
@@ -360,6 +366,59 @@ class MessagesTest(parameterized.TestCase):
       self.assertEqual(
         self.requests("x.jsonl", lines.encode(), task=task), want
       )
+
+  def predict(self, *arguments):
+    """What the command says to these before it loads a model."""
+    given, told = flags.FlagValues(), io.StringIO()
+    own = types.SimpleNamespace(
+      FLAGS=given, ArgumentSerializer=flags.ArgumentSerializer
+    )
+    for name in dir(flags):
+      if name.startswith("DEFINE"):
+        define = functools.partial(getattr(flags, name), flag_values=given)
+        setattr(own, name, define)
+    stop = ValueError("All flags are right.")
+    with (
+      mock.patch.object(predict_command, "flags", own),
+      mock.patch.object(predict_command, "load_model", side_effect=stop),
+      mock.patch.multiple(cli, quiet=mock.DEFAULT, keep_compiled=mock.DEFAULT),
+      contextlib.redirect_stderr(told),
+      self.assertRaisesRegex(SystemExit, "1"),
+    ):
+      predict_command._define_flags()
+      predict_command.main(given(["predict", "--model=m", *arguments]))
+    return told.getvalue()
+
+  @parameterized.parameters(
+    (
+      "classify --text=a --max_length=8",
+      "--max_length is for embed, not class",
+    ),
+    (
+      "fill_mask --text=a --max_length=16",
+      "--max_length is for embed, not fill",
+    ),
+    ("tag --text=a --nonormalize", "--normalize is for embed, not tag"),
+    (
+      "classify --text=a --input=x.obj",
+      "--input is for tokenize_points, class",
+    ),
+    (
+      "classify_points --input=x.obj --file=x",
+      "--file is for fill_mask, embed",
+    ),
+    ("classify_points --input=x.obj --truncate", "--truncate is for fill_mask"),
+    (
+      "tokenize_points --input=x.obj --reconstruction=r.obj",
+      "--reconstruction=r.obj must end in .npy or .ply.",
+    ),
+    ("embed --text=a --max_length=8 --truncate --dtype=bfloat16", "All flags"),
+    ("classify_points --input=x.obj --votes=3 --batch_size=2", "All flags"),
+  )
+  def test_a_flag_that_a_task_does_not_read_is_refused(self, line, message):
+    said = self.predict(*line.split())
+    self.assertStartsWith(said, f"Error: {message}")
+    self.assertEqual([*predict_command.FLAGS_OF], [*predict_command.TASKS])
 
   def test_an_expression_that_is_none_is_quoted(self):
     with self.assertRaisesRegex(

@@ -256,6 +256,20 @@ class ConfigsTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, rf"\A{re.escape(message)}\Z"):
       settings(merge(dict(data={}, optim={}, stop={}), value))
 
+  def test_a_folder_has_a_name_whatever_the_alternatives_are(self):
+    values = [{"paths": ["é" * 300, i]} for i in range(2)]
+    config = dict(source={}, seed=0, grid=dict(source=values, seed=[1, 2]))
+    found = [point.name for point in grid.points(config)]
+    self.assertEqual(found, [point.name for point in grid.points(config)])
+    self.assertLen(set(found), 4)
+    for name in found:
+      self.assertStartsWith(name, "source=_paths_")
+      (pathlib.Path(self.create_tempdir()) / name).mkdir()
+    short = dict(seed=0, grid=dict(seed=["x" * 250]))
+    self.assertEqual(grid.points(short)[0].name, f"seed={'x' * 250}")
+    with self.assertRaisesRegex(ValueError, "two combinations are called"):
+      grid.points(dict(seed=0, grid=dict(seed=["x" * 251] * 2)))
+
   def test_an_interval_may_have_no_highest(self):
     clips = dict(trust_clip=[0.01, float("inf")], phi_clip=(0, float("inf")))
     found = settings(dict(data={}, optim=clips, stop={}))

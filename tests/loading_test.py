@@ -88,6 +88,12 @@ class LoadModelTest(LoadingTestCase):
       ValueError, "checkpoints/.*model.safetensors.*bert_config.json"
     ):
       loading.load_model(empty)
+    for name in ("seed=1/two", "one"):
+      (empty / name / "checkpoints").mkdir(parents=True)
+    with self.assertRaisesRegex(
+      ValueError, "no model itself, as .* name a part of it: one, seed=1/two"
+    ):
+      loading.load_model(empty)
     with self.assertRaisesRegex(ValueError, "step=3.*not a workdir"):
       loading.load_model(self.published, step=3)
 

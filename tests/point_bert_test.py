@@ -183,7 +183,9 @@ class RunTest(parameterized.TestCase):
     )
     self.assertEqual(done.returncode, 0, done.stderr)
     (tokens,) = tokenize_points(self.model, [cloud])
-    self.assertEqual(json.loads(done.stdout)["codes"], tokens.codes.tolist())
+    told = json.loads(done.stdout)
+    self.assertEqual(told["codes"], tokens.codes.tolist())
+    np.testing.assert_array_equal(told["centres"], tokens.centres)
     decoded = np.load(self.root / "out.npy")
     np.testing.assert_allclose(decoded, tokens.points, atol=1e-4)
 

@@ -35,6 +35,7 @@ from bertjax.predict.clouds import (
 )
 
 N, STORED = 40, 60
+FAR = (612345.25, 4512345.5, 10)  # where float32 has steps of half a metre
 CLASSES = ("box", "cone", "torus")
 
 
@@ -162,6 +163,19 @@ class PredictPointsTest(parameterized.TestCase):
       self.assertEqual(said["label"], CLASSES[row.argmax()])
       self.assertEqual(said["probability"], max(said["probabilities"].values()))
 
+  def test_where_a_scan_lies_changes_nothing(self):
+    for name, shift in (("near.xyz", (0, 0, 0)), ("far.xyz", FAR)):
+      np.savetxt(self.root / name, self.clouds[0] + np.array(shift))
+    near, far = classify_points(
+      self.classes,
+      [read_cloud(self.root / f"{x}.xyz", 5) for x in ("near", "far")],
+    )
+    np.testing.assert_allclose(
+      list(far["probabilities"].values()),
+      list(near["probabilities"].values()),
+      atol=1e-5,  # as float64 rounds so far out
+    )
+
   def test_votes_are_the_mean_over_views_as_in_training(self):
     cloud = self.data.clouds("test")[0].points  # the farthest come first
     reading = self.data.reading
@@ -208,6 +222,8 @@ class PredictPointsTest(parameterized.TestCase):
       task(getattr(self, model), self.clouds)
     with self.assertRaisesRegex(ValueError, "There is no cloud"):
       classify_points(self.classes, [])
+    with self.assertRaisesRegex(ValueError, "batch_size=0 must be at least 1"):
+      classify_points(self.classes, self.clouds, batch_size=0)
 
   @parameterized.parameters(embed, fill_mask)
   def test_tasks_of_texts_say_what_the_model_is_for(self, task):
@@ -287,6 +303,11 @@ class PredictPointsTest(parameterized.TestCase):
     np.testing.assert_allclose(rows[:, :3], self.clouds[1], atol=1e-6)
     (wanted,) = segment_points(self.parts, [self.clouds[1]], "cone")
     np.testing.assert_array_equal(rows[:, 3], wanted)
+    given.output = str(self.root / "parts.PLY")
+    command(self.parts, [], given)
+    written = pathlib.Path(given.output).read_text()
+    self.assertEndsWith(written, f" {wanted[-1]}\n")
+    given.output = str(self.root / "parts.npy")
     given.input *= 2
     with self.assertRaisesRegex(ValueError, "parts.npy holds one cloud"):
       command(self.parts, [], given)
@@ -319,12 +340,14 @@ class CloudFilesTest(parameterized.TestCase):
   def test_clouds_that_are_written_can_be_read(self):
     import trimesh
 
-    parts = np.arange(9) % 4
+    parts, far = np.arange(9) % 4, self.cloud + np.array(FAR)
     for written in (None, parts):
-      for name in ("a.ply", "a.npy"):
-        write_cloud(self.root / name, self.cloud, written)
-        found = read_cloud(self.root / name, 5)
-        np.testing.assert_allclose(found, self.cloud, atol=1e-5)
+      for name in ("a.ply", "a.npy", "b.PLY", "b.NPY"):
+        for cloud in (self.cloud, far):
+          write_cloud(self.root / name, cloud, written)
+          found = read_cloud(self.root / name, 5)
+          np.testing.assert_array_equal(found, cloud)
+    self.assertLen([*self.root.iterdir()], 4)
     raw = trimesh.load(self.root / "a.ply").metadata["_ply_raw"]["vertex"]
     np.testing.assert_array_equal(raw["data"]["part"].reshape(-1), parts)
     with self.assertRaisesRegex(ValueError, "a.gif must end in .npy or .ply"):

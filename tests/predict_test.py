@@ -8,6 +8,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
+import types
 from unittest import mock
 
 import chex
@@ -19,6 +20,7 @@ from absl.testing import absltest, parameterized
 from bertjax import interop, loading, predict
 from bertjax.data.sources import text_function
 from bertjax.data.tokenizers import train_tokenizer
+from bertjax.predict.__main__ import TASKS
 from bertjax.predict.rows import rows_of
 from tests.interop import toy
 
@@ -139,6 +141,12 @@ class PredictTest(parameterized.TestCase):
     vectors = predict.embed(self.model, PLAIN, normalize=True)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
 
+  def test_texts_may_be_an_array(self):
+    np.testing.assert_array_equal(
+      predict.embed(self.model, np.array(PLAIN)),
+      predict.embed(self.model, PLAIN),
+    )
+
   def test_text_that_spells_a_special_token_is_mere_text_for_embed(self):
     with mock.patch.object(
       type(self.tokenizer), "encode_batch", autospec=True,
@@ -165,7 +173,9 @@ class PredictTest(parameterized.TestCase):
   @parameterized.named_parameters(
     ("no_mask", ["the cat"], {}, r"Text 0 \('the cat'\) has no \[MASK\]"),
     ("no_text", [], {}, "There is no text"),
+    ("no_text_in_an_array", np.array([], str), {}, "There is no text"),
     ("string", "a [MASK]", {}, "pass a list"),
+    ("no_batch", ["[MASK]"], {"batch_size": 0}, "batch_size=0 must be at"),
     ("too_many", ["[MASK]"], {"top_k": 19}, "between 1 and .* 18"),
     ("long", ["[MASK]" + " cat" * 70], {}, "Text 0 has 73 tokens .* most 60"),
     (
@@ -234,6 +244,18 @@ class PredictTest(parameterized.TestCase):
       np.load(folder / "v.npy"),
       want,
       atol=1e-6,  # the same program
+    )
+
+  def test_the_command_knows_an_ending_in_capitals(self):
+    folder = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+    given = types.SimpleNamespace(
+      output=str(folder / "v.NPY"), pooling="max", batch_size=2,
+      max_length=None, normalize=False, truncate=False,
+    )  # fmt: skip
+    _, _, command = TASKS["embed"]
+    command(self.model, [{"text": text} for text in PLAIN], given)
+    np.testing.assert_array_equal(
+      np.load(given.output), predict.embed(self.model, PLAIN, "max", 2)
     )
 
   def test_the_command_names_its_tasks(self):

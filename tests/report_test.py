@@ -79,12 +79,13 @@ class ReportTest(parameterized.TestCase):
     text = self.write(
       HEALTHY,
       reference=self.reference(),
-      samples=[("a [MASK] | b", "a cat | b")],
+      samples=[("a [MASK] | b", "a cat | b"), ("a\nb", "c\r\nd")],
     )
     self.assertNotIn("warn", text)
     self.assertIn("All 13 checks are ok.", text)
     self.assertIn("unigram_accuracy (baseline) | 0.06", text)
     self.assertIn(r"| a [MASK] \| b | a cat \| b |", text)
+    self.assertIn("| a<br>b | c<br>d |", text)
     self.assertIn('"seed": 17', text)
     folder = self.workdir / "report"
     self.assertEqual(
@@ -205,6 +206,18 @@ class ReportTest(parameterized.TestCase):
 
   def test_missing_metrics_are_named(self):
     with self.assertRaisesRegex(FileNotFoundError, "metrics.csv does not"):
+      report.write_report(self.workdir)
+    writers.CsvWriter(self.workdir / "metrics.csv").close()
+    self.assertFalse(report.has_curves(self.workdir))
+    with self.assertRaisesRegex(ValueError, "metrics.csv has no row"):
+      report.write_report(self.workdir)
+    (self.workdir / "metrics.csv").unlink()
+    part = self.workdir / "phase1"
+    part.mkdir()
+    write_run(part)
+    with mock.patch.object(report, "_plot"):
+      report.write_report(part)
+    with self.assertRaisesRegex(FileNotFoundError, r"of the run: phase1\.$"):
       report.write_report(self.workdir)
 
 

@@ -247,6 +247,13 @@ class TrainTest(_Configured):
         folder, reference=reference, samples=[]
       )
 
+  def test_a_finished_run_whose_curves_are_gone_has_no_report(self):
+    folder = self._begun()
+    (folder / "metrics.csv").unlink()
+    config = self._config(stop=dict(steps=2)) | dict(evals={})
+    self.assertIsNone(train.train(config, folder).report)
+    self.assertTrue((folder / "metrics.csv").exists())  # without a row
+
   def test_warm_up_in_tokens_knows_the_batch(self):
     warmup = dict(tokens=4 * 8 * 32)  # steps of 8 rows of 32
     built = experiment.build(

@@ -24,6 +24,7 @@ from bertjax.checkpoint.parameters import (
   load_params,
   load_variables,
   located,
+  parts_with,
   selected_step,
 )
 
@@ -38,6 +39,7 @@ __all__ = [
   "load_params",
   "load_variables",
   "located",
+  "parts_with",
   "selected_step",
   "verify",
 ]

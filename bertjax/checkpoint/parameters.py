@@ -119,6 +119,16 @@ def located(workdir: epath.PathLike) -> epath.Path:
   return workdir
 
 
+def parts_with(workdir: epath.PathLike, name: str) -> set[str]:
+  """Sub-folders that hold a file of a run: stages, and runs of a grid."""
+  workdir = epath.Path(workdir)
+  return {
+    str(path.parent.relative_to(workdir))
+    for level in ("*", "*/*")  # stages; and those of a grid's runs
+    for path in workdir.glob(f"{level}/{name}")
+  }
+
+
 def selected_step(workdir: epath.PathLike) -> int | None:
   """The best step by `keep.best_metric` in the newest readable checkpoint.
 

@@ -28,6 +28,7 @@ its points, as rows x y z part (.npy) or vertices (.ply).
 import contextlib
 import dataclasses
 import json
+import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -38,9 +39,9 @@ from absl import app, flags
 from bertjax import cli
 from bertjax.loading import LoadedModel, load_model
 from bertjax.models import DTYPES
+from bertjax.predict import clouds as clouds_lib
 from bertjax.predict.answers import REQUESTS
 from bertjax.predict.classify_points import classify_points
-from bertjax.predict.clouds import points_to_sample, read_cloud, write_cloud
 from bertjax.predict.embed import POOLING, embed
 from bertjax.predict.fill_mask import fill_mask
 from bertjax.predict.requests import Field, Request, requests_of
@@ -54,6 +55,10 @@ def _opened(path: str | None) -> contextlib.AbstractContextManager:
   if path is None:
     return contextlib.nullcontext(sys.stdout)
   return open(path, "w", encoding="utf-8")
+
+
+def _ending(path: str | None) -> str:
+  return pathlib.Path(path or "").suffix.lower()
 
 
 def _print_json(line: Any, out: Any) -> None:
@@ -97,8 +102,9 @@ def _embed(model: LoadedModel, requests: list[Request], f: Any) -> None:
     normalize=f.normalize,
     truncate=f.truncate,
   )
-  if f.output and f.output.endswith(".npy"):
-    np.save(f.output, vectors)
+  if _ending(f.output) == ".npy":
+    with open(f.output, "wb") as out:  # by its path, .NPY would get another
+      np.save(out, vectors)
     return
   with _opened(f.output) as out:
     for text, vector in zip(texts, vectors):
@@ -124,8 +130,8 @@ def _ask(task: str) -> Callable[[LoadedModel, list[Request], Any], None]:
 
 
 def _clouds(model: LoadedModel, f: Any) -> list[np.ndarray]:
-  count = points_to_sample(model)
-  return [read_cloud(path, count) for path in f.input]
+  count = clouds_lib.points_to_sample(model)
+  return [clouds_lib.read_cloud(path, count) for path in f.input]
 
 
 def _check_one(paths: list[str], flag: str) -> None:
@@ -145,10 +151,9 @@ def _tokenize_points(
   with _opened(f.output) as out:
     for path, tokens in zip(f.input, found):
       line = {"input": path, "codes": tokens.codes.tolist()}
-      centres = [[round(float(x), 6) for x in row] for row in tokens.centres]
-      _print_json(line | {"centres": centres}, out)
+      _print_json(line | {"centres": tokens.centres.tolist()}, out)
   if f.reconstruction:
-    write_cloud(f.reconstruction, found[0].points)
+    clouds_lib.write_cloud(f.reconstruction, found[0].points)
 
 
 def _classify_points(
@@ -169,13 +174,13 @@ def _segment_points(
   del requests
   if f.category is None:
     raise ValueError("--category is missing: the name of what --input shows.")
-  as_cloud = (f.output or "").endswith((".npy", ".ply"))
+  as_cloud = _ending(f.output) in clouds_lib.WRITTEN
   if as_cloud:
     _check_one(f.input, f"--output={f.output}")
   clouds = _clouds(model, f)
   found = segment_points(model, clouds, f.category, batch_size=f.batch_size)
   if as_cloud:
-    write_cloud(f.output, clouds[0], found[0])
+    clouds_lib.write_cloud(f.output, clouds[0], found[0])
     return
   with _opened(f.output) as out:
     for path, parts in zip(f.input, found):
@@ -200,6 +205,20 @@ TASKS: dict[str, tuple[str, tuple[Field, ...], Command]] = {
   "classify_points": ("the class of a cloud", (), _classify_points),
   "segment_points": ("a part for every point of a cloud", (), _segment_points),
 }  # fmt: skip
+
+# Flags that not all tasks read, by the tasks that do.
+_TEXT_FLAGS = ("text", "pair", "file", "truncate")
+FLAGS_OF = {
+  "fill_mask": (*_TEXT_FLAGS, "top_k", "format"),
+  "embed": (*_TEXT_FLAGS, "pooling", "max_length", "normalize"),
+  "classify": _TEXT_FLAGS,
+  "tag": _TEXT_FLAGS,
+  "answer": (*_TEXT_FLAGS, "null_answer"),
+  "choose": _TEXT_FLAGS,
+  "tokenize_points": ("input", "reconstruction"),
+  "classify_points": ("input", "votes"),
+  "segment_points": ("input", "category"),
+}
 
 
 def usage() -> str:
@@ -230,7 +249,9 @@ def _define_flags() -> None:
     "Checkpoint of a workdir; the best by keep.best_metric, or the newest.",
   )
   flags.DEFINE_enum("dtype", "float32", list(DTYPES), "Compute dtype.")
-  flags.DEFINE_integer("batch_size", 32, "Texts at a time.", lower_bound=1)
+  flags.DEFINE_integer(
+    "batch_size", 32, "Texts or clouds at a time.", lower_bound=1
+  )
   flags.DEFINE_bool("truncate", False, "Cut texts that are too long.")
   flags.DEFINE_multi_string("ignore", [], "Regex of tensors to leave out.")
   flags.DEFINE_integer("top_k", 5, "fill_mask: guesses per mask.")
@@ -271,8 +292,9 @@ def main(argv: list[str]) -> None:
   cli.keep_compiled()
   with cli.clear_errors():
     _, fields, command = lookup(TASKS, argv[1], "task")
+    cli.refuse_others(argv[1], FLAGS_OF, f)
     cli.check_output("output", f.output)
-    cli.check_output("reconstruction", f.reconstruction)
+    cli.check_output("reconstruction", f.reconstruction, clouds_lib.WRITTEN)
     requests = requests_of(f, fields) if fields else []
     model = load_model(
       f.model, dtype=DTYPES[f.dtype], step=f.step, ignore=f.ignore

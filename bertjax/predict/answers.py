@@ -262,7 +262,7 @@ def choose(
   """
   _check(model, "multiple_choice", {"texts": texts})
   _refuse_strings({f"endings[{i}]": e for i, e in enumerate(endings)})
-  count = len(endings[0]) if endings else 0
+  count = len(endings[0]) if len(endings) else 0
   if len(endings) != len(texts) or count < 2:
     raise ValueError(
       f"There are {len(texts)} texts and {len(endings)} lists of endings, the"

@@ -12,10 +12,12 @@ import numpy as np
 from bertjax.data.shapes import meshes
 from bertjax.data.shapes.dataset import Reading
 from bertjax.data.shapes.files import check_finite
+from bertjax.data.shapes.procedural import frame
 from bertjax.loading import LoadedModel
 from bertjax.points import farthest_point_sampling
-from bertjax.predict.rows import power_of_two
+from bertjax.predict.rows import power_of_two, starts
 
+WRITTEN = (".npy", ".ply")  # endings of files that `write_cloud` writes
 _TABLES = (".txt", ".xyz", ".csv", ".pts")
 _DENSE = 10_000  # points of ModelNet40's clouds, of which the farthest are kept
 # What models were trained on that do not say it themselves.
@@ -31,7 +33,7 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def read_cloud(path: str | pathlib.Path, num_points: int) -> np.ndarray:
-  """The points of a file, float32 [n, 3].
+  """The points of a file, float64 [n, 3]: a scan may be far from the origin.
 
   Args:
     path: an array [n, 3 or more] (.npy), a table of x y z in text, separated
@@ -61,7 +63,7 @@ def read_cloud(path: str | pathlib.Path, num_points: int) -> np.ndarray:
 
 
 def _table(path: pathlib.Path) -> np.ndarray:
-  """The numbers of a file that is no mesh, float32."""
+  """The numbers of a file that is no mesh, float64."""
   try:
     if path.suffix.lower() == ".npy":
       rows = np.load(path)
@@ -73,7 +75,7 @@ def _table(path: pathlib.Path) -> np.ndarray:
         f"the ending must be one of .npy, {', '.join(_TABLES)} (points) or"
         f" {', '.join(meshes.ENDINGS)} (meshes)"
       )
-    return np.asarray(rows, np.float32)
+    return np.asarray(rows, np.float64)
   except (ValueError, EOFError) as err:
     raise ValueError(f"{path} holds no points: {err}.") from err
 
@@ -83,7 +85,7 @@ def write_cloud(
   points: np.ndarray,
   parts: np.ndarray | None = None,
 ) -> None:
-  """Writes points as an array (.npy) or for viewers (.ply).
+  """Writes points as an array (.npy) or for viewers (.ply), with every digit.
 
   Args:
     path: of the file.
@@ -93,21 +95,23 @@ def write_cloud(
   Raises:
     ValueError: another ending.
   """
-  path = pathlib.Path(path)
-  if path.suffix == ".npy":
+  path, points = pathlib.Path(path), np.asarray(points, np.float64)
+  ending = path.suffix.lower()
+  if ending == ".npy":
     columns = [points] if parts is None else [points, parts[:, None]]
-    np.save(path, np.concatenate(columns, axis=1).astype(np.float32))
-  elif path.suffix == ".ply":
+    with path.open("wb") as file:  # by its path, .NPY would get a second ending
+      np.save(file, np.concatenate(columns, axis=1))
+  elif ending == ".ply":
     head = ["ply", "format ascii 1.0", f"element vertex {len(points)}"]
-    head += [f"property float {axis}" for axis in "xyz"]
-    lines = [" ".join(f"{x:.6g}" for x in row) for row in points]
+    head += [f"property double {axis}" for axis in "xyz"]
+    lines = [" ".join(map(str, row)) for row in points]
     if parts is not None:
       head.append("property int part")
       lines = [f"{line} {part}" for line, part in zip(lines, parts)]
     text = "\n".join([*head, "end_header", *lines])
     path.write_text(text + "\n", encoding="ascii")
   else:
-    raise ValueError(f"{path} must end in .npy or .ply.")
+    raise ValueError(f"{path} must end in {' or '.join(WRITTEN)}.")
 
 
 def _data(model: LoadedModel) -> Mapping[str, Any]:
@@ -167,7 +171,9 @@ def _rows(
   data, rng = _data(model), np.random.default_rng(0)
   if data.get("farthest"):
     kept = min(data["stored_points"], len(cloud))
-    cloud = cloud[np.asarray(farthest_point_sampling(cloud[None], kept))[0]]
+    # It reads float32, which would move points that are far from the origin.
+    centred = (cloud - frame(cloud)[0])[None]
+    cloud = cloud[np.asarray(farthest_point_sampling(centred, kept))[0]]
   drawn = []
   for _ in range(count):
     row, chosen = reading.drawn(cloud, rng)
@@ -216,7 +222,7 @@ def run(
     batch_size: rows at a time.
   """
   count, found = len(next(iter(arrays.values()))), []
-  for start in range(0, count, batch_size):
+  for start in starts(count, batch_size):
     part = {k: x[start : start + batch_size] for k, x in arrays.items()}
     rows = len(next(iter(part.values())))
     missing = min(power_of_two(rows), batch_size) - rows

@@ -23,7 +23,8 @@ class Guess:
     piece: the vocabulary's entry.
     token: its id.
     probability: among all pieces.
-    text: the whole text with every mask filled by its guess of this rank.
+    text: the whole text with every mask filled by its guess of this rank, as
+      its tokens are decoded: special ones, and so unknown words, are left out.
   """
 
   piece: str

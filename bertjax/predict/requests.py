@@ -43,7 +43,7 @@ class Field:
 def _lines(data: bytes, source: str) -> Iterator[tuple[str, str]]:
   """(where it stands, line); a text may hold U+2028 and form feeds."""
   try:
-    lines = data.decode("utf-8").split("\n")
+    lines = data.decode("utf-8-sig").split("\n")
   except UnicodeDecodeError as err:
     raise ValueError(f"{source} is not UTF-8 text: {err}.") from err
   if not lines[-1]:

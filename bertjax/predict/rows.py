@@ -17,6 +17,17 @@ def power_of_two(n: int) -> int:
   return 1 << max(n - 1, 0).bit_length()
 
 
+def starts(count: int, batch_size: int) -> range:
+  """Where batches of `count` rows begin.
+
+  Raises:
+    ValueError: `batch_size` is not positive.
+  """
+  if batch_size < 1:
+    raise ValueError(f"batch_size={batch_size} must be at least 1.")
+  return range(0, count, batch_size)
+
+
 def batches(
   rows: Sequence[np.ndarray],
   batch_size: int,
@@ -28,7 +39,7 @@ def batches(
   The last batch is filled with empty rows, up to a power of two.
   """
   order = np.argsort([len(r) for r in rows], kind="stable")
-  for start in range(0, len(rows), batch_size):
+  for start in starts(len(rows), batch_size):
     chosen = order[start : start + batch_size]
     longest = len(rows[chosen[-1]])
     length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, max_length)
@@ -99,10 +110,10 @@ def rows_of(
   """
   if isinstance(texts, str):
     raise ValueError("texts is one string; pass a list of texts.")
-  if not texts:
-    raise ValueError("There is no text; pass at least one.")
   specials = tokenizer.specials.names() if parse_special else ()
   texts = [_cleaned(text, clean, specials) for text in texts]
+  if not texts:
+    raise ValueError("There is no text; pass at least one.")
   encoded = tokenizer.encode_batch(texts, parse_special=parse_special)
   rows = []
   for i, ids in enumerate(encoded):
@@ -148,7 +159,7 @@ def array_batches(
   real = arrays["segment_ids"] > 0
   lengths = real.sum(-1).reshape(len(real), -1).max(1)
   order = np.argsort(lengths, kind="stable")
-  for start in range(0, len(order), batch_size):
+  for start in starts(len(order), batch_size):
     chosen = order[start : start + batch_size]
     longest = -(-int(lengths[chosen[-1]]) // LENGTH_STEP) * LENGTH_STEP
     missing = min(power_of_two(len(chosen)), batch_size) - len(chosen)

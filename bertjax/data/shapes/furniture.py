@@ -11,6 +11,8 @@ import zipfile
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from bertjax.data.shapes import meshes
 from bertjax.data.shapes.files import Cloud, Clouds
 from bertjax.data.sources.base import fingerprint_of
@@ -82,7 +84,7 @@ class Furniture(Clouds):
       file = io.BytesIO(archive.read(model.member))
     path = pathlib.Path(model.member)
     points = meshes.sampled(path, self._num_points, file)
-    return Cloud(points, self._labels[index])
+    return Cloud(points.astype(np.float32), self._labels[index])
 
   def fingerprint(self) -> str:
     members = [m.member for m in self._models]

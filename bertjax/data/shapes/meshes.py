@@ -33,9 +33,8 @@ class Meshes(Clouds):
     self.classes, self._num_points = tuple(classes), num_points
 
   def __getitem__(self, index: int) -> Cloud:
-    return Cloud(
-      sampled(self._paths[index], self._num_points), self._labels[index]
-    )
+    points = sampled(self._paths[index], self._num_points)
+    return Cloud(points.astype(np.float32), self._labels[index])
 
   def fingerprint(self) -> str:
     return fingerprint_of(super().fingerprint(), self._num_points)
@@ -88,7 +87,7 @@ def sampled(
   *,
   or_vertices: bool = False,
 ) -> np.ndarray:
-  """Points on the surface of a mesh, uniform by area, float32 [n, 3].
+  """Points on the surface of a mesh, uniform by area, float64 [n, 3].
 
   A file of the same name gives the same points every time.
 
@@ -107,12 +106,12 @@ def sampled(
   if has_faces and mesh.area > 0:
     seed = int(fingerprint_of(path.name)[:8], 16)
     found, _ = trimesh.sample.sample_surface(mesh, num_points, seed=seed)
-    return np.asarray(found, np.float32)
+    return np.asarray(found, np.float64)
   if or_vertices and not has_faces:
     # Without `force`, which makes an empty mesh of them.
     found = getattr(_loaded(path, file), "vertices", ())
     if len(found):
-      return np.asarray(found, np.float32)
+      return np.asarray(found, np.float64)
   raise ValueError(f"{path} holds no surface to draw points from.")
 
 
