@@ -89,7 +89,7 @@ def _squad(path: str, encoding: str) -> Iterator[dict[str, Any]]:
       ) from err
 
 
-def _asked(question: Mapping[str, Any], context: str) -> dict[str, Any]:
+def _asked(question: Any, context: Any) -> dict[str, Any]:
   answers = question.get("answers", [])
   return {
     "id": question["id"],

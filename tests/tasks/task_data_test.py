@@ -3,7 +3,6 @@
 import json
 import pathlib
 import random
-import types
 from unittest import mock
 
 import jax
@@ -15,6 +14,7 @@ from bertjax import evaluate, registry, train_state, train_step
 from bertjax.data.sources import preprocess
 from bertjax.data.tokenizers.words import WordTokenizer
 from bertjax.evals.task_metrics import task_metrics
+from bertjax.loading import LoadedModel
 from bertjax.models import MODELS
 from bertjax.objectives.fine_tuning import FINE_TUNING
 from bertjax.optim import build_optimizer
@@ -360,7 +360,8 @@ class ContractTest(TaskTestCase):
     made = self.data("classification").task
     task = dict(name="classification", source=made.source, labels=["no", "yes"])
     task["multilabel"] = several
-    model = types.SimpleNamespace(
+    model = mock.Mock(
+      spec=LoadedModel,
       config=dict(data=dict(name="task", task=task, seq_len=16, batch_size=8)),
       objective_spec=dict(name="classification", num_classes=2) | said,
       preprocess=(),
