@@ -7,7 +7,7 @@
 #                   benchmarks/history.jsonl
 # make bench-kernels  kernels against the stock ones, compiled, not run (30 min)
 # A distribution's Python is compiled for speed, pyenv's usually not: the tests take
-# an eighth longer with it. One without ensurepip makes no environment.
+# a seventh longer with it. One without ensurepip makes no environment.
 PYTHON ?= $(shell for version in 3.11 3.12; do \
   for python in /usr/bin/python$$version python$$version; do \
     $$python -c 'import ensurepip' 2>&- && echo $$python && exit; \
